@@ -1,0 +1,33 @@
+# `make demo` and `make test` need Python 3.11+ and make, nothing else: the first call builds .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-unit check golden clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing hub_moe into $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[plot,test]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## train, evaluate, save, reload and report a small model, offline
+	$(BIN)/hub-moe demo
+
+test: $(VENV)/.installed  ## every test
+	$(BIN)/python -m pytest -n 2
+
+test-unit: $(VENV)/.installed  ## the fast tests
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+check: $(VENV)/.installed  ## format, lint and types, as CI runs them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+golden: $(VENV)/.installed  ## rewrite the committed help texts after a deliberate change
+	$(BIN)/python -m pytest tests/cli/test_help.py --update-golden -q
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

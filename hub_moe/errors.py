@@ -1,0 +1,29 @@
+"""Every exception hub_moe raises on purpose. Each is also the built-in that a caller would catch."""
+
+
+class HubMoeError(Exception):
+    """Base of every error hub_moe raises on purpose; its message is one sentence for the user."""
+
+
+class ConfigError(HubMoeError, ValueError):
+    """A configuration value is unknown, missing or inconsistent with another."""
+
+
+class CheckpointError(HubMoeError, OSError):
+    """A checkpoint is damaged, unsafe, or its tensors do not match its configuration."""
+
+
+class UnsupportedModelError(HubMoeError, ValueError):
+    """A model type that this command or class does not know."""
+
+
+class GenerationError(HubMoeError, ValueError):
+    """A generation setting that this model cannot serve."""
+
+
+class DatasetError(HubMoeError, ValueError):
+    """A text or dataset lacks what the task needs."""
+
+
+class MissingExtraError(HubMoeError, ImportError):
+    """An optional dependency is not installed; the message gives the pip command."""

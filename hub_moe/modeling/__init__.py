@@ -1,0 +1,2 @@
+from .configuration_hub_moe import HubMoeConfig
+__all__ = ["HubMoeConfig"]
