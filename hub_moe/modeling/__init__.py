@@ -1,2 +1,29 @@
+"""The model classes. Importing this registers them with transformers' Auto classes."""
+
+from .configuration_deepseek import DeepseekConfig
 from .configuration_hub_moe import HubMoeConfig
-__all__ = ["HubMoeConfig"]
+from .modeling_deepseek import (
+    DeepseekForCausalLM,
+    DeepseekForSequenceClassification,
+    DeepseekForTokenClassification,
+    DeepseekModel,
+)
+from .modeling_hub_moe import (
+    HubMoeForCausalLM,
+    HubMoeForSequenceClassification,
+    HubMoeForTokenClassification,
+    HubMoeModel,
+)
+
+__all__ = [
+    "DeepseekConfig",
+    "DeepseekForCausalLM",
+    "DeepseekForSequenceClassification",
+    "DeepseekForTokenClassification",
+    "DeepseekModel",
+    "HubMoeConfig",
+    "HubMoeForCausalLM",
+    "HubMoeForSequenceClassification",
+    "HubMoeForTokenClassification",
+    "HubMoeModel",
+]

@@ -172,14 +172,24 @@ class HubMoeConfig(DeepseekV3Config):  # type: ignore[misc]
             )
         if self.qk_rope_head_dim % 2:
             raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotation works on pairs.")
-        floors = {"first_k_dense_replace": 0, "moe_layer_freq": 1, "n_shared_experts": 0, "num_mtp_layers": 0}
+        floors = {
+            "first_k_dense_replace": 0,
+            "moe_layer_freq": 1,
+            "n_shared_experts": 0,
+            "num_mtp_layers": 0,
+        }
         for name, floor in floors.items():
             if (getattr(self, name) or 0) < floor:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {floor}.")
 
     def validate_losses(self) -> None:
         """No loss has a negative weight."""
-        for name in ("aux_loss_alpha", "device_aux_loss_alpha", "router_z_loss_coef", "mtp_loss_coef"):
+        for name in (
+            "aux_loss_alpha",
+            "device_aux_loss_alpha",
+            "router_z_loss_coef",
+            "mtp_loss_coef",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative; 0 turns the loss off.")
 

@@ -1,0 +1,176 @@
+"""The causal-LM forward that our models share: logits, and in training the losses that the stock classes lack.
+
+Shape letters: B batch, L sequence, T = B * L tokens, D hidden, E routed experts, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from .layers import HubMoeMoE
+from .losses import (
+    has_router_loss,
+    router_losses,
+    shift_labels_ahead,
+    token_mask,
+    total_loss,
+    zip_layers,
+)
+from .routing import count_load
+
+
+@dataclass
+class HubMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):  # type: ignore[misc]
+    """`MoeCausalLMOutputWithPast` with HubMoe's losses, each unweighted and None where not computed.
+
+    Args:
+        loss: Next-token loss; in training mode plus the weighted losses below.
+        aux_loss: Expert-level balance loss, summed over layers.
+        device_aux_loss: Device-level balance loss, summed over layers.
+        z_loss: Router z-loss, summed over layers.
+        mtp_loss: Loss of the MTP layers, averaged over them.
+        expert_load: Tokens per MoE layer and expert, int64 of shape (layers, E), padding excluded; MTP layers last.
+        router_logits: One (T, E) tensor per MoE layer, padding included.
+    """
+
+    device_aux_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    mtp_loss: Tensor | None = None
+    expert_load: Tensor | None = None
+
+
+@dataclass
+class MtpOutput(ModelOutput):  # type: ignore[misc]
+    """Final hidden states of each MTP layer, shapes (B, L - 1, D), (B, L - 2, D), ..., and what their routers did."""
+
+    depth_hidden_states: tuple[Tensor, ...] = ()
+    router_logits: tuple[Tensor, ...] | None = None
+    router_indices: tuple[Tensor, ...] | None = None
+
+
+class MoeCausalLMMixin:
+    """`forward` for a model with `model`, `lm_head` and `config`."""
+
+    config: Any
+    model: Any
+    lm_head: Any
+    loss_function: Any
+    training: bool
+
+    @can_return_tuple  # type: ignore[misc]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> HubMoeCausalLMOutputWithPast:
+        """Logits of shape (B, L, V) and, with `labels`, the loss.
+
+        With `output_router_logits=True`, or in training mode where a router loss has a weight, the output also holds
+        the router losses and `expert_load`. The weighted losses join `loss` in training mode only, so that an
+        evaluation loss is the plain next-token loss.
+        """
+        returns_routing = kwargs.pop("output_router_logits", self.config.output_router_logits)
+        trains = self.training and labels is not None
+        recording = {}
+        if returns_routing or (trains and has_router_loss(self.config)):
+            recording = {"output_router_logits": True, "output_router_indices": True}
+        else:
+            recording = {"output_router_logits": False}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **recording,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        result = HubMoeCausalLMOutputWithPast(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=getattr(outputs, "router_logits", None) if returns_routing else None,
+        )
+        ahead = None
+        if labels is not None:
+            result.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if trains and self.config.num_mtp_layers and self.config.mtp_loss_coef:
+            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            ahead = self.model.predict_ahead(
+                embeds, outputs.last_hidden_state, position_ids, attention_mask, **recording
+            )
+            result.mtp_loss = self._mtp_loss(ahead, labels, position_ids, kwargs.get("num_items_in_batch"))
+        if recording.get("output_router_indices"):
+            self._summarise_routing(result, outputs, ahead, attention_mask)
+        if trains:
+            result.loss = total_loss(result, self.config, labels, kwargs.get("num_items_in_batch"))
+        return result
+
+    def _mtp_loss(
+        self,
+        ahead: MtpOutput,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> Tensor:
+        """Mean over depths of each depth's cross-entropy (arXiv:2412.19437 eq. 24 and 25, without lambda)."""
+        losses = []
+        for depth, hidden in enumerate(ahead.depth_hidden_states, start=1):
+            targets = shift_labels_ahead(labels, position_ids, steps=depth + 1)
+            count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
+            losses.append(
+                self.loss_function(
+                    logits=self.lm_head(hidden),
+                    labels=None,
+                    shift_labels=targets,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=count,
+                )
+            )
+        return torch.stack(losses).mean() if losses else labels.new_zeros((), dtype=torch.float32)
+
+    def _summarise_routing(
+        self,
+        result: HubMoeCausalLMOutputWithPast,
+        outputs: ModelOutput,
+        ahead: MtpOutput | None,
+        attention_mask: Tensor | None,
+    ) -> None:
+        """Fill in the router losses and the expert load of `result`, MTP layers last."""
+        mask_BL = token_mask(attention_mask, outputs.last_hidden_state.shape[:2], result.logits.device)
+        layers = [(logits, chosen, mask_BL) for logits, chosen in zip_layers(outputs)]
+        if ahead is not None:
+            for depth, (logits, chosen) in enumerate(zip_layers(ahead), start=1):
+                layers.append((logits, chosen, mask_BL[:, depth:]))
+        gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, HubMoeMoE)]
+        losses = [
+            router_losses(*layer, config=self.config, is_trained=self.training and gate.weight.requires_grad)
+            for layer, gate in zip(layers, gates, strict=False)
+        ]
+        for name in ("aux_loss", "device_aux_loss", "z_loss"):
+            values = [loss[name] for loss in losses if name in loss]
+            if values:
+                setattr(
+                    result,
+                    name,
+                    torch.stack([value.to(result.logits.device) for value in values]).sum(),
+                )
+        num_experts = self.config.n_routed_experts
+        loads = [count_load(chosen, num_experts, mask.flatten()) for _, chosen, mask in layers]
+        result.expert_load = torch.stack([load.to(result.logits.device) for load in loads]) if loads else None

@@ -1,0 +1,246 @@
+"""Loading and saving of HubMoe checkpoints: checked before they are read, whole once they have a name."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from ..errors import CheckpointError
+from .conversion import SCALE_SUFFIX, defer_tensors, read_experts_directly
+from .remote_code import write_remote_code
+from .safetensors_files import StoredTensor, read_headers
+
+logger = logging.get_logger(__name__)
+
+_EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+class CheckpointMixin:
+    """`from_pretrained` and `save_pretrained` of our model classes.
+
+    Loading reads every expert once into its place, dequantises block-scaled FP8, refuses pickles unless
+    `use_safetensors=False` asks for them, and checks names and shapes of experts first. Saving writes to a temporary
+    name and renames last.
+    """
+
+    config: Any
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """See `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            CheckpointError: If the checkpoint is truncated, holds only pickles, or its experts do not match its config.
+        """
+        if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
+            if kwargs.get("use_safetensors") is None:
+                _refuse_pickle(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        load = PreTrainedModel._load_pretrained_model
+        is_safetensors = bool(checkpoint_files) and all(
+            file.endswith(".safetensors") for file in checkpoint_files or ()
+        )
+        if state_dict is not None or not is_safetensors:
+            return load(model, state_dict, checkpoint_files, load_config, **kwargs)
+        stored = read_headers(checkpoint_files or ())
+        _settle_mtp_layers(model, stored)
+        check_experts(model, stored, check_shapes=not load_config.ignore_mismatched_sizes)
+        is_shared_out = load_config.device_mesh is not None or is_deepspeed_zero3_enabled()
+        if is_shared_out or load_config.hf_quantizer is not None:
+            return load(model, state_dict, checkpoint_files, load_config, **kwargs)
+        return _load_directly(load, model, stored, checkpoint_files or [], load_config)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """See `transformers.PreTrainedModel.save_pretrained`; also writes the code that loads it without hub_moe."""
+        if kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True) or args:
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return
+        target = Path(save_directory)
+        if target.is_file():
+            raise CheckpointError(f"Cannot save to {target}: it is a file, and a folder was expected.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.saving-") as folder:
+            self.config.auto_map = write_remote_code(type(self), Path(folder))
+            super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
+            move_checkpoint(Path(folder), target)
+
+
+def _load_directly(
+    load: Callable[..., Any],
+    model: Any,
+    stored: dict[str, StoredTensor],
+    checkpoint_files: list[str],
+    load_config: Any,
+) -> tuple[Any, Any]:
+    """transformers' loading with experts and FP8 tensors read by us; everything else stays mapped from its file."""
+    deferred = defer_tensors(stored)
+    scales = {name + SCALE_SUFFIX for name in deferred}
+    replacements = read_experts_directly(load_config.weight_mapping or [])
+    with ExitStack() as files:
+        state_dict: dict[str, Any] = dict(deferred)
+        for path in checkpoint_files:
+            file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
+            others = (name for name in file.keys() if name not in deferred and name not in scales)  # noqa: SIM118
+            state_dict.update((name, file.get_slice(name)) for name in others)
+        load_config = replace(load_config, weight_mapping=list(replacements.values()))
+        result: tuple[Any, Any] = load(model, state_dict, checkpoint_files, load_config)
+    originals = {new: old for old, new in replacements.items()}
+    model._weight_conversions = [originals.get(used, used) for used in model._weight_conversions]
+    return result
+
+
+def check_experts(model: Any, stored: dict[str, StoredTensor], *, check_shapes: bool = True) -> None:
+    """Compare the expert tensors in a checkpoint with those the model expects.
+
+    Files that hold fused experts, or none under a known name, are left to transformers' own report.
+
+    Raises:
+        CheckpointError: Naming the first tensor that is missing, superfluous or misshapen.
+    """
+    found: dict[int, dict[tuple[int, str], StoredTensor]] = defaultdict(dict)
+    for name, tensor in stored.items():
+        if match := _EXPERT.search(name):
+            found[int(match[1])][int(match[2]), match[3]] = tensor
+    if not found:
+        return
+    expected = _expected_shapes(model)
+    for layer, tensors in sorted(found.items()):
+        if layer in expected:
+            continue
+        if layer >= model.config.num_hidden_layers:
+            continue  # MTP layers that this model class or config leaves out
+        example = next(iter(tensors.values()))
+        raise CheckpointError(
+            f"{example.path}: {example.name!r} is an expert of layer {layer}, which has none by config."
+        )
+    for layer, shapes in sorted(expected.items()):
+        _check_layer(layer, shapes, found.get(layer, {}), stored, check_shapes)
+
+
+def _expected_shapes(model: Any) -> dict[int, dict[tuple[int, str], tuple[int, int]]]:
+    """(expert, projection) -> shape for each layer of `model` with experts."""
+    backbone = model.get_decoder()
+    shapes = {}
+    for index, layer in enumerate(backbone.layers):
+        experts = getattr(layer.mlp, "experts", None)
+        if experts is None:
+            continue
+        inner, hidden = experts.down_proj.shape[2], experts.down_proj.shape[1]
+        of_projection = {
+            "gate_proj": (inner, hidden),
+            "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner),
+        }
+        shapes[index] = {
+            (expert, projection): of_projection[projection]
+            for expert in range(experts.num_experts)
+            for projection in _PROJECTIONS
+        }
+    return shapes
+
+
+def _check_layer(
+    layer: int,
+    shapes: dict[tuple[int, str], tuple[int, int]],
+    found: dict[tuple[int, str], StoredTensor],
+    stored: dict[str, StoredTensor],
+    check_shapes: bool,
+) -> None:
+    num_experts = len(shapes) // len(_PROJECTIONS)
+    prefix = f"layers.{layer}.mlp.experts"
+    if not found and any(f"{prefix}.gate_up_proj" in name for name in stored):
+        return
+    for (expert, projection), tensor in found.items():
+        if (expert, projection) not in shapes:
+            raise CheckpointError(
+                f"{tensor.path}: {tensor.name!r} is superfluous; the config has experts 0 to {num_experts - 1}."
+            )
+    for (expert, projection), shape in shapes.items():
+        stored_tensor = found.get((expert, projection))
+        if stored_tensor is None:
+            raise CheckpointError(
+                f"The checkpoint lacks '{prefix}.{expert}.{projection}.weight'; the config has {num_experts} experts."
+            )
+        if check_shapes and stored_tensor.shape != shape:
+            raise CheckpointError(
+                f"{stored_tensor.path}: {stored_tensor.name!r} has shape {stored_tensor.shape}, and by config it "
+                f"should be {shape}."
+            )
+
+
+def _settle_mtp_layers(model: Any, stored: dict[str, StoredTensor]) -> None:
+    """Match the model's MTP layers with the checkpoint's: drop promised ones it lacks, ignore ones not asked for."""
+    first = model.config.num_hidden_layers
+    in_file = {int(match[1]) for name in stored if (match := re.search(r"(?:^|\.)layers\.(\d+)\.eh_proj\.", name))}
+    layers = model.get_decoder().layers
+    if len(layers) > first and not any(index >= first for index in in_file):
+        logger.warning(
+            f"The config promises {len(layers) - first} MTP layers and the checkpoint holds none, as transformers' own "
+            "classes save it; continuing without them (num_mtp_layers=0)."
+        )
+        del layers[first:]
+        model.config.num_mtp_layers = 0
+    unread = sorted(index for index in in_file if index >= len(layers))
+    if unread:
+        patterns = [rf"layers\.{index}\." for index in unread]
+        model._keys_to_ignore_on_load_unexpected = [
+            *model._keys_to_ignore_on_load_unexpected,
+            *patterns,
+        ]
+
+
+def _refuse_pickle(name_or_path: Any, subfolder: str) -> None:
+    if name_or_path is None:
+        return
+    folder = Path(str(name_or_path)) / (subfolder or "")
+    if not folder.is_dir() or any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    for pickle in _PICKLES:
+        if (folder / pickle).exists():
+            raise CheckpointError(
+                f"{folder / pickle} is a pickle, which can run code when it is read; pass use_safetensors=False to load "
+                "it all the same."
+            )
+
+
+def move_checkpoint(source: Path, target: Path) -> None:
+    """Move a finished checkpoint to its name, the files that make it loadable last.
+
+    `target` may hold an older checkpoint: it stops being loadable before its first file is replaced.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    loadable = ("config.json", "model.safetensors.index.json")
+    for name in loadable:
+        (target / name).unlink(missing_ok=True)
+    new_names = {path.name for path in source.iterdir()}
+    for old in target.glob("model*.safetensors"):
+        if old.name not in new_names:
+            old.unlink()
+    for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name in loadable)):
+        if path.is_dir() and (target / path.name).is_dir():
+            shutil.rmtree(target / path.name)
+        os.replace(path, target / path.name)

@@ -1,0 +1,154 @@
+"""Checkpoint names and layouts in and out. The only user of transformers' weight conversion.
+
+On disk every expert has its own tensors; in memory a layer's experts are two fused ones.
+Shape letters: E routed experts, F expert inner, D hidden.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+
+from ..errors import CheckpointError
+from .safetensors_files import FP8_DTYPES, StoredTensor
+
+SCALE_SUFFIX = "_scale_inv"
+
+
+def register_conversion(model_type: str) -> None:
+    """Store `model_type` with per-expert names, as transformers stores deepseek_v3."""
+    if get_checkpoint_conversion_mapping(model_type) is None:
+        register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("deepseek_v3"))
+
+
+def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` times the scale of its block, in `dtype`; the last block of a row or column may be partial.
+
+    Args:
+        weight: FP8 matrix of shape (rows, columns).
+        scale: float32, one per block, of shape (ceil(rows / b), ceil(columns / b)) for the block side b
+            (128 in DeepSeek-V3, arXiv:2412.19437 section 3.3.2).
+
+    Raises:
+        CheckpointError: If no power of two explains the number of blocks.
+    """
+    for axis in (0, 1):
+        block = _block_side(weight.shape[axis], scale.shape[axis])
+        scale = scale.repeat_interleave(block, dim=axis).narrow(axis, 0, weight.shape[axis])
+    return (weight.to(torch.float32) * scale.to(torch.float32)).to(dtype)
+
+
+def _block_side(size: int, num_blocks: int) -> int:
+    """The power of two that cuts `size` into `num_blocks` blocks, the last of them perhaps partial."""
+    block = 1
+    while -(-size // block) > num_blocks:
+        block *= 2
+    if -(-size // block) != num_blocks:
+        raise CheckpointError(f"A side of {size} cannot be cut into {num_blocks} FP8 blocks of a power of two.")
+    return block
+
+
+@dataclass
+class DeferredTensor:
+    """A stored tensor that transformers passes around as if it were loaded; bytes move only in `fill` or `read`.
+
+    `scale` is the stored block scale of an FP8 tensor.
+    """
+
+    stored: StoredTensor
+    scale: StoredTensor | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
+
+    def __getitem__(self, index: Any) -> "DeferredTensor":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "DeferredTensor":
+        """Remember where the values shall go."""
+        target = torch.device("cpu") if device is None else torch.device(device)
+        return DeferredTensor(self.stored, self.scale, target, dtype)
+
+    @property
+    def target_dtype(self) -> torch.dtype:
+        """What was asked for, or the stored dtype; bfloat16 for FP8."""
+        stored = torch.bfloat16 if self.stored.dtype in FP8_DTYPES else self.stored.dtype
+        assert stored is not None
+        return self.dtype or stored
+
+    def fill(self, target: Tensor) -> None:
+        """Write the values into `target`."""
+        if self.scale is None:
+            self.stored.read_into(target)
+        else:
+            target.copy_(dequantize_blocks(self.stored.read(), self.scale.read(), target.dtype))
+
+
+class DequantizedTensor(DeferredTensor):
+    """An FP8 tensor that becomes a parameter by itself: loaded as soon as its place is known."""
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The dequantised values."""
+        deferred = super().to(device, dtype)
+        loaded = torch.empty(self.stored.shape, dtype=deferred.target_dtype, device=deferred.device)
+        deferred.fill(loaded)
+        return loaded
+
+
+class FuseExperts(ConversionOps):  # type: ignore[misc]
+    """Reads each expert's tensors once, straight into the layer's fused parameter of shape (E, sum of rows, columns)."""
+
+    def convert(
+        self,
+        input_dict: dict[str, list[DeferredTensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """One fused tensor from the lists of per-expert tensors, in the order of `source_patterns`."""
+        columns = [input_dict[pattern] for pattern in source_patterns]
+        first = columns[0][0]
+        rows = [column[0].stored.shape[0] for column in columns]
+        fused = torch.empty(
+            (len(columns[0]), sum(rows), first.stored.shape[1]),
+            dtype=first.target_dtype,
+            device=first.device,
+        )
+        for expert, experts_tensors in enumerate(zip(*columns, strict=True)):
+            for part, tensor in zip(fused[expert].split(rows), experts_tensors, strict=True):
+                tensor.fill(part)
+        return {target_patterns[0]: fused}
+
+
+def read_experts_directly(
+    mapping: Iterable[WeightTransform],
+) -> dict[WeightTransform, WeightTransform]:
+    """For each transform of `mapping` the one to load with: converters of experts become `FuseExperts`."""
+    return {
+        transform: WeightConverter(
+            list(transform._original_source_patterns),
+            list(transform._original_target_patterns),
+            [FuseExperts()],
+        )
+        if isinstance(transform, WeightConverter) and ".experts." in transform.source_patterns[0]
+        else transform
+        for transform in mapping
+    }
+
+
+def defer_tensors(stored: dict[str, StoredTensor]) -> dict[str, DeferredTensor]:
+    """The stored tensors that we read ourselves: all experts, and everything in FP8 with its scale."""
+    deferred: dict[str, DeferredTensor] = {}
+    for name, tensor in stored.items():
+        scale = stored.get(name + SCALE_SUFFIX)
+        if ".experts." in name and name.endswith("_proj.weight"):
+            deferred[name] = DeferredTensor(tensor, scale)
+        elif tensor.dtype in FP8_DTYPES and scale is not None:
+            deferred[name] = DequantizedTensor(tensor, scale)
+    return deferred

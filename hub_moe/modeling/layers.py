@@ -1,0 +1,168 @@
+"""The blocks of a HubMoe layer: what differs from transformers' deepseek_v3, and nothing else.
+
+Shape letters: B batch, L sequence, T = B * L tokens, D hidden, E routed experts, K experts per token.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3Attention,
+    DeepseekV3DecoderLayer,
+    DeepseekV3Experts,
+    DeepseekV3MoE,
+    DeepseekV3RMSNorm,
+    DeepseekV3RotaryEmbedding,
+    apply_rotary_pos_emb,
+    apply_rotary_pos_emb_interleave,
+    eager_attention_forward,
+)
+
+from .configuration_hub_moe import HubMoeConfig
+from .routing import route_tokens
+
+
+class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):  # type: ignore[misc]
+    """Cosines and sines in the model's dtype, or in float32 where `rope_in_float32` says so."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.rope_in_float32:
+            x = torch.empty(0, dtype=torch.float32, device=x.device)
+        cos, sin = super().forward(x, position_ids)
+        return cos, sin
+
+
+class HubMoeMLP(DeepseekV2MLP):  # type: ignore[misc]
+    """SwiGLU block of dense layers and shared experts."""
+
+
+class HubMoeRouter(nn.Module):
+    """Scores tokens against experts and picks K of E; returns `(logits_TE, weight_TK, expert_TK)`, logits in float32."""
+
+    e_score_correction_bias: Tensor | None  # the balancing bias, float32; None where the choice does not use one
+
+    def __init__(self, config: HubMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.top_k = config.num_experts_per_tok
+        self.num_experts = config.n_routed_experts
+        self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
+        has_bias = config.topk_method == "noaux_tc"
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts) if has_bias else None)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_TD = hidden_states.view(-1, hidden_states.shape[-1])
+        logits_TE = nn.functional.linear(hidden_TD.float(), self.weight.float())
+        weight_TK, expert_TK = route_tokens(logits_TE, self.e_score_correction_bias, self.config)
+        return logits_TE, weight_TK, expert_TK
+
+
+class HubMoeExperts(DeepseekV3Experts):  # type: ignore[misc]
+    """Routed experts as two fused parameters, run by whichever experts implementation the config names."""
+
+
+class HubMoeMoE(DeepseekV3MoE):  # type: ignore[misc]
+    """Routed experts plus, where the config has any, shared experts."""
+
+    def __init__(self, config: HubMoeConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.experts = HubMoeExperts(config)
+        self.gate = HubMoeRouter(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = HubMoeMLP(config, intermediate_size=width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        _, weight_TK, expert_TK = self.gate(hidden_states)
+        hidden_TD = hidden_states.view(-1, hidden_states.shape[-1])
+        routed: Tensor = self.experts(hidden_TD, expert_TK, weight_TK).view(*hidden_states.shape)
+        return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
+
+
+class HubMoeAttention(DeepseekV3Attention):  # type: ignore[misc]
+    """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`)."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch_size, seq_length = hidden_states.shape[:-1]
+        if self.q_lora_rank is None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.view(batch_size, seq_length, -1, self.qk_head_dim).transpose(1, 2)
+        q_pass, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        # one "head" each, so that every cache class can hold them
+        latent = self.kv_a_layernorm(latent).view(batch_size, 1, seq_length, self.kv_lora_rank)
+        k_rot = k_rot.view(batch_size, 1, seq_length, self.qk_rope_head_dim)
+
+        rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
+        q_rot, k_rot = (part.to(query.dtype) for part in rotate(q_rot, k_rot, *position_embeddings))
+        if past_key_values is not None:
+            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+        key, value = self.expand_kv(latent, k_rot)
+
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            torch.cat((q_pass, q_rot), dim=-1),
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch_size, seq_length, -1).contiguous()), weights
+
+
+class HubMoeDecoderLayer(DeepseekV3DecoderLayer):  # type: ignore[misc]
+    """Attention and either a dense block or experts, as `HubMoeConfig.is_moe_layer` says."""
+
+    def __init__(self, config: HubMoeConfig, layer_idx: int, *, has_experts: bool | None = None) -> None:
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = HubMoeAttention(config, layer_idx)
+        if has_experts is None:
+            has_experts = config.is_moe_layer(layer_idx)
+        self.mlp = HubMoeMoE(config) if has_experts else HubMoeMLP(config)
+        self.input_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class HubMoeMtpLayer(HubMoeDecoderLayer):
+    """One multi-token-prediction depth (arXiv:2412.19437 section 2.2), its weights named as DeepSeek names them.
+
+    Embedding and head are the main model's. `shared_head.norm` ends the layer, and the normed state goes on to the next
+    depth, as in transformers' `MtpModel`.
+    """
+
+    def __init__(self, config: HubMoeConfig, depth: int) -> None:
+        # the layer index is the place in the MTP cache, which counts depths from 0
+        super().__init__(config, depth, has_experts=True)
+        self.enorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)})
+
+    def forward(self, inputs_embeds: Tensor, previous_hidden_state: Tensor, **kwargs: Any) -> Tensor:
+        """Hidden states of shape (B, L, D) from the next tokens' embeddings and the states one depth below."""
+        both = torch.cat([self.enorm(inputs_embeds), self.hnorm(previous_hidden_state)], dim=-1)
+        hidden: Tensor = self.shared_head["norm"](super().forward(self.eh_proj(both), **kwargs))
+        return hidden

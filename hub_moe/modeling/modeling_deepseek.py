@@ -1,0 +1,105 @@
+"""The first DeepSeekMoE (arXiv:2401.06066), which transformers 5 has no class for: Llama with HubMoe's experts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .causal_lm import MoeCausalLMMixin
+from .checkpoint import CheckpointMixin
+from .configuration_deepseek import DeepseekConfig
+from .layers import HubMoeExperts, HubMoeMoE, HubMoeRouter
+from .registration import register_model_classes
+
+
+class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+    """Llama attention, then a dense block or experts, as `DeepseekConfig.is_moe_layer` says."""
+
+    def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        if config.is_moe_layer(layer_idx):
+            self.mlp = HubMoeMoE(config)  # type: ignore[arg-type]
+
+
+class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):  # type: ignore[misc]
+    """What the DeepseekMoE models share: initialisation, recording, loading and saving."""
+
+    config: DeepseekConfig
+    config_class = DeepseekConfig
+    _no_split_modules = ["DeepseekDecoderLayer"]
+    _can_record_outputs = {
+        "hidden_states": DeepseekDecoderLayer,
+        "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(HubMoeRouter, index=0),
+        "router_indices": OutputRecorder(HubMoeRouter, index=2),
+    }
+
+    def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file's text; ours sits on the parent of HubMoeExperts
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, HubMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, HubMoeExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):  # type: ignore[misc]
+    """The DeepSeekMoE backbone: token ids to final hidden states."""
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        LlamaModel.__init__(self, config)
+        self.layers = nn.ModuleList(DeepseekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.post_init()
+
+
+class DeepseekForCausalLM(MoeCausalLMMixin, DeepseekPreTrainedModel, LlamaForCausalLM):  # type: ignore[misc]
+    """DeepSeekMoE with a language-model head and, in training, its balance loss."""
+
+    def __init__(self, config: DeepseekConfig) -> None:
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.model = DeepseekModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):  # type: ignore[misc]
+    """DeepSeekMoE with a classifier on the last token."""
+
+
+class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):  # type: ignore[misc]
+    """DeepSeekMoE with a classifier on every token."""
+
+
+AUTO_CLASSES = {
+    "AutoModel": "DeepseekModel",
+    "AutoModelForCausalLM": "DeepseekForCausalLM",
+    "AutoModelForSequenceClassification": "DeepseekForSequenceClassification",
+    "AutoModelForTokenClassification": "DeepseekForTokenClassification",
+}
+
+register_model_classes(DeepseekConfig, {auto: globals()[name] for auto, name in AUTO_CLASSES.items()})

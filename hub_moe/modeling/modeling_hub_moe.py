@@ -1,0 +1,180 @@
+"""The HubMoe models, registered with transformers' Auto classes.
+
+Shape letters: B batch, L sequence, D hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.generation import CandidateGenerator
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+    DeepseekV3ForCausalLM,
+    DeepseekV3Model,
+    DeepseekV3PreTrainedModel,
+    DeepseekV3RMSNorm,
+)
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..errors import ConfigError
+from .causal_lm import MoeCausalLMMixin, MtpOutput
+from .checkpoint import CheckpointMixin
+from .configuration_hub_moe import HubMoeConfig
+from .layers import (
+    HubMoeAttention,
+    HubMoeDecoderLayer,
+    HubMoeMtpLayer,
+    HubMoeRotaryEmbedding,
+    HubMoeRouter,
+)
+from .mtp import HubMoeCandidateGenerator
+from .registration import register_model_classes
+
+
+class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):  # type: ignore[misc]
+    """What every HubMoe model shares: initialisation, recording, loading and saving."""
+
+    config: HubMoeConfig
+    config_class = HubMoeConfig
+    _no_split_modules = ["HubMoeDecoderLayer", "HubMoeMtpLayer"]
+    _can_record_outputs = {
+        "hidden_states": HubMoeDecoderLayer,
+        "attentions": HubMoeAttention,
+        "router_logits": OutputRecorder(HubMoeRouter, index=0),
+        "router_indices": OutputRecorder(HubMoeRouter, index=2),
+    }
+    # DeepSeek ships copies of the embedding and the head inside its MTP layers
+    _keys_to_ignore_on_load_unexpected = [
+        r"layers\.\d+\.embed_tokens\.weight",
+        r"layers\.\d+\.shared_head\.head\.weight",
+        r"rotary_emb\.inv_freq",
+    ]
+
+    def __init__(self, config: HubMoeConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate()
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in this file's text; ours sits on the parent of HubMoeExperts
+        return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, HubMoeRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+
+
+class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):  # type: ignore[misc]
+    """The HubMoe backbone: token ids to final hidden states. It has no MTP layers; `HubMoeForCausalLM` adds them."""
+
+    def __init__(self, config: HubMoeConfig) -> None:
+        HubMoePreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(HubMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = HubMoeRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @property
+    def mtp_layers(self) -> nn.ModuleList:
+        """The MTP layers, behind the `num_hidden_layers` ordinary ones."""
+        return self.layers[self.config.num_hidden_layers :]
+
+    @capture_outputs  # type: ignore[misc]
+    def predict_ahead(
+        self,
+        inputs_embeds: Tensor,
+        last_hidden_state: Tensor,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> MtpOutput:
+        """Run the MTP layers over a whole sequence, each one token shorter than the last (training only, no cache).
+
+        Args:
+            inputs_embeds: Of the main model, (B, L, D).
+            last_hidden_state: Of the main model, after its final norm, (B, L, D).
+            position_ids: (B, L) or (1, L); None counts from 0.
+            attention_mask: (B, L), 0 for padding, or None.
+            kwargs: Only `output_router_logits` and `output_router_indices`, read by the recorder.
+        """
+        hidden = last_hidden_state
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ConfigError(
+                f"MTP layers train with an attention mask of shape (batch, tokens), not {tuple(attention_mask.shape)}; "
+                "set mtp_loss_coef=0 to train without them."
+            )
+        depths = []
+        for depth, layer in enumerate(self.mtp_layers, start=1):
+            if inputs_embeds.shape[1] <= depth:
+                break
+            embeds, positions = inputs_embeds[:, depth:], position_ids[:, depth:]
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=embeds,
+                attention_mask=None if attention_mask is None else attention_mask[:, depth:],
+                past_key_values=None,
+                position_ids=positions,
+            )
+            hidden = layer(
+                embeds,
+                hidden[:, :-1],
+                attention_mask=mask,
+                position_ids=positions,
+                position_embeddings=self.rotary_emb(embeds, positions),
+            )
+            depths.append(hidden)
+        return MtpOutput(depth_hidden_states=tuple(depths))
+
+
+class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCausalLM):  # type: ignore[misc]
+    """HubMoe with a language-model head, training losses and MTP layers."""
+
+    def __init__(self, config: HubMoeConfig) -> None:
+        HubMoePreTrainedModel.__init__(self, config)
+        self.model = HubMoeModel(config)
+        self.model.layers.extend(HubMoeMtpLayer(config, depth) for depth in range(config.num_mtp_layers))
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        """Draft with the MTP layers in memory; transformers would read them from disk again at every call."""
+        if generation_config.use_mtp:
+            return HubMoeCandidateGenerator(
+                self, generation_config, kwargs["model_kwargs"], kwargs.get("logits_processor")
+            )
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+
+class HubMoeForSequenceClassification(GenericForSequenceClassification, HubMoePreTrainedModel):  # type: ignore[misc]
+    """HubMoe with a classifier on the last token."""
+
+
+class HubMoeForTokenClassification(GenericForTokenClassification, HubMoePreTrainedModel):  # type: ignore[misc]
+    """HubMoe with a classifier on every token."""
+
+
+AUTO_CLASSES = {
+    "AutoModel": "HubMoeModel",
+    "AutoModelForCausalLM": "HubMoeForCausalLM",
+    "AutoModelForSequenceClassification": "HubMoeForSequenceClassification",
+    "AutoModelForTokenClassification": "HubMoeForTokenClassification",
+}
+
+register_model_classes(HubMoeConfig, {auto: globals()[name] for auto, name in AUTO_CLASSES.items()})
