@@ -5,13 +5,12 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -206,11 +205,8 @@ def _settle_mtp_layers(model: Any, stored: dict[str, StoredTensor]) -> None:
         model.config.num_mtp_layers = 0
     unread = sorted(index for index in in_file if index >= len(layers))
     if unread:
-        patterns = [rf"layers\.{index}\." for index in unread]
-        model._keys_to_ignore_on_load_unexpected = [
-            *model._keys_to_ignore_on_load_unexpected,
-            *patterns,
-        ]
+        patterns = {rf"layers\.{index}\." for index in unread}
+        model._keys_to_ignore_on_load_unexpected = model._keys_to_ignore_on_load_unexpected | patterns
 
 
 def _refuse_pickle(name_or_path: Any, subfolder: str) -> None:
@@ -222,8 +218,8 @@ def _refuse_pickle(name_or_path: Any, subfolder: str) -> None:
     for pickle in _PICKLES:
         if (folder / pickle).exists():
             raise CheckpointError(
-                f"{folder / pickle} is a pickle, which can run code when it is read; pass use_safetensors=False to load "
-                "it all the same."
+                f"{folder / pickle} is a pickle, which can run code when it is read; pass use_safetensors=False to "
+                "load it all the same."
             )
 
 

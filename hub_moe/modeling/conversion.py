@@ -102,7 +102,7 @@ class DequantizedTensor(DeferredTensor):
 
 
 class FuseExperts(ConversionOps):  # type: ignore[misc]
-    """Reads each expert's tensors once, straight into the layer's fused parameter of shape (E, sum of rows, columns)."""
+    """Reads each expert's tensors once, straight into the layer's fused parameter of shape (E, sum of rows, D)."""
 
     def convert(
         self,

@@ -43,7 +43,7 @@ class HubMoeMLP(DeepseekV2MLP):  # type: ignore[misc]
 
 
 class HubMoeRouter(nn.Module):
-    """Scores tokens against experts and picks K of E; returns `(logits_TE, weight_TK, expert_TK)`, logits in float32."""
+    """Scores tokens against experts, picks K of E and returns `(logits_TE, weight_TK, expert_TK)`, logits float32."""
 
     e_score_correction_bias: Tensor | None  # the balancing bias, float32; None where the choice does not use one
 

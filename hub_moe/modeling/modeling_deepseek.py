@@ -1,9 +1,8 @@
 """The first DeepSeekMoE (arXiv:2401.06066), which transformers 5 has no class for: Llama with HubMoe's experts."""
 
-from typing import Any
-
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -15,6 +14,8 @@ from transformers.models.llama.modeling_llama import (
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
 )
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -47,9 +48,10 @@ class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):  # type: i
         "router_indices": OutputRecorder(HubMoeRouter, index=2),
     }
 
-    def __init__(self, config: DeepseekConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: DeepseekConfig) -> None:
         config.validate()
-        super().__init__(config, *args, **kwargs)
+        # not super(): the stock model classes behind us would first build themselves
+        PreTrainedModel.__init__(self, config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -71,8 +73,14 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):  # type: ignore[misc]
     """The DeepSeekMoE backbone: token ids to final hidden states."""
 
     def __init__(self, config: DeepseekConfig) -> None:
-        LlamaModel.__init__(self, config)
+        DeepseekPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(DeepseekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
         self.post_init()
 
 

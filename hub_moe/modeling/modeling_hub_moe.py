@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import CandidateGenerator
 from transformers.masking_utils import create_causal_mask
@@ -56,9 +57,10 @@ class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):  # type
         r"rotary_emb\.inv_freq",
     ]
 
-    def __init__(self, config: HubMoeConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: HubMoeConfig) -> None:
         config.validate()
-        super().__init__(config, *args, **kwargs)
+        # not super(): the stock model classes behind us would first build themselves
+        PreTrainedModel.__init__(self, config)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
