@@ -26,7 +26,7 @@ from .routing import count_load
 
 
 @dataclass
-class HubMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):  # type: ignore[misc]
+class HubMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """`MoeCausalLMOutputWithPast` with HubMoe's losses, each unweighted and None where not computed.
 
     Args:
@@ -46,7 +46,7 @@ class HubMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):  # type: ignore[m
 
 
 @dataclass
-class MtpOutput(ModelOutput):  # type: ignore[misc]
+class MtpOutput(ModelOutput):
     """Final hidden states of each MTP layer, shapes (B, L - 1, D), (B, L - 2, D), ..., and what their routers did."""
 
     depth_hidden_states: tuple[Tensor, ...] = ()
@@ -63,7 +63,7 @@ class MoeCausalLMMixin:
     loss_function: Any
     training: bool
 
-    @can_return_tuple  # type: ignore[misc]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -83,12 +83,9 @@ class MoeCausalLMMixin:
         evaluation loss is the plain next-token loss.
         """
         returns_routing = kwargs.pop("output_router_logits", self.config.output_router_logits)
-        trains = self.training and labels is not None
-        recording = {}
-        if returns_routing or (trains and has_router_loss(self.config)):
-            recording = {"output_router_logits": True, "output_router_indices": True}
-        else:
-            recording = {"output_router_logits": False}
+        targets = labels if self.training else None
+        records = bool(returns_routing or (targets is not None and has_router_loss(self.config)))
+        recording = {"output_router_logits": records, "output_router_indices": records}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -107,19 +104,19 @@ class MoeCausalLMMixin:
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None) if returns_routing else None,
         )
-        ahead = None
         if labels is not None:
             result.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if trains and self.config.num_mtp_layers and self.config.mtp_loss_coef:
+        ahead = None
+        if targets is not None and self.config.num_mtp_layers and self.config.mtp_loss_coef:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             ahead = self.model.predict_ahead(
                 embeds, outputs.last_hidden_state, position_ids, attention_mask, **recording
             )
-            result.mtp_loss = self._mtp_loss(ahead, labels, position_ids, kwargs.get("num_items_in_batch"))
-        if recording.get("output_router_indices"):
+            result.mtp_loss = self._mtp_loss(ahead, targets, position_ids, kwargs.get("num_items_in_batch"))
+        if records:
             self._summarise_routing(result, outputs, ahead, attention_mask)
-        if trains:
-            result.loss = total_loss(result, self.config, labels, kwargs.get("num_items_in_batch"))
+        if targets is not None:
+            result.loss = total_loss(result, self.config, targets, kwargs.get("num_items_in_batch"))
         return result
 
     def _mtp_loss(

@@ -1,5 +1,6 @@
 """Loading and saving of HubMoe checkpoints: checked before they are read, whole once they have a name."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ from typing import Any, Self
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging
 
 from ..errors import CheckpointError
@@ -49,7 +52,8 @@ class CheckpointMixin:
             if kwargs.get("use_safetensors") is None:
                 _refuse_pickle(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
             kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
+        return model
 
     @staticmethod
     def _load_pretrained_model(
@@ -59,7 +63,7 @@ class CheckpointMixin:
         load_config: Any,
         **kwargs: Any,
     ) -> tuple[Any, Any]:
-        load = PreTrainedModel._load_pretrained_model
+        load: Callable[..., tuple[Any, Any]] = PreTrainedModel._load_pretrained_model
         is_safetensors = bool(checkpoint_files) and all(
             file.endswith(".safetensors") for file in checkpoint_files or ()
         )
@@ -69,6 +73,9 @@ class CheckpointMixin:
         _settle_mtp_layers(model, stored)
         check_experts(model, stored, check_shapes=not load_config.ignore_mismatched_sizes)
         is_shared_out = load_config.device_mesh is not None or is_deepspeed_zero3_enabled()
+        if not is_shared_out and _dequantizes_fp8(load_config.hf_quantizer):
+            # transformers' own dequantisation refuses matrices that 128 does not divide, which DeepSeek-V3 has
+            load_config = replace(load_config, hf_quantizer=None, weight_mapping=get_model_conversion_mapping(model))
         if is_shared_out or load_config.hf_quantizer is not None:
             return load(model, state_dict, checkpoint_files, load_config, **kwargs)
         return _load_directly(load, model, stored, checkpoint_files or [], load_config)
@@ -86,6 +93,11 @@ class CheckpointMixin:
             self.config.auto_map = write_remote_code(type(self), Path(folder))
             super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
             move_checkpoint(Path(folder), target)
+
+
+def _dequantizes_fp8(quantizer: Any) -> bool:
+    """Whether transformers chose, or the user asked, to turn an FP8 checkpoint into a plain model."""
+    return isinstance(quantizer, FineGrainedFP8HfQuantizer) and bool(quantizer.quantization_config.dequantize)
 
 
 def _load_directly(
@@ -221,6 +233,22 @@ def _refuse_pickle(name_or_path: Any, subfolder: str) -> None:
                 f"{folder / pickle} is a pickle, which can run code when it is read; pass use_safetensors=False to "
                 "load it all the same."
             )
+
+
+def find_weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint folder, by its index where it has one.
+
+    Raises:
+        CheckpointError: If there are none, or the index names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
+    return [str(folder / name) for name in names]
 
 
 def move_checkpoint(source: Path, target: Path) -> None:

@@ -6,10 +6,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import DeepseekV3Config, LlamaConfig
 
 from ..errors import ConfigError
+from .config_keys import drop_foreign_keys
 
 
 @strict
-class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
+class DeepseekConfig(LlamaConfig):
     """Configuration of deepseek-moe-16b and its relatives: Llama attention, softmax routing, shared experts.
 
     Only the fields that differ from `LlamaConfig` are listed; the defaults are those of DeepSeek's own file.
@@ -61,10 +62,9 @@ class DeepseekConfig(LlamaConfig):  # type: ignore[misc]
     mtp_loss_coef: ClassVar[float] = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # cluster and code keys of published files
-        for key in ("auto_map", "ep_size"):
-            kwargs.pop(key, None)
-        super().__post_init__(**kwargs)
+        cluster_keys = {"ep_size"}  # of published files
+        kwargs = {key: value for key, value in kwargs.items() if key not in cluster_keys}
+        super().__post_init__(**drop_foreign_keys(kwargs, DeepseekConfig))
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (from 0) holds routed experts."""

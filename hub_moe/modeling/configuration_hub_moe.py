@@ -3,16 +3,15 @@
 Letters used below: E routed experts, K experts per token, G groups.
 """
 
-import difflib
 import os
-from dataclasses import fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import DeepseekV2Config, DeepseekV3Config, GenerationConfig, PreTrainedConfig
+from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedConfig
 from transformers.utils import logging
 
 from ..errors import ConfigError, UnsupportedModelError
+from .config_keys import drop_foreign_keys, refuse_unknown_keys
 from .presets import PRESETS
 
 logger = logging.get_logger(__name__)
@@ -26,14 +25,6 @@ _CHOICES_OF_SCORING = {
 # Keys of published DeepSeek config.json files that describe their training cluster or the code beside them.
 _KEYS_WITHOUT_MEANING_HERE = {"auto_map", "ep_size"}
 
-# Keys that transformers itself reads, writes or derives although no dataclass declares them.
-_KEYS_OF_TRANSFORMERS = {
-    "attn_implementation", "auto_map", "compression_config", "distributed_config", "experts_implementation",
-    "fusion_config", "head_dim", "model_type", "name_or_path", "num_labels", "output_attentions", "per_layer_config",
-    "qk_head_dim", "quantization_config", "rope_scaling", "rope_theta", "tie_last_hidden_states", "torch_dtype",
-    "transformers_weights", "use_mtp",
-}  # fmt: skip
-
 # transformers types whose checkpoints HubMoe loads, and the stock config that supplies their defaults.
 _STOCK_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "deepseek_v2": DeepseekV2Config,
@@ -43,7 +34,7 @@ _STOCK_CONFIGS: dict[str, type[PreTrainedConfig]] = {
 
 
 @strict
-class HubMoeConfig(DeepseekV3Config):  # type: ignore[misc]
+class HubMoeConfig(DeepseekV3Config):
     """Configuration of a HubMoe model: multi-head latent attention, shared and fine-grained routed experts.
 
     Only the fields that differ from `DeepseekV3Config` are listed. `HubMoeConfig.from_pretrained` also reads native
@@ -115,9 +106,7 @@ class HubMoeConfig(DeepseekV3Config):  # type: ignore[misc]
         return translate_native_config(config_dict), kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = sorted(key for key in kwargs if not _is_known_key(key))
-        if unknown:
-            raise ConfigError(_unknown_key_message(unknown[0], "HubMoeConfig"))
+        refuse_unknown_keys(kwargs, HubMoeConfig)
         super().__post_init__(**kwargs)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
@@ -211,7 +200,7 @@ def translate_native_config(config_dict: dict[str, Any]) -> dict[str, Any]:
         known = ", ".join([HubMoeConfig.model_type, *_STOCK_CONFIGS])
         raise UnsupportedModelError(f"model_type {model_type!r} is not one HubMoe loads ({known}).")
     native = {key: value for key, value in config_dict.items() if key not in _KEYS_WITHOUT_MEANING_HERE}
-    native = _without_foreign_keys(native, model_type)
+    native = drop_foreign_keys(native, HubMoeConfig)
     stock_class = _STOCK_CONFIGS[model_type]
     translated = stock_class.from_dict({**native, "model_type": stock_class.model_type}).to_dict()
     if stock_class is DeepseekV2Config:
@@ -219,45 +208,3 @@ def translate_native_config(config_dict: dict[str, Any]) -> dict[str, Any]:
         translated["rope_in_float32"] = True
     translated.pop("transformers_version", None)
     return {**translated, "model_type": HubMoeConfig.model_type}
-
-
-def _without_foreign_keys(native: dict[str, Any], model_type: str) -> dict[str, Any]:
-    foreign = sorted(key for key in native if not _is_known_key(key) and not _is_legacy_key(key))
-    for key in foreign:
-        if _nearest_field(key, cutoff=0.85):
-            raise ConfigError(_unknown_key_message(key, f"config.json of type {model_type}"))
-    if foreign:
-        logger.warning(f"Ignored keys of the {model_type} config that HubMoe does not know: {', '.join(foreign)}.")
-    return {key: value for key, value in native.items() if _is_known_key(key)}
-
-
-def _known_fields() -> set[str]:
-    names = {field.name for field in fields(HubMoeConfig)}
-    return names | set(HubMoeConfig.attribute_map) | set(HubMoeConfig.attribute_map.values())
-
-
-def _is_known_key(key: str) -> bool:
-    return (
-        key.startswith("_")
-        or key in _known_fields()
-        or key in _KEYS_OF_TRANSFORMERS
-        or key in GenerationConfig._get_default_generation_params()
-    )
-
-
-def _is_legacy_key(key: str) -> bool:
-    """Keys that transformers 4 wrote into every config.json."""
-    return key in {"add_cross_attention", "bad_words_ids", "cross_attention_hidden_size", "finetuning_task",
-                   "is_decoder", "prefix", "pruned_heads", "sep_token_id", "decoder_start_token_id",
-                   "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class",
-                   "torchscript", "use_bfloat16", "begin_suppress_tokens", "suppress_tokens"}  # fmt: skip
-
-
-def _nearest_field(key: str, cutoff: float) -> str | None:
-    return next(iter(difflib.get_close_matches(key, sorted(_known_fields()), n=1, cutoff=cutoff)), None)
-
-
-def _unknown_key_message(key: str, where: str) -> str:
-    nearest = _nearest_field(key, cutoff=0.6)
-    hint = f"; did you mean {nearest!r}?" if nearest else "; see help(HubMoeConfig) for its fields."
-    return f"Unknown key {key!r} in {where}{hint}"

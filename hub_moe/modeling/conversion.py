@@ -101,7 +101,7 @@ class DequantizedTensor(DeferredTensor):
         return loaded
 
 
-class FuseExperts(ConversionOps):  # type: ignore[misc]
+class FuseExperts(ConversionOps):
     """Reads each expert's tensors once, straight into the layer's fused parameter of shape (E, sum of rows, D)."""
 
     def convert(

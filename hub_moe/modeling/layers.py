@@ -28,7 +28,7 @@ from .configuration_hub_moe import HubMoeConfig
 from .routing import route_tokens
 
 
-class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):  # type: ignore[misc]
+class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):
     """Cosines and sines in the model's dtype, or in float32 where `rope_in_float32` says so."""
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):  # type: ignore[misc]
         return cos, sin
 
 
-class HubMoeMLP(DeepseekV2MLP):  # type: ignore[misc]
+class HubMoeMLP(DeepseekV2MLP):
     """SwiGLU block of dense layers and shared experts."""
 
 
@@ -63,11 +63,11 @@ class HubMoeRouter(nn.Module):
         return logits_TE, weight_TK, expert_TK
 
 
-class HubMoeExperts(DeepseekV3Experts):  # type: ignore[misc]
+class HubMoeExperts(DeepseekV3Experts):
     """Routed experts as two fused parameters, run by whichever experts implementation the config names."""
 
 
-class HubMoeMoE(DeepseekV3MoE):  # type: ignore[misc]
+class HubMoeMoE(DeepseekV3MoE):
     """Routed experts plus, where the config has any, shared experts."""
 
     def __init__(self, config: HubMoeConfig) -> None:
@@ -87,7 +87,7 @@ class HubMoeMoE(DeepseekV3MoE):  # type: ignore[misc]
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
 
-class HubMoeAttention(DeepseekV3Attention):  # type: ignore[misc]
+class HubMoeAttention(DeepseekV3Attention):
     """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`)."""
 
     def forward(
@@ -132,7 +132,7 @@ class HubMoeAttention(DeepseekV3Attention):  # type: ignore[misc]
         return self.o_proj(output.reshape(batch_size, seq_length, -1).contiguous()), weights
 
 
-class HubMoeDecoderLayer(DeepseekV3DecoderLayer):  # type: ignore[misc]
+class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
     """Attention and either a dense block or experts, as `HubMoeConfig.is_moe_layer` says."""
 
     def __init__(self, config: HubMoeConfig, layer_idx: int, *, has_experts: bool | None = None) -> None:

@@ -26,16 +26,16 @@ from .layers import HubMoeExperts, HubMoeMoE, HubMoeRouter
 from .registration import register_model_classes
 
 
-class DeepseekDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
+class DeepseekDecoderLayer(LlamaDecoderLayer):
     """Llama attention, then a dense block or experts, as `DeepseekConfig.is_moe_layer` says."""
 
     def __init__(self, config: DeepseekConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.is_moe_layer(layer_idx):
-            self.mlp = HubMoeMoE(config)  # type: ignore[arg-type]
+            self.mlp = HubMoeMoE(config)
 
 
-class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):  # type: ignore[misc]
+class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
     """What the DeepseekMoE models share: initialisation, recording, loading and saving."""
 
     config: DeepseekConfig
@@ -69,7 +69,7 @@ class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):  # type: i
             init.normal_(module.down_proj, mean=0.0, std=std)
 
 
-class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):  # type: ignore[misc]
+class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):
     """The DeepSeekMoE backbone: token ids to final hidden states."""
 
     def __init__(self, config: DeepseekConfig) -> None:
@@ -84,7 +84,7 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):  # type: ignore[misc]
         self.post_init()
 
 
-class DeepseekForCausalLM(MoeCausalLMMixin, DeepseekPreTrainedModel, LlamaForCausalLM):  # type: ignore[misc]
+class DeepseekForCausalLM(MoeCausalLMMixin, DeepseekPreTrainedModel, LlamaForCausalLM):
     """DeepSeekMoE with a language-model head and, in training, its balance loss."""
 
     def __init__(self, config: DeepseekConfig) -> None:
@@ -95,11 +95,11 @@ class DeepseekForCausalLM(MoeCausalLMMixin, DeepseekPreTrainedModel, LlamaForCau
         self.post_init()
 
 
-class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):  # type: ignore[misc]
+class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
     """DeepSeekMoE with a classifier on the last token."""
 
 
-class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):  # type: ignore[misc]
+class DeepseekForTokenClassification(GenericForTokenClassification, DeepseekPreTrainedModel):
     """DeepSeekMoE with a classifier on every token."""
 
 

@@ -38,7 +38,7 @@ from .mtp import HubMoeCandidateGenerator
 from .registration import register_model_classes
 
 
-class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):  # type: ignore[misc]
+class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):
     """What every HubMoe model shares: initialisation, recording, loading and saving."""
 
     config: HubMoeConfig
@@ -76,7 +76,7 @@ class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):  # type
                 init.zeros_(module.e_score_correction_bias)
 
 
-class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):  # type: ignore[misc]
+class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
     """The HubMoe backbone: token ids to final hidden states. It has no MTP layers; `HubMoeForCausalLM` adds them."""
 
     def __init__(self, config: HubMoeConfig) -> None:
@@ -95,7 +95,7 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):  # type: ignore[misc]
         """The MTP layers, behind the `num_hidden_layers` ordinary ones."""
         return self.layers[self.config.num_hidden_layers :]
 
-    @capture_outputs  # type: ignore[misc]
+    @capture_outputs
     def predict_ahead(
         self,
         inputs_embeds: Tensor,
@@ -144,7 +144,7 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):  # type: ignore[misc]
         return MtpOutput(depth_hidden_states=tuple(depths))
 
 
-class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCausalLM):  # type: ignore[misc]
+class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCausalLM):
     """HubMoe with a language-model head, training losses and MTP layers."""
 
     def __init__(self, config: HubMoeConfig) -> None:
@@ -164,11 +164,11 @@ class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCa
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
 
-class HubMoeForSequenceClassification(GenericForSequenceClassification, HubMoePreTrainedModel):  # type: ignore[misc]
+class HubMoeForSequenceClassification(GenericForSequenceClassification, HubMoePreTrainedModel):
     """HubMoe with a classifier on the last token."""
 
 
-class HubMoeForTokenClassification(GenericForTokenClassification, HubMoePreTrainedModel):  # type: ignore[misc]
+class HubMoeForTokenClassification(GenericForTokenClassification, HubMoePreTrainedModel):
     """HubMoe with a classifier on every token."""
 
 

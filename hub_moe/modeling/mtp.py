@@ -12,7 +12,7 @@ from transformers.modeling_layers import MtpModel
 from ..errors import GenerationError
 
 
-class InMemoryMtpModel(MtpModel):  # type: ignore[misc]
+class InMemoryMtpModel(MtpModel):
     """transformers' MTP drafting over the MTP layers of `main_model`, sharing every weight and copying none."""
 
     def __init__(self, main_model: PreTrainedModel) -> None:
@@ -26,7 +26,7 @@ class InMemoryMtpModel(MtpModel):  # type: ignore[misc]
         self.eval()
 
 
-class HubMoeCandidateGenerator(MTPCandidateGenerator):  # type: ignore[misc]
+class HubMoeCandidateGenerator(MTPCandidateGenerator):
     """Drafts one token per MTP layer.
 
     Raises:

@@ -39,8 +39,8 @@ def route_tokens(logits_TE: Tensor, bias_E: Tensor | None, config: HubMoeConfig)
 def score_experts(logits_TE: Tensor, scoring_func: str) -> Tensor:
     """Affinity of each token to each expert, float32, in (0, 1)."""
     if scoring_func == "softmax":
-        return logits_TE.softmax(dim=-1, dtype=torch.float32)
-    return logits_TE.sigmoid()
+        return torch.softmax(logits_TE, dim=-1, dtype=torch.float32)
+    return torch.sigmoid(logits_TE)
 
 
 def count_load(expert_TK: Tensor, num_experts: int, mask_T: Tensor | None = None) -> Tensor:
@@ -57,7 +57,7 @@ def _keep_best_groups(scores_TE: Tensor, config: HubMoeConfig, *, experts_ranked
 
     A group is worth the sum of its best `experts_ranked` experts.
     """
-    scores_TGx = scores_TE.unflatten(-1, (config.n_group, -1))
+    scores_TGx: Tensor = scores_TE.unflatten(-1, (config.n_group, -1))
     group_TG = scores_TGx.topk(experts_ranked, dim=-1).values.sum(dim=-1)
     kept_Tg = torch.topk(group_TG, k=config.topk_group, dim=-1, sorted=False).indices
     is_dropped_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter(-1, kept_Tg, False)
@@ -71,4 +71,5 @@ def _scale_weights(weight_TK: Tensor, config: HubMoeConfig) -> Tensor:
         weight_TK = weight_TK / (weight_TK.sum(dim=-1, keepdim=True) + 1e-20)
         if config.scoring_func == "softmax":
             return weight_TK
-    return weight_TK * config.routed_scaling_factor
+    scale: float = config.routed_scaling_factor
+    return weight_TK * scale

@@ -63,7 +63,7 @@ class StoredTensor:
     def _fill(self, tensor: Tensor) -> None:
         if not self.size_bytes:
             return
-        view = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        view = bytes_of(tensor)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset)
             done = 0
@@ -72,6 +72,11 @@ class StoredTensor:
                 if not count:
                     raise CheckpointError(f"{self.path} ended while tensor {self.name!r} was read.")
                 done += count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_headers(paths: Iterable[str]) -> dict[str, StoredTensor]:
