@@ -159,8 +159,6 @@ class HubMoeConfig(DeepseekV3Config):
                 f"num_key_value_heads={self.num_key_value_heads} must equal "
                 f"num_attention_heads={self.num_attention_heads}: latent attention has one key per head."
             )
-        if self.qk_rope_head_dim % 2:
-            raise ConfigError(f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: rotation works on pairs.")
         floors = {
             "first_k_dense_replace": 0,
             "moe_layer_freq": 1,

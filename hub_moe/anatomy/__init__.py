@@ -1,0 +1,16 @@
+"""Where the experts of a transformers MoE are and what the model costs: the one place that knows families."""
+
+from .footprint import Footprint, measure_footprint
+from .moe_layers import MoeLayer, find_moe_layers
+from .parameters import KINDS, Kind, SortedParameter, sort_parameters
+
+__all__ = [
+    "KINDS",
+    "Footprint",
+    "Kind",
+    "MoeLayer",
+    "SortedParameter",
+    "find_moe_layers",
+    "measure_footprint",
+    "sort_parameters",
+]
