@@ -49,7 +49,7 @@ class HubMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
 class MtpOutput(ModelOutput):
     """Final hidden states of each MTP layer, shapes (B, L - 1, D), (B, L - 2, D), ..., and what their routers did."""
 
-    depth_hidden_states: tuple[Tensor, ...] = ()
+    depth_hidden_states: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
     router_indices: tuple[Tensor, ...] | None = None
 
@@ -112,7 +112,9 @@ class MoeCausalLMMixin:
             ahead = self.model.predict_ahead(
                 embeds, outputs.last_hidden_state, position_ids, attention_mask, **recording
             )
-            result.mtp_loss = self._mtp_loss(ahead, targets, position_ids, kwargs.get("num_items_in_batch"))
+            result.mtp_loss = self._mtp_loss(
+                ahead, targets, attention_mask, position_ids, num_items=kwargs.get("num_items_in_batch")
+            )
         if records:
             self._summarise_routing(result, outputs, ahead, attention_mask)
         if targets is not None:
@@ -123,13 +125,15 @@ class MoeCausalLMMixin:
         self,
         ahead: MtpOutput,
         labels: Tensor,
+        attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        *,
         num_items: Tensor | int | None,
     ) -> Tensor:
         """Mean over depths of each depth's cross-entropy (arXiv:2412.19437 eq. 24 and 25, without lambda)."""
         losses = []
-        for depth, hidden in enumerate(ahead.depth_hidden_states, start=1):
-            targets = shift_labels_ahead(labels, position_ids, steps=depth + 1)
+        for depth, hidden in enumerate(ahead.depth_hidden_states or (), start=1):
+            targets = shift_labels_ahead(labels, attention_mask, position_ids, steps=depth + 1)
             count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
             losses.append(
                 self.loss_function(
@@ -140,7 +144,7 @@ class MoeCausalLMMixin:
                     num_items_in_batch=count,
                 )
             )
-        return torch.stack(losses).mean() if losses else labels.new_zeros((), dtype=torch.float32)
+        return torch.stack(losses).mean() if losses else torch.zeros((), device=self.lm_head.weight.device)
 
     def _summarise_routing(
         self,

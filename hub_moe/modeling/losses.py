@@ -66,14 +66,16 @@ def router_z_loss(logits_BLE: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def shift_labels_ahead(
-    labels_BL: Tensor, position_ids_BL: Tensor | None, *, steps: int, ignore_index: int = -100
+    labels_BL: Tensor, mask_BL: Tensor | None, position_ids_BL: Tensor | None, *, steps: int, ignore_index: int = -100
 ) -> Tensor:
     """Labels that position i has to predict `steps` tokens ahead, of shape (B, L - steps + 1).
 
-    The last column, and every label that lies in another packed document than its position, is `ignore_index`.
-    Documents are told apart by `position_ids_BL` starting anew; without it each row is one document.
+    `ignore_index` stands in the last column, where position i is padding, and where the label lies in another packed
+    document. Documents are told apart by `position_ids_BL` starting anew; without it each row is one document.
     """
     ahead_BL = labels_BL[:, steps:]
+    if mask_BL is not None:
+        ahead_BL = ahead_BL.masked_fill(mask_BL[:, : ahead_BL.shape[1]] == 0, ignore_index)
     if position_ids_BL is not None:
         distance_BL = position_ids_BL[:, steps:] - position_ids_BL[:, :-steps]
         ahead_BL = ahead_BL.masked_fill(distance_BL != steps, ignore_index)
