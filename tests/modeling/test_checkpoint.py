@@ -162,7 +162,7 @@ def test_saving_again_replaces_the_old_shards(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_killed_save_leaves_nothing_that_looks_complete(tmp_path):
-    """A process saves over and over and is killed at some moment; what is there afterwards loads, or is no checkpoint."""
+    """A process saves over and over and is killed at some moment: what is left loads, or is no checkpoint."""
     code = f"""
 import torch
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
