@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -84,7 +84,7 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):
         self.post_init()
 
 
-class DeepseekForCausalLM(MoeCausalLMMixin, DeepseekPreTrainedModel, LlamaForCausalLM):
+class DeepseekForCausalLM(MoeCausalLMMixin, DeepseekPreTrainedModel, LlamaForCausalLM, GenerationMixin):
     """DeepSeekMoE with a language-model head and, in training, its balance loss."""
 
     def __init__(self, config: DeepseekConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.generation import CandidateGenerator
 from transformers.masking_utils import create_causal_mask
@@ -61,6 +61,8 @@ class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):
         config.validate()
         # not super(): the stock model classes behind us would first build themselves
         PreTrainedModel.__init__(self, config)
+        if config.topk_method != "noaux_tc":
+            self._keep_in_fp32_modules_strict = []  # no balancing bias to keep
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -144,7 +146,7 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
         return MtpOutput(depth_hidden_states=tuple(depths))
 
 
-class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCausalLM):
+class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCausalLM, GenerationMixin):
     """HubMoe with a language-model head, training losses and MTP layers."""
 
     def __init__(self, config: HubMoeConfig) -> None:
