@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils import logging
 
 from ..errors import CheckpointError
-from .conversion import SCALE_SUFFIX, defer_tensors, read_experts_directly
+from .conversion import SCALE_SUFFIX, defer_tensors, fuse_experts_by_name, read_experts_directly
 from .remote_code import write_remote_code
 from .safetensors_files import StoredTensor, read_headers
 
@@ -48,10 +48,10 @@ class CheckpointMixin:
         Raises:
             CheckpointError: If the checkpoint is truncated, holds only pickles, or its experts do not match its config.
         """
-        if kwargs.get("state_dict") is None and not kwargs.get("gguf_file"):
-            if kwargs.get("use_safetensors") is None:
-                _refuse_pickle(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-            kwargs.setdefault("use_safetensors", True)
+        reads_files = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
+        if reads_files and kwargs.get("use_safetensors") is None:
+            _refuse_pickle(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            kwargs["use_safetensors"] = True
         model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
         return model
 
@@ -79,6 +79,10 @@ class CheckpointMixin:
         if is_shared_out or load_config.hf_quantizer is not None:
             return load(model, state_dict, checkpoint_files, load_config, **kwargs)
         return _load_directly(load, model, stored, checkpoint_files or [], load_config)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See `torch.nn.Module.load_state_dict`; takes experts by their names on disk as well as fused."""
+        return super().load_state_dict(fuse_experts_by_name(state_dict), strict=strict, assign=assign)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """See `transformers.PreTrainedModel.save_pretrained`; also writes the code that loads it without hub_moe."""
@@ -127,7 +131,7 @@ def _load_directly(
 def check_experts(model: Any, stored: dict[str, StoredTensor], *, check_shapes: bool = True) -> None:
     """Compare the expert tensors in a checkpoint with those the model expects.
 
-    Files that hold fused experts, or none under a known name, are left to transformers' own report.
+    Files that hold fused experts, or no layers at all, are left to transformers' own report.
 
     Raises:
         CheckpointError: Naming the first tensor that is missing, superfluous or misshapen.
@@ -136,9 +140,10 @@ def check_experts(model: Any, stored: dict[str, StoredTensor], *, check_shapes: 
     for name, tensor in stored.items():
         if match := _EXPERT.search(name):
             found[int(match[1])][int(match[2]), match[3]] = tensor
-    if not found:
-        return
     expected = _expected_shapes(model)
+    has_layers = any(f"layers.{layer}." in name for layer in expected for name in stored)
+    if not found and (not has_layers or any(".experts." in name for name in stored)):
+        return
     for layer, tensors in sorted(found.items()):
         if layer in expected:
             continue

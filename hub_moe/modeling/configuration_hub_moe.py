@@ -32,6 +32,9 @@ _STOCK_CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "kimi_k2": DeepseekV3Config,
 }
 
+# every model type whose checkpoints HubMoe loads
+LOADABLE_TYPES = ("hub_moe", *_STOCK_CONFIGS)
+
 
 @strict
 class HubMoeConfig(DeepseekV3Config):
@@ -195,8 +198,7 @@ def translate_native_config(config_dict: dict[str, Any]) -> dict[str, Any]:
     if model_type == HubMoeConfig.model_type:
         return config_dict
     if model_type not in _STOCK_CONFIGS:
-        known = ", ".join([HubMoeConfig.model_type, *_STOCK_CONFIGS])
-        raise UnsupportedModelError(f"model_type {model_type!r} is not one HubMoe loads ({known}).")
+        raise UnsupportedModelError(f"model_type {model_type!r} is not one HubMoe loads ({', '.join(LOADABLE_TYPES)}).")
     native = {key: value for key, value in config_dict.items() if key not in _KEYS_WITHOUT_MEANING_HERE}
     native = drop_foreign_keys(native, HubMoeConfig)
     stock_class = _STOCK_CONFIGS[model_type]

@@ -4,7 +4,9 @@ On disk every expert has its own tensors; in memory a layer's experts are two fu
 Shape letters: E routed experts, F expert inner, D hidden.
 """
 
-from collections.abc import Iterable
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +22,44 @@ from ..errors import CheckpointError
 from .safetensors_files import FP8_DTYPES, StoredTensor
 
 SCALE_SUFFIX = "_scale_inv"
+_ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
 
 
 def register_conversion(model_type: str) -> None:
     """Store `model_type` with per-expert names, as transformers stores deepseek_v3."""
     if get_checkpoint_conversion_mapping(model_type) is None:
         register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("deepseek_v3"))
+
+
+def fuse_experts_by_name(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` with the per-expert tensors of each layer fused, as the modules hold them.
+
+    transformers' `Trainer` resumes by `load_state_dict` of the files it saved, whose per-expert names no module has;
+    it would go on with whatever experts the model was built with.
+
+    Raises:
+        CheckpointError: If a layer lacks a projection of an expert.
+    """
+    fused: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for name, tensor in state_dict.items():
+        if match := _ONE_EXPERT.match(name):
+            layers[match[1]][match[3]][int(match[2])] = tensor
+        else:
+            fused[name] = tensor
+    for prefix, experts in layers.items():
+        count = 1 + max(max(tensors) for tensors in experts.values())
+        for projection in ("gate", "up", "down"):
+            for expert in range(count):
+                if expert not in experts[projection]:
+                    raise CheckpointError(f"The state dict lacks '{prefix}.{expert}.{projection}_proj.weight'.")
+        gate, up, down = (
+            torch.stack([experts[projection][expert] for expert in range(count)])
+            for projection in ("gate", "up", "down")
+        )
+        fused[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        fused[f"{prefix}.down_proj"] = down
+    return fused
 
 
 def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

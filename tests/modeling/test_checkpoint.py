@@ -83,6 +83,16 @@ def test_missing_expert_is_named(saved):
         HubMoeForCausalLM.from_pretrained(saved)
 
 
+def test_checkpoint_without_any_expert_is_refused(saved):
+    def strip(tensors):
+        for name in [name for name in tensors if ".experts." in name]:
+            del tensors[name]
+
+    _edit_tensors(saved, strip)
+    with pytest.raises(CheckpointError, match=r"lacks 'layers\.1\.mlp\.experts\.0\.gate_proj\.weight'"):
+        HubMoeForCausalLM.from_pretrained(saved)
+
+
 def test_superfluous_expert_is_named(saved):
     def add(tensors):
         tensors["model.layers.1.mlp.experts.8.up_proj.weight"] = torch.zeros(16, 32)

@@ -1,0 +1,144 @@
+"""Loading a native per-expert bf16 checkpoint of 1 to 1.5 GB: HubMoe against transformers' deepseek_v3.
+
+    python evals/speed/loading.py [--rounds 5] [--fp8]
+
+Each load is a fresh process with a warm page cache. Time is that of `from_pretrained`; memory is the peak resident size
+above what the imports took, file pages included. With `--fp8` the same model as a 128x128-block FP8 checkpoint in
+shards: the peak above the finished model may be at most the largest shard.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from rounds import measure_in_turns, median_ratio, report
+
+SHAPE = {
+    "vocab_size": 32000,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "moe_intermediate_size": 512,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "qk_nope_head_dim": 128,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_mtp_layers": 0,
+}
+SHARD_BYTES = 200 * 2**20
+
+
+def make_checkpoint(folder: Path) -> None:
+    """A random native checkpoint; its size does not depend on the values."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**SHAPE)).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
+
+
+def quantize_checkpoint(source: Path, target: Path) -> None:
+    """The checkpoint with every projection in FP8 blocks, shard by shard."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target.mkdir()
+    for file in sorted(source.glob("*.safetensors")):
+        tensors = {}
+        for name, weight in load_file(file).items():
+            tensors[name] = weight
+            if name.endswith(("_proj.weight", "_with_mqa.weight")):
+                blocks = tuple(-(-side // 128) for side in weight.shape)
+                tensors[name] = (weight.float() / 0.001).clamp(-448, 448).to(torch.float8_e4m3fn)
+                tensors[name + "_scale_inv"] = torch.full(blocks, 0.001)
+        save_file(tensors, target / file.name, metadata={"format": "pt"})
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    scales = {f"{name}_scale_inv": file for name, file in index["weight_map"].items() if "_proj" in name}
+    index["weight_map"].update(scales)
+    (target / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` or its high-water mark `VmHWM` of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def load_once(class_name: str, folder: str) -> None:
+    """Load and print time, peak and final memory, above what the imports took."""
+    import torch
+    import transformers
+
+    import hub_moe.modeling
+
+    transformers.logging.disable_progress_bar()
+    model_class = getattr(hub_moe.modeling, class_name, None) or getattr(transformers, class_name)
+    torch.ones(2, 2) @ torch.ones(2, 2)  # starts the thread pool
+    before = resident_bytes("VmRSS")
+    start = time.perf_counter()
+    model = model_class.from_pretrained(folder)
+    seconds = time.perf_counter() - start
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    print(json.dumps({"time_s": seconds, "peak_bytes": resident_bytes("VmHWM") - before, "model_bytes": size}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fp8", action="store_true", help="measure the memory of dequantising while loading instead")
+    parser.add_argument("--load", nargs=2, metavar=("CLASS", "DIR"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.load:
+        load_once(*arguments.load)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        native = Path(scratch) / "native"
+        make_checkpoint(native)
+        if arguments.fp8:
+            measure_fp8(native, Path(scratch) / "fp8", arguments.rounds)
+        else:
+            measure_native(native, arguments.rounds)
+
+
+def measure_native(native: Path, rounds: int) -> None:
+    """Time and memory against the stock class."""
+    size = sum(file.stat().st_size for file in native.glob("*.safetensors"))
+    programs = {
+        name: [os.path.abspath(__file__), "--load", name, str(native)]
+        for name in ("HubMoeForCausalLM", "DeepseekV3ForCausalLM")
+    }
+    figures = measure_in_turns(programs, rounds=rounds)
+    ours, stock = figures["HubMoeForCausalLM"], figures["DeepseekV3ForCausalLM"]
+    ratios = {key: median_ratio(ours, stock, key) for key in ("time_s", "peak_bytes")}
+    report("loading", ratios, {"time_s": 1.1, "peak_bytes": 1.1}, checkpoint_bytes=size, figures=figures)
+
+
+def measure_fp8(native: Path, quantized: Path, rounds: int) -> None:
+    """Memory above the finished model, in shards."""
+    quantize_checkpoint(native, quantized)
+    shard = max(file.stat().st_size for file in quantized.glob("*.safetensors"))
+    programs = {"fp8": [os.path.abspath(__file__), "--load", "HubMoeForCausalLM", str(quantized)]}
+    figures = measure_in_turns(programs, rounds=rounds)["fp8"]
+    above = max(figure["peak_bytes"] - figure["model_bytes"] for figure in figures)
+    report("loading-fp8", {"peak_above_model_in_shards": above / shard}, {"peak_above_model_in_shards": 1.0},
+           shard_bytes=shard, figures=figures)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
