@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-unit check golden clean
+.PHONY: install demo test test-unit test-network check golden clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hub_moe needs Python 3.11 or newer: make PYTHON=python3.13 ...")'
 	@echo "Installing hub_moe into $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -e '.[plot,test]'
 	@touch $@
+
+install: $(VENV)/.installed  ## only build .venv
 
 demo: $(VENV)/.installed  ## train, evaluate, save, reload and report a small model, offline
 	$(BIN)/hub-moe demo
@@ -20,6 +23,9 @@ test: $(VENV)/.installed  ## every test
 
 test-unit: $(VENV)/.installed  ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-network: $(VENV)/.installed  ## the tests that need the public Hub
+	$(BIN)/python -m pytest -m network
 
 check: $(VENV)/.installed  ## format, lint and types, as CI runs them
 	$(BIN)/ruff format --check .

@@ -15,11 +15,13 @@ from transformers.utils import can_return_tuple
 
 from .layers import HubMoeMoE
 from .losses import (
+    ROUTER_LOSS_WEIGHTS,
     has_router_loss,
     router_losses,
     shift_labels_ahead,
     token_mask,
     total_loss,
+    warn_of_detached_router,
     zip_layers,
 )
 from .routing import count_load
@@ -160,11 +162,10 @@ class MoeCausalLMMixin:
             for depth, (logits, chosen) in enumerate(zip_layers(ahead), start=1):
                 layers.append((logits, chosen, mask_BL[:, depth:]))
         gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, HubMoeMoE)]
-        losses = [
-            router_losses(*layer, config=self.config, is_trained=self.training and gate.weight.requires_grad)
-            for layer, gate in zip(layers, gates, strict=False)
-        ]
-        for name in ("aux_loss", "device_aux_loss", "z_loss"):
+        for (logits, _, _), gate in zip(layers, gates, strict=False):
+            warn_of_detached_router(logits, self.config, is_trained=self.training and gate.weight.requires_grad)
+        losses = [router_losses(*layer, self.config) for layer in layers]
+        for name in ROUTER_LOSS_WEIGHTS:
             values = [loss[name] for loss in losses if name in loss]
             if values:
                 setattr(

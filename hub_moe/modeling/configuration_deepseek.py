@@ -24,7 +24,9 @@ class DeepseekConfig(LlamaConfig):
         seq_aux: Balance within each sequence rather than over the whole batch.
 
     Raises:
-        ConfigError: For fields that contradict each other.
+        ConfigError: For a misspelt key.
+        StrictDataclassError: From huggingface_hub, for a wrong type, or around the ConfigError that names fields which
+            contradict each other.
     """
 
     model_type = "deepseek"

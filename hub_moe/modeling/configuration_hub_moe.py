@@ -66,7 +66,9 @@ class HubMoeConfig(DeepseekV3Config):
         mtp_loss_coef: Weight of the MTP loss (lambda in arXiv:2412.19437 eq. 25).
 
     Raises:
-        ConfigError: For an unknown key or fields that contradict each other.
+        ConfigError: For an unknown key.
+        StrictDataclassError: From huggingface_hub, for a wrong type, or around the ConfigError that names fields which
+            contradict each other.
     """
 
     model_type = "hub_moe"

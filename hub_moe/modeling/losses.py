@@ -8,10 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
-from ..errors import ConfigError
 from .configuration_hub_moe import HubMoeConfig
 from .routing import score_experts
+
+logger = logging.get_logger(__name__)
+
+# output of a loss -> field of its weight
+ROUTER_LOSS_WEIGHTS = {
+    "aux_loss": "aux_loss_alpha",
+    "device_aux_loss": "device_aux_loss_alpha",
+    "z_loss": "router_z_loss_coef",
+}
 
 
 def balance_losses(
@@ -84,20 +93,11 @@ def shift_labels_ahead(
 
 def has_router_loss(config: HubMoeConfig) -> bool:
     """Whether training adds a loss on the router."""
-    return bool(config.aux_loss_alpha or config.device_aux_loss_alpha or config.router_z_loss_coef)
+    return any(getattr(config, field) for field in ROUTER_LOSS_WEIGHTS.values())
 
 
-def router_losses(
-    logits_TE: Tensor, expert_TK: Tensor, mask_BL: Tensor, *, config: HubMoeConfig, is_trained: bool
-) -> dict[str, Tensor]:
-    """The unweighted router losses of one layer: `aux_loss`, `z_loss`, and with a weight `device_aux_loss`.
-
-    Raises:
-        ConfigError: If the router `is_trained` but its logits carry no gradient, as under reentrant gradient
-            checkpointing, which would cut the losses off silently.
-    """
-    if is_trained and torch.is_grad_enabled() and has_router_loss(config) and not logits_TE.requires_grad:
-        _refuse_detached_router(config)
+def router_losses(logits_TE: Tensor, expert_TK: Tensor, mask_BL: Tensor, config: HubMoeConfig) -> dict[str, Tensor]:
+    """The unweighted router losses of one layer: `aux_loss`, `z_loss`, and with a weight `device_aux_loss`."""
     logits_BLE = logits_TE.view(*mask_BL.shape, -1)
     mask_BL = mask_BL.to(logits_TE.device)
     expert_loss, device_loss = balance_losses(
@@ -112,6 +112,18 @@ def router_losses(
     return losses if device_loss is None else {**losses, "device_aux_loss": device_loss}
 
 
+def warn_of_detached_router(logits_TE: Tensor, config: HubMoeConfig, *, is_trained: bool) -> None:
+    """Say aloud, once, that a router loss has a weight and cannot work: its logits carry no gradient."""
+    if not (is_trained and torch.is_grad_enabled() and has_router_loss(config)) or logits_TE.requires_grad:
+        return
+    weights = {name: getattr(config, name) for name in ROUTER_LOSS_WEIGHTS.values()}
+    used = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
+    logger.warning_once(
+        f"{used} cannot reach the router, whose logits carry no gradient: training goes on WITHOUT this loss. Use "
+        "activation_checkpointing_kwargs={'use_reentrant': False}, or set the weight to 0."
+    )
+
+
 def total_loss(result: Any, config: HubMoeConfig, labels_BL: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """`result.loss` plus its router and MTP losses, weighted.
 
@@ -124,13 +136,8 @@ def total_loss(result: Any, config: HubMoeConfig, labels_BL: Tensor, num_items_i
     loss: Tensor = result.loss
     if result.mtp_loss is not None:
         loss = loss + config.mtp_loss_coef * result.mtp_loss
-    weights = {
-        "aux_loss": config.aux_loss_alpha,
-        "device_aux_loss": config.device_aux_loss_alpha,
-        "z_loss": config.router_z_loss_coef,
-    }
-    for name, weight in weights.items():
-        value = getattr(result, name)
+    for name, field in ROUTER_LOSS_WEIGHTS.items():
+        value, weight = getattr(result, name), getattr(config, field)
         if weight and value is not None:
             loss = loss + weight * part * value
     return loss
@@ -146,14 +153,3 @@ def token_mask(attention_mask: Tensor | None, shape: tuple[int, int], device: to
 def zip_layers(outputs: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Router logits and chosen experts of each recorded MoE layer."""
     return zip(outputs.router_logits or (), outputs.router_indices or (), strict=True)
-
-
-def _refuse_detached_router(config: HubMoeConfig) -> None:
-    weights = {
-        name: getattr(config, name) for name in ("aux_loss_alpha", "device_aux_loss_alpha", "router_z_loss_coef")
-    }
-    used = ", ".join(f"{name}={value}" for name, value in weights.items() if value)
-    raise ConfigError(
-        f"{used} cannot reach the router: its logits carry no gradient. Use gradient_checkpointing_kwargs="
-        "{'use_reentrant': False}, or set the weight to 0."
-    )

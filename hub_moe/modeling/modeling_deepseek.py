@@ -55,7 +55,8 @@ class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in this file's text; ours sits on the parent of HubMoeExperts
+        # transformers looks for "@use_experts_implementation" in this file's text; the decorator itself sits on the
+        # parent of HubMoeExperts
         return True
 
     @torch.no_grad()

@@ -62,11 +62,12 @@ class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):
         # not super(): the stock model classes behind us would first build themselves
         PreTrainedModel.__init__(self, config)
         if config.topk_method != "noaux_tc":
-            self._keep_in_fp32_modules_strict = []  # no balancing bias to keep
+            self._keep_in_fp32_modules_strict: list[str] = []  # no balancing bias to keep
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in this file's text; ours sits on the parent of HubMoeExperts
+        # transformers looks for "@use_experts_implementation" in this file's text; the decorator itself sits on the
+        # parent of HubMoeExperts
         return True
 
     @torch.no_grad()

@@ -6,14 +6,14 @@ Each published shape is the model's config.json on the Hub; `hub-moe inspect` co
 from typing import Any
 
 
-def _yarn(factor: float, mscale: float, *, theta: float = 10000.0) -> dict[str, Any]:
+def _yarn(factor: float, mscale: float, *, theta: float = 10000.0, beta_fast: float = 32.0) -> dict[str, Any]:
     return {
         "rope_type": "yarn",
         "rope_theta": theta,
         "factor": factor,
         "mscale": mscale,
         "mscale_all_dim": mscale,
-        "beta_fast": 32.0,
+        "beta_fast": beta_fast,
         "beta_slow": 1.0,
         "original_max_position_embeddings": 4096,
     }
@@ -208,7 +208,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "topk_group": 1,
         "routed_scaling_factor": 2.827,
         "aux_loss_alpha": 0.001,
-        "rope_parameters": _yarn(32.0, 1.0, theta=50000.0),
+        "rope_parameters": _yarn(32.0, 1.0, theta=50000.0, beta_fast=1.0),
         "max_position_embeddings": 131072,
         "bos_token_id": 163584,
         "eos_token_id": 163585,
