@@ -73,10 +73,19 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     Raises:
         CheckpointError: If no power of two explains the number of blocks.
     """
-    for axis in (0, 1):
-        block = _block_side(weight.shape[axis], scale.shape[axis])
-        scale = scale.repeat_interleave(block, dim=axis).narrow(axis, 0, weight.shape[axis])
-    return (weight.to(torch.float32) * scale.to(torch.float32)).to(dtype)
+    rows, columns = (_block_side(weight.shape[axis], scale.shape[axis]) for axis in (0, 1))
+    values = _fp8_to_float32(weight)
+    scale_per_column = scale.to(torch.float32).repeat_interleave(columns, dim=1)[:, : weight.shape[1]]
+    for block, factors in zip(values.split(rows), scale_per_column, strict=True):
+        block.mul_(factors)
+    return values.to(dtype)
+
+
+def _fp8_to_float32(weight: Tensor) -> Tensor:
+    """By table: torch converts FP8 on the CPU one number at a time, four times slower."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    table = codes.view(weight.dtype).to(torch.float32).numpy()
+    return torch.from_numpy(table[weight.view(torch.uint8).numpy()])
 
 
 def _block_side(size: int, num_blocks: int) -> int:
