@@ -20,7 +20,13 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils import logging
 
 from ..errors import CheckpointError
-from .conversion import SCALE_SUFFIX, defer_tensors, fuse_experts_by_name, read_experts_directly
+from .conversion import (
+    SCALE_SUFFIX,
+    copy_experts_by_name,
+    defer_tensors,
+    find_missing_expert,
+    read_experts_directly,
+)
 from .remote_code import write_remote_code
 from .safetensors_files import StoredTensor, read_headers
 
@@ -82,7 +88,17 @@ class CheckpointMixin:
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes experts by their names on disk as well as fused."""
-        return super().load_state_dict(fuse_experts_by_name(state_dict), strict=strict, assign=assign)  # type: ignore[misc]
+        others, touched = copy_experts_by_name(self, state_dict)  # type: ignore[arg-type]
+        if not touched:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        result = super().load_state_dict(others, strict=False, assign=assign)  # type: ignore[misc]
+        missing = [name for name in result.missing_keys if name not in touched]
+        if strict:
+            missing += filter(None, [find_missing_expert(self, state_dict)])  # type: ignore[arg-type]
+            if missing or result.unexpected_keys:
+                wrong = f"lacks {missing[0]!r}" if missing else f"has {result.unexpected_keys[0]!r} too many"
+                raise CheckpointError(f"The state dict {wrong}.")
+        return type(result)(missing, result.unexpected_keys)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """See `transformers.PreTrainedModel.save_pretrained`; also writes the code that loads it without hub_moe."""

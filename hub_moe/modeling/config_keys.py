@@ -35,9 +35,13 @@ def refuse_unknown_keys(keys: Iterable[str], config_class: type[Any]) -> None:
     Raises:
         ConfigError: Naming the first other key and the field that resembles it most.
     """
-    for key in sorted(keys):
-        if not _is_known(key, config_class):
-            raise ConfigError(_message(key, config_class))
+    for key in find_foreign_keys(keys, config_class):
+        raise ConfigError(_message(key, config_class))
+
+
+def find_foreign_keys(keys: Iterable[str], config_class: type[Any]) -> list[str]:
+    """Those that are neither fields of `config_class` nor keys of transformers, sorted."""
+    return sorted(key for key in keys if not _is_known(key, config_class))
 
 
 def drop_foreign_keys(config_dict: dict[str, Any], config_class: type[Any]) -> dict[str, Any]:
@@ -48,7 +52,7 @@ def drop_foreign_keys(config_dict: dict[str, Any], config_class: type[Any]) -> d
     Raises:
         ConfigError: If such a key is nearly the name of a field, so that it must be a misspelling.
     """
-    foreign = sorted(key for key in config_dict if not _is_known(key, config_class) and key not in _LEGACY_KEYS)
+    foreign = [key for key in find_foreign_keys(config_dict, config_class) if key not in _LEGACY_KEYS]
     for key in foreign:
         if _nearest_field(key, config_class, cutoff=0.85):
             raise ConfigError(_message(key, config_class))

@@ -3,6 +3,7 @@
 Letters used below: E routed experts, K experts per token, G groups.
 """
 
+import copy
 import os
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config, PreTrainedConfig
 from transformers.utils import logging
 
 from ..errors import ConfigError, UnsupportedModelError
-from .config_keys import drop_foreign_keys, refuse_unknown_keys
+from .config_keys import drop_foreign_keys, find_foreign_keys, refuse_unknown_keys
 from .presets import PRESETS
 
 logger = logging.get_logger(__name__)
@@ -113,6 +114,16 @@ class HubMoeConfig(DeepseekV3Config):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown_keys(kwargs, HubMoeConfig)
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write config.json. Attributes that are no fields are left out, aloud, since loading would refuse them."""
+        foreign = find_foreign_keys(self.to_dict(), HubMoeConfig)
+        if foreign:
+            logger.warning(f"Not saved, as HubMoeConfig has no such fields: {', '.join(foreign)}.")
+        saved = copy.deepcopy(self)
+        for key in foreign:
+            delattr(saved, key)
+        PreTrainedConfig.save_pretrained(saved, save_directory, *args, **kwargs)
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether layer `layer_idx` (from 0) holds routed experts; MTP layers always do."""

@@ -5,13 +5,12 @@ Shape letters: E routed experts, F expert inner, D hidden.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -31,35 +30,51 @@ def register_conversion(model_type: str) -> None:
         register_checkpoint_conversion_mapping(model_type, get_checkpoint_conversion_mapping("deepseek_v3"))
 
 
-def fuse_experts_by_name(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state_dict` with the per-expert tensors of each layer fused, as the modules hold them.
+def copy_experts_by_name(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """Copy per-expert tensors into the fused parameters of `model`.
 
-    transformers' `Trainer` resumes by `load_state_dict` of the files it saved, whose per-expert names no module has;
-    it would go on with whatever experts the model was built with.
+    transformers' `Trainer` resumes by `load_state_dict` of the files it saved, one shard after the other, and no module
+    has the names of single experts; it would go on with whatever experts the model was built with.
+
+    Returns:
+        The other tensors, and the names of the fused parameters that got an expert.
 
     Raises:
-        CheckpointError: If a layer lacks a projection of an expert.
+        CheckpointError: If an expert's shape or number is not the model's.
     """
-    fused: dict[str, Tensor] = {}
-    layers: dict[str, dict[str, dict[int, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    others, touched = {}, set()
     for name, tensor in state_dict.items():
-        if match := _ONE_EXPERT.match(name):
-            layers[match[1]][match[3]][int(match[2])] = tensor
-        else:
-            fused[name] = tensor
-    for prefix, experts in layers.items():
-        count = 1 + max(max(tensors) for tensors in experts.values())
-        for projection in ("gate", "up", "down"):
-            for expert in range(count):
-                if expert not in experts[projection]:
-                    raise CheckpointError(f"The state dict lacks '{prefix}.{expert}.{projection}_proj.weight'.")
-        gate, up, down = (
-            torch.stack([experts[projection][expert] for expert in range(count)])
-            for projection in ("gate", "up", "down")
-        )
-        fused[f"{prefix}.gate_up_proj"] = torch.cat([gate, up], dim=1)
-        fused[f"{prefix}.down_proj"] = down
-    return fused
+        match = _ONE_EXPERT.match(name)
+        if match is None:
+            others[name] = tensor
+            continue
+        experts: Any = model.get_submodule(match[1])
+        expert = int(match[2])
+        if expert >= experts.num_experts:
+            raise CheckpointError(f"{name!r} is superfluous; the model has {experts.num_experts} experts in a layer.")
+        fused_name = "down_proj" if match[3] == "down" else "gate_up_proj"
+        slot = getattr(experts, fused_name)[expert]
+        if match[3] != "down":
+            slot = slot.chunk(2)[match[3] == "up"]
+        if slot.shape != tensor.shape:
+            raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}; the model's is {tuple(slot.shape)}.")
+        with torch.no_grad():
+            slot.copy_(tensor)
+        touched.add(f"{match[1]}.{fused_name}")
+    return others, touched
+
+
+def find_missing_expert(model: nn.Module, state_dict: Mapping[str, Tensor]) -> str | None:
+    """The first per-expert tensor that a state dict with names on disk lacks."""
+    for prefix, module in model.named_modules():
+        if not prefix.endswith(".experts") or f"{prefix}.gate_up_proj" in state_dict:
+            continue
+        for expert in range(module.num_experts):
+            for projection in ("gate", "up", "down"):
+                name = f"{prefix}.{expert}.{projection}_proj.weight"
+                if name not in state_dict:
+                    return name
+    return None
 
 
 def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,14 @@ def test_unknown_key_in_config_json_is_refused(tmp_path):
         HubMoeConfig.from_pretrained(tmp_path)
 
 
+def test_attribute_that_is_no_field_is_not_saved(tmp_path):
+    config = HubMoeConfig()
+    config.my_note = "for me"
+    config.save_pretrained(tmp_path)
+    assert config.my_note == "for me"
+    assert not hasattr(HubMoeConfig.from_pretrained(tmp_path), "my_note")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -4,7 +4,9 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import load_sharded_checkpoint
 
 from hub_moe.errors import CheckpointError
 from hub_moe.modeling import HubMoeForCausalLM
@@ -65,15 +67,34 @@ def test_evaluation_loss_is_the_plain_next_token_loss(tiny_config, rows, tmp_pat
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_state_dict_with_names_on_disk_loads_strictly(tiny_model, tmp_path):
-    from safetensors.torch import load_file
+@pytest.fixture
+def other_model(tiny_model):
+    torch.manual_seed(1)
+    return HubMoeForCausalLM(tiny_model.config)
 
+
+def test_state_dict_with_names_on_disk_loads_strictly(tiny_model, other_model, tmp_path):
     tiny_model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    other = HubMoeForCausalLM(tiny_model.config)
-    result = other.load_state_dict(tensors, strict=True)
+    result = other_model.load_state_dict(tensors, strict=True)
     assert not result.missing_keys
-    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in tiny_model.state_dict().items())
+    _assert_equal_weights(other_model, tiny_model)
     tensors.pop("model.layers.1.mlp.experts.3.up_proj.weight")
     with pytest.raises(CheckpointError, match=r"lacks 'model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight'"):
-        other.load_state_dict(tensors, strict=False)
+        other_model.load_state_dict(tensors, strict=True)
+    tensors["model.layers.1.mlp.experts.8.up_proj.weight"] = torch.zeros(16, 32)
+    with pytest.raises(CheckpointError, match=r"experts\.8\.up_proj\.weight' is superfluous"):
+        other_model.load_state_dict(tensors, strict=False)
+
+
+def _assert_equal_weights(model, expected):
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.state_dict().items())
+
+
+def test_shards_that_cut_through_a_layer_are_resumed_from(tiny_model, other_model, tmp_path):
+    """Trainer loads shard after shard; a layer's experts may lie in two of them."""
+    tiny_model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    load_sharded_checkpoint(other_model, str(tmp_path), strict=False)
+    _assert_equal_weights(other_model, tiny_model)
