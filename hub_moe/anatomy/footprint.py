@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class Footprint:
         }
 
     def context_that_fits(self, memory_bytes: int, weight_bytes: int) -> int | None:
-        """Tokens of one sequence whose cache fits beside the weights, at most the model's limit; None if they don't fit.
+        """Tokens of one sequence whose cache fits beside the weights, up to the model's limit; None if none do.
 
         Nothing is set aside for activations and the CUDA context.
         """
@@ -121,6 +121,54 @@ class Footprint:
             else:
                 too_many = tokens
         return fits
+
+    def cache_bytes_per_token(self, context: int) -> int:
+        """What the cache grows by with one more token after `context` tokens."""
+        growing = (layer for layer in self.rehearsal.cache if layer.window is None or layer.window > context)
+        return round(sum(layer.bytes_per_token for layer in growing))
+
+    def to_dict(self, *, context: int, memory_bytes: int | None = None) -> dict[str, Any]:
+        """Everything as plain values, `context` tokens being the length at which operations and cache are stated."""
+        layer = self.moe_layers[0]
+        mtp_layers = sum(each.is_mtp for each in self.moe_layers)
+        facts: dict[str, Any] = {
+            "model_type": self.model_type,
+            "class": self.class_name,
+            "layers": self.num_layers,
+            "max_context": self.max_context,
+            "experts": {
+                "layers": len(self.moe_layers) - mtp_layers,
+                "mtp_layers": mtp_layers,
+                "routed": layer.num_experts,
+                "per_token": layer.top_k,
+                "has_shared": layer.shared_experts is not None,
+                "parameters_each": self.num_per_expert,
+            },
+            "parameters": {
+                "total": self.num_parameters,
+                "active": self.num_active,
+                "active_with_embeddings": self.num_active_with_embeddings,
+                "by_kind": {kind: {"total": size, "active": used} for kind, (size, used) in self.by_kind().items()},
+            },
+            "flops_per_token": {
+                "context": context,
+                "forward": self.forward_flops(context),
+                "attention": self.attention_flops(context),
+                "training": self.training_flops(context),
+            },
+            "kv_cache": {
+                "dtype": "bfloat16",
+                "context": context,
+                "bytes": self.cache_bytes(context),
+                "bytes_per_token": self.cache_bytes_per_token(context),
+                "layers": [{**asdict(kind), "layers": count} for kind, count in Counter(self.rehearsal.cache).items()],
+            },
+            "weights_bytes": self.weight_bytes(),
+        }
+        if memory_bytes is not None:
+            fits = {name: self.context_that_fits(memory_bytes, size) for name, size in self.weight_bytes().items()}
+            facts["memory"] = {"bytes": memory_bytes, "tokens_that_fit": fits}
+        return facts
 
 
 def measure_footprint(config: Any) -> Footprint:
@@ -155,7 +203,7 @@ def _build_without_weights(config: Any) -> Any:
             with torch.device("meta"):
                 return auto_class.from_config(candidate, dtype=torch.bfloat16)
     raise UnsupportedModelError(
-        f"transformers has no causal language model for model type {config.model_type!r}; expected a decoder with experts."
+        f"transformers has no causal language model of type {config.model_type!r}; expected a decoder with experts."
     )
 
 

@@ -119,9 +119,7 @@ def _owners(model: nn.Module, parameter_name: str) -> list[nn.Module]:
     return owners
 
 
-def _kind(
-    name: str, owners: list[nn.Module], kinds: dict[nn.Module, Kind], blocks: set[nn.Module]
-) -> Kind:
+def _kind(name: str, owners: list[nn.Module], kinds: dict[nn.Module, Kind], blocks: set[nn.Module]) -> Kind:
     class_names = [type(owner).__name__ for owner in owners]
     if any(_OTHER_MODALITY.search(class_name) for class_name in class_names):
         return "other_modalities"

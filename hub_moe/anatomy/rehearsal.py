@@ -4,12 +4,13 @@ A forward on the meta device executes transformers' own code on shapes alone, so
 the attention function are facts about that code rather than formulas about the family.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import eager_mask
 
 from ..errors import UnsupportedModelError
@@ -77,8 +78,9 @@ def rehearse(model: Any) -> Rehearsal:
     model.eval()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("batched_mm")
-    cache, calls = _forward(model, _TOKENS)
-    if all(type(layer).__module__ == "transformers.cache_utils" for layer in cache.layers):
+    planned = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    if all(type(layer).__module__ == DynamicCache.__module__ for layer in planned):
+        cache, calls = _forward(model, _TOKENS)
         measured = [_measure(layer) for layer in cache.layers]
         extra_keys = [0.0] * len(calls)
     else:
@@ -113,9 +115,7 @@ def _forward(model: Any, tokens: int) -> tuple[Any, list[_Call]]:
     """The cache after a forward over `tokens` tokens, and the attention calls it made."""
     calls = []
 
-    def record(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
-    ) -> tuple[Tensor, None]:
+    def record(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         calls.append(_Call(module.layer_idx, query, key, value))
         batch_size, num_heads, length, _width = query.shape
         return query.new_empty(batch_size, length, num_heads, value.shape[-1]), None
@@ -136,7 +136,7 @@ def _forward(model: Any, tokens: int) -> tuple[Any, list[_Call]]:
 
 def _measure(layer: Any) -> CacheLayer:
     """Of a cache layer of transformers' own: keys and values of the last tokens, and the state of a recurrence."""
-    fixed = sum(_tensor_bytes(getattr(layer, name, None)) for name in _STATES)
+    fixed = _bytes_in([getattr(layer, name, None) for name in _STATES])
     window = _window(layer)
     kept = window - 1 if window else None  # the token being computed is not kept
     tokens = min(_TOKENS, kept or _TOKENS)
@@ -158,18 +158,22 @@ def _window(layer: Any) -> int | None:
 
 
 def _state_outside_layers(cache: Any) -> tuple[CacheLayer, ...]:
-    size_bytes = sum(_tensor_bytes(value) for name, value in vars(cache).items() if name != "layers")
+    size_bytes = _bytes_in([value for name, value in vars(cache).items() if name != "layers"])
     return (CacheLayer(0, None, size_bytes),) if size_bytes else ()
 
 
 def _layer_bytes(layer: Any) -> int:
-    return sum(_tensor_bytes(value) for name, value in vars(layer).items() if name[0] != "_")
+    return _bytes_in([value for name, value in vars(layer).items() if name[0] != "_"])
 
 
-def _tensor_bytes(value: Any) -> int:
-    """Bytes of a tensor, or of all tensors in a container."""
+def _bytes_in(value: Any) -> int:
+    """Of all tensors in nested containers; one that is there twice (keys that are also the values) counts once."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors_in(value)}.values())
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(_tensor_bytes(item) for item in value.values())
-    return sum(_tensor_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(item)

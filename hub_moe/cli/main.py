@@ -1,0 +1,111 @@
+"""The `hub-moe` command: its commands, and how every error reaches the person who typed it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from ..errors import HubMoeError
+from .demo import demo
+from .export import export
+from .inspect import inspect
+from .output import say
+
+app = typer.Typer(
+    name="hub-moe",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # plain help prints twice as fast
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for command in (demo, inspect, export):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        print(f"hub-moe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Build, measure, train and share Mixture-of-Experts models.
+
+    \b
+    Examples:
+      hub-moe demo
+      hub-moe inspect deepseek-v3
+      hub-moe export my-model my-model-native --to deepseek_v3
+
+    Exit codes: 0 done, 1 a known error, 2 wrong usage. HUB_MOE_DEBUG=1 shows tracebacks.
+    """
+
+
+def main() -> None:
+    """Run the command line; a known error becomes one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except SystemExit:  # also how every good end arrives: do not import for it what the next line imports
+        raise
+    except _known_errors() as error:
+        if os.environ.get("HUB_MOE_DEBUG") == "1":
+            raise
+        message, hint = describe_error(error)
+        say(f"Error: {message}")
+        if hint:
+            say(f"Hint: {hint}")
+        sys.exit(1)
+
+
+def _known_errors() -> tuple[type[Exception], ...]:
+    """Errors that a person causes or can mend. Others are faults of the program and keep their traceback."""
+    from huggingface_hub.errors import HFValidationError, RevisionResolutionError, StrictDataclassError
+
+    return (HubMoeError, OSError, HFValidationError, RevisionResolutionError, StrictDataclassError)
+
+
+def describe_error(error: BaseException) -> tuple[str, str | None]:
+    """What went wrong in one sentence, and what to try, if anything.
+
+    transformers wraps the Hub's errors and the checks of a config in its own; the one nearest to the cause that a
+    person can understand is described.
+    """
+    from huggingface_hub import constants, errors
+
+    causes = list(_causes(error))
+    for cause in causes:
+        if isinstance(cause, HubMoeError):
+            return _first_line(cause), None
+        if isinstance(cause, errors.StrictDataclassError):
+            return _first_line(causes[-1]), None
+        repo = getattr(cause, "repo_id", None) or "The repo"
+        if isinstance(cause, errors.GatedRepoError):
+            return f"{repo} is gated.", "ask for access on its page, then run `hf auth login`."
+        if isinstance(cause, errors.RepositoryNotFoundError):
+            return f"{repo} is not on {constants.ENDPOINT}.", "check the name; a private repo needs `hf auth login`."
+        if isinstance(cause, errors.RevisionNotFoundError):
+            return f"{repo} has no such revision.", "see the branches, tags and commits on its page."
+        if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+            message = f"Cannot reach {constants.ENDPOINT}, and the files are not in the local cache."
+            return message, "check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
+    return _first_line(error), None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,44 @@
+"""Every number of the demo."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..training import TrainingPlan
+
+# Steps are fixed, so that a run can be repeated exactly. Two cores of a 2021 server make about this many in a minute.
+_STEPS_PER_MINUTE = 1000
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """Equal plans on the same Python and machine give equal models.
+
+    Args:
+        training: Steps, batches, learning rate.
+        seed: Of the split, the weights and the sampling of the completion.
+        vocab_size: Of the tokenizer.
+        block_length: Tokens per training block, and the context in which held-out tokens are scored.
+        held_out_share: Of the files.
+        corpus_bytes: Read no more text than this; None reads all.
+        model_changes: Fields in which the model differs from the preset `nano`.
+        curve_blocks: Held-out blocks that the points of the loss curve are taken on.
+        prompt: What the finished model completes.
+        completion_tokens: How many tokens it adds.
+    """
+
+    training: TrainingPlan
+    seed: int = 0
+    vocab_size: int = 2048
+    block_length: int = 128
+    held_out_share: float = 0.05
+    corpus_bytes: int | None = None
+    model_changes: dict[str, Any] = field(default_factory=dict)
+    curve_blocks: int = 160
+    prompt: str = "def fibonacci(n):\n"
+    completion_tokens: int = 60
+
+
+def plan_demo(*, minutes: float, seed: int) -> DemoPlan:
+    """The plan whose training takes about `minutes` on two cores."""
+    steps = max(1, round(minutes * _STEPS_PER_MINUTE))
+    return DemoPlan(training=TrainingPlan(steps=steps, batch_size=4, learning_rate=3e-3, seed=seed), seed=seed)

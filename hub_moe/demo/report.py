@@ -1,0 +1,68 @@
+"""What a run of the demo found."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The content of `report.json`.
+
+    Args:
+        plan: Every number the run was started with.
+        config: Of the model.
+        parameters: `total` and `active` (what one token passes through).
+        corpus: Files, bytes and tokens of each side, and the hash of all.
+        training: Steps, tokens, seconds, speed, losses by step.
+        bits_per_byte: Of the held-out files, under the model and each baseline.
+        held_out: Bytes and tokens scored, and how.
+        load_imbalance: Busiest expert over the mean by layer, in the first and the last tenth of training.
+        prompt: What was completed.
+        completion: What the saved and reloaded model made of it.
+        versions: Of Python and the libraries.
+        seed: Of everything random.
+        wall_s: Seconds this call took; less than the whole after a resume.
+    """
+
+    plan: dict[str, Any]
+    config: dict[str, Any]
+    parameters: dict[str, int]
+    corpus: dict[str, Any]
+    training: dict[str, Any]
+    bits_per_byte: dict[str, float]
+    held_out: dict[str, Any]
+    load_imbalance: dict[str, dict[str, float]]
+    prompt: str
+    completion: str
+    versions: dict[str, str]
+    seed: int
+    wall_s: float
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The report in a file."""
+        return cls(**json.loads(path.read_text("utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def summary_rows(self) -> list[tuple[str, str]]:
+        """The main figures as pairs of words for people."""
+        rows = [(f"bits per byte, {name}", f"{value:.3f}") for name, value in self.bits_per_byte.items()]
+        worst = max(self.load_imbalance["last tenth"].values())
+        speed = self.training["tokens_per_s"]
+        return [
+            *rows,
+            ("parameters, total / active", f"{self.parameters['total']:,} / {self.parameters['active']:,}"),
+            ("tokens trained on", f"{self.training['tokens']:,}"),
+            ("tokens per second", f"{speed:,.0f}" if speed else "-"),
+            ("busiest expert / mean load", f"{worst:.2f}"),
+            ("seconds", f"{self.wall_s:.0f}"),
+        ]

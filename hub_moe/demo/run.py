@@ -1,0 +1,296 @@
+"""The demo as a program over the library, step by step."""
+
+import gzip
+import lzma
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from .. import __version__
+from ..anatomy import measure_footprint
+from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_bpe_tokenizer
+from ..errors import CheckpointError
+from ..evals import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
+from ..modeling import HubMoeConfig, HubMoeForCausalLM
+from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
+from ..training.checkpoints import explain_failed_writes
+from ..training.plots import plot_expert_load, plot_loss_curve
+from .folder import RunFolder, open_run_folder
+from .plan import DemoPlan, plan_demo
+from .report import DemoReport
+
+
+def run_demo(
+    output_dir: str | Path, *, minutes: float = 3.0, seed: int = 0, fresh: bool = False, plan: DemoPlan | None = None
+) -> DemoReport:
+    """Train, evaluate, save, reload and report a small model; `output_dir` then holds `model` and the report.
+
+    An interrupted run goes on where it stopped when called again with the same arguments, and ends as if it had never
+    been interrupted; a finished one is only read.
+
+    Args:
+        output_dir: A new or empty folder, or that of an earlier run.
+        minutes: Rough length of the training on two cores; it fixes the number of steps.
+        seed: Of the split, the weights and the batches.
+        fresh: Remove an earlier run in `output_dir` first.
+        plan: Every number at once, in place of `minutes` and `seed`.
+
+    Raises:
+        ConfigError: If `output_dir` holds something else, or a run with other settings.
+        CheckpointError: If `output_dir` cannot be written.
+        KeyboardInterrupt: After Ctrl-C; once training has begun it leaves a checkpoint.
+    """
+    with _without_progress_bars():
+        return _run(Path(output_dir), plan or plan_demo(minutes=minutes, seed=seed), fresh=fresh)
+
+
+def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
+    started_s = time.monotonic()
+    corpus = read_stdlib_corpus(seed=plan.seed, held_out_share=plan.held_out_share, max_bytes=plan.corpus_bytes)
+    settings = {"plan": asdict(plan), "corpus_sha256": corpus.sha256}
+    folder = open_run_folder(output_dir, settings, fresh=fresh)
+    if folder.is_finished:
+        _say(f"{folder.path} holds this run, finished; --fresh starts it anew.")
+        return DemoReport.read(folder.report)
+
+    _say(f"Learning a tokenizer from {len(corpus.train)} files of Python's own library")
+    tokenizer = train_bpe_tokenizer((document.text for document in corpus.train), vocab_size=plan.vocab_size)
+    tokens = Tokens(_tokenize(corpus.train, tokenizer), _tokenize(corpus.held_out, tokenizer))
+    session = _train(plan, tokenizer, tokens, folder)
+    if session.is_interrupted:
+        _say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
+        raise KeyboardInterrupt
+    model = AutoModelForCausalLM.from_pretrained(session.checkpoint)
+
+    _say(f"Scoring {len(corpus.held_out)} files that were held out")
+    scores = _score(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
+    _say("Saving, loading back, completing")
+    with explain_failed_writes(folder.path):
+        reloaded = _save_and_reload(model, tokenizer, folder)
+        record = read_record(session.checkpoint)
+        _draw(plan, record, folder)
+        report = DemoReport(
+            plan=asdict(plan),
+            config=model.config.to_dict(),
+            parameters=_count_parameters(model.config),
+            corpus=_describe_corpus(corpus, tokens),
+            training=_describe_training(plan, record, session),
+            bits_per_byte={name: score.bits_per_byte for name, score in scores.items()},
+            held_out=_describe_scoring(plan, scores["model"]),
+            load_imbalance=_describe_imbalance(record),
+            prompt=plan.prompt,
+            completion=_complete(plan, reloaded, tokenizer),
+            versions=_versions(),
+            seed=plan.seed,
+            wall_s=round(time.monotonic() - started_s, 1),
+        )
+        folder.write_atomically(folder.report, report.write)
+    return report
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of each document."""
+
+    train: list[list[int]]
+    held_out: list[list[int]]
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Silence transformers' bars for reading and writing weights: at this size they only flicker."""
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _tokenize(documents: tuple[Document, ...], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer([document.text for document in documents])["input_ids"]
+    return ids
+
+
+def _train(plan: DemoPlan, tokenizer: PreTrainedTokenizerFast, tokens: Tokens, folder: RunFolder) -> TrainingSession:
+    config = HubMoeConfig.from_preset("nano", vocab_size=len(tokenizer), **plan.model_changes)
+    torch.manual_seed(plan.seed)
+    model = HubMoeForCausalLM(config)
+    separator = tokenizer.bos_token_id
+    train_blocks = pack_documents(tokens.train, block_length=plan.block_length, separator=separator)
+    held_out_blocks = pack_documents(tokens.held_out, block_length=plan.block_length, separator=separator)
+    spread = torch.linspace(0, len(held_out_blocks) - 1, min(plan.curve_blocks, len(held_out_blocks))).long()
+    _say(
+        f"Training a model of {model.num_parameters():,} parameters for {plan.training.steps} steps on "
+        f"{train_blocks.numel():,} tokens"
+    )
+    return train_causal_lm(
+        model,
+        tokenizer,
+        train_blocks=train_blocks,
+        held_out_blocks=held_out_blocks[spread],
+        plan=plan.training,
+        folder=folder.checkpoints,
+    )
+
+
+def _score(
+    plan: DemoPlan, model: PreTrainedModel, corpus: Corpus, tokens: Tokens, *, separator: int
+) -> dict[str, CodeLength]:
+    """Of the held-out files, under the model and what it has to beat."""
+    texts = [document.text for document in corpus.held_out]
+    size_bytes = sum(document.size_bytes for document in corpus.held_out)
+    return {
+        "model": score_with_model(
+            model.eval(),
+            tokens.held_out,
+            size_bytes=size_bytes,
+            separator=separator,
+            context_length=plan.block_length,
+            stride=plan.block_length // 2,
+        ),
+        "xz -9": score_with_compressor(lambda data: lzma.compress(data, preset=9), texts),
+        "gzip -9": score_with_compressor(lambda data: gzip.compress(data, 9), texts),
+        "unigram": score_with_unigrams(
+            tokens.train, tokens.held_out, vocab_size=model.config.vocab_size, size_bytes=size_bytes
+        ),
+    }
+
+
+def _save_and_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: RunFolder) -> PreTrainedModel:
+    """The model as a user of the folder gets it, after checking that it computes the same.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+
+    def save(path: Path) -> None:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    folder.write_atomically(folder.model, save)
+    reloaded = AutoModelForCausalLM.from_pretrained(folder.model).eval()
+    probe = torch.arange(model.config.vocab_size)[None, :64]
+    with torch.no_grad():
+        if not torch.equal(model(probe).logits, reloaded(probe).logits):
+            raise CheckpointError(
+                f"The model loaded back from {folder.model} computes other logits than the saved one."
+            )
+    return reloaded
+
+
+def _complete(plan: DemoPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
+    torch.manual_seed(plan.seed)
+    inputs = tokenizer(plan.prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**inputs, max_new_tokens=plan.completion_tokens, do_sample=True, temperature=0.5)
+    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def _draw(plan: DemoPlan, record: TrainingRecord, folder: RunFolder) -> None:
+    loss_curve = plot_loss_curve(
+        record.losses,
+        record.held_out,
+        tokens_per_step=plan.training.batch_size * plan.block_length,
+        title="Loss on Python's standard library",
+    )
+    load = _load_by_phase(record)
+    expert_load = plot_expert_load(
+        [
+            (f"{phase} of training", (load_NE / load_NE.mean(-1, keepdim=True)).tolist())
+            for phase, load_NE in load.items()
+        ],
+        layer_indices=record.layer_indices,
+        title="Tokens per expert",
+    )
+    folder.write_atomically(folder.loss_curve, lambda path: loss_curve.savefig(path, format="png"))
+    folder.write_atomically(folder.expert_load, lambda path: expert_load.savefig(path, format="png"))
+
+
+def _load_by_phase(record: TrainingRecord) -> dict[str, torch.Tensor]:
+    """Load of shape (layers, experts), float32, in the first and the last tenth of training."""
+    history = torch.tensor(record.load_history, dtype=torch.float32)
+    tenth = max(1, len(history) // 10)
+    return {"first tenth": history[:tenth].sum(0), "last tenth": history[-tenth:].sum(0)}
+
+
+def _count_parameters(config: HubMoeConfig) -> dict[str, int]:
+    footprint = measure_footprint(config)
+    return {"total": footprint.num_parameters, "active": footprint.num_active}
+
+
+def _describe_corpus(corpus: Corpus, tokens: Tokens) -> dict[str, Any]:
+    def describe(documents: tuple[Document, ...], ids: list[list[int]]) -> dict[str, int]:
+        return {
+            "files": len(documents),
+            "bytes": sum(document.size_bytes for document in documents),
+            "tokens": sum(map(len, ids)),
+        }
+
+    return {
+        "source": "standard library of the running Python",
+        "sha256": corpus.sha256,
+        "train": describe(corpus.train, tokens.train),
+        "held_out": {
+            **describe(corpus.held_out, tokens.held_out),
+            "names": [document.name for document in corpus.held_out],
+        },
+    }
+
+
+def _describe_training(plan: DemoPlan, record: TrainingRecord, session: TrainingSession) -> dict[str, Any]:
+    tokens_per_step = plan.training.batch_size * plan.block_length
+    return {
+        "steps": record.step,
+        "tokens": record.step * tokens_per_step,
+        "tokens_per_s": session.tokens_per_s,
+        "resumed_at_step": session.first_step or None,
+        "losses": [round(loss, 4) for loss in record.losses],
+        "held_out_losses": [{"tokens": step * tokens_per_step, "loss": loss} for step, loss in record.held_out],
+    }
+
+
+def _describe_scoring(plan: DemoPlan, score: CodeLength) -> dict[str, Any]:
+    return {
+        "bytes": score.size_bytes,
+        "tokens": score.tokens,
+        "nats_per_token": score.nats_per_token,
+        "context_length": plan.block_length,
+        "stride": plan.block_length // 2,
+        "baselines": "unigram: frequencies of the training tokens, add-one; gzip and xz: Python's modules at level 9, "
+        "the held-out files end to end as one file, no training text",
+    }
+
+
+def _describe_imbalance(record: TrainingRecord) -> dict[str, dict[str, float]]:
+    return {
+        phase: {
+            f"layer {index}": round(value, 4)
+            for index, value in zip(record.layer_indices, measure_imbalance(load_NE).tolist(), strict=True)
+        }
+        for phase, load_NE in _load_by_phase(record).items()
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hub_moe": __version__,
+    }

@@ -1,0 +1,113 @@
+"""Pictures of a training run: `plot_x(data) -> Figure`. The one module that imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import MissingExtraError
+
+try:
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise MissingExtraError("Plots need matplotlib: pip install 'hub_moe[plot]'.") from error
+
+_BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9662b", "#6b6b6b"
+
+
+def plot_loss_curve(
+    losses: Sequence[float], held_out: Sequence[tuple[int, float]], *, tokens_per_step: int, title: str
+) -> Figure:
+    """Training loss of each step, its moving average, and the held-out loss, over tokens seen.
+
+    Args:
+        losses: Of steps 1, 2, ..., nats per token.
+        held_out: `(step, loss)` pairs.
+        tokens_per_step: Turns steps into tokens.
+        title: Above the axes.
+    """
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    millions = [(step + 1) * tokens_per_step / 1e6 for step in range(len(losses))]
+    axes.plot(millions, losses, color=_BLUE, alpha=0.2, linewidth=0.6)
+    axes.plot(millions, _smooth(losses), color=_BLUE, linewidth=1.8, label="training (moving average)")
+    axes.plot(
+        [step * tokens_per_step / 1e6 for step, _ in held_out],
+        [loss for _, loss in held_out],
+        color=_ORANGE,
+        marker="o",
+        linestyle="none",
+        label="held out",
+    )
+    if held_out:
+        step, loss = held_out[-1]
+        axes.annotate(
+            f"{loss:.2f}",
+            (step * tokens_per_step / 1e6, loss),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            color=_ORANGE,
+        )
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def plot_expert_load(
+    load_maps: Sequence[tuple[str, Sequence[Sequence[float]]]], *, layer_indices: Sequence[int], title: str
+) -> Figure:
+    """Heat maps, layers down and experts across, one below the other on one colour scale.
+
+    Args:
+        load_maps: `(heading, load)` pairs; a load is (layers, experts), relative to even load: 1 is the mean.
+        layer_indices: Number of each layer in the model.
+        title: Above the first map.
+    """
+    num_layers, num_experts = len(layer_indices), len(load_maps[0][1][0])
+    height = 1.1 + len(load_maps) * (0.75 + 0.42 * num_layers)
+    figure = Figure(figsize=(max(7.0, 2.2 + 0.5 * num_experts), height), dpi=150, layout="constrained")
+    all_axes = figure.subplots(len(load_maps), 1, squeeze=False, sharex=True)[:, 0]
+    top = max(2.0, max(max(row) for _, load in load_maps for row in load))
+    scale = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
+    for axes, (heading, load) in zip(all_axes, load_maps, strict=True):
+        image = axes.imshow(load, cmap="RdBu_r", norm=scale, aspect="auto")
+        axes.set_title(heading, loc="left", fontsize=10, color=_GREY)
+        axes.set_ylabel("layer")
+        axes.set_yticks(range(num_layers), [str(index) for index in layer_indices])
+        axes.tick_params(length=0)
+        if num_experts <= 32:
+            _write_values(axes, load)
+    all_axes[-1].set_xlabel("expert")
+    all_axes[-1].set_xticks(range(0, num_experts, max(1, num_experts // 16)))
+    figure.suptitle(title)
+    colour_bar = figure.colorbar(image, ax=all_axes.tolist(), pad=0.015)
+    colour_bar.set_label("load relative to even load")
+    colour_bar.outline.set_visible(False)
+    return figure
+
+
+def _write_values(axes: object, load: Sequence[Sequence[float]]) -> None:
+    for layer, row in enumerate(load):
+        for expert, value in enumerate(row):
+            is_dark = value < 0.25 or value > 1.8
+            axes.text(  # type: ignore[attr-defined]
+                expert,
+                layer,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if is_dark else "black",
+            )
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of the last fiftieth of the curve at each point."""
+    width = max(1, len(values) // 50)
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
