@@ -137,7 +137,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 16.0,
         "aux_loss_alpha": 0.001,
         "rope_in_float32": True,
-        "rope_parameters": _yarn(40.0, 1.0),
+        "rope_parameters": _yarn(40.0, 0.707),
         "max_position_embeddings": 163840,
         "bos_token_id": 100000,
         "eos_token_id": 100001,
