@@ -3,9 +3,13 @@
 torch and transformers are imported inside the fixtures, so that the structural tests stay fast.
 """
 
+import os
 import sys
 
 import pytest
+
+# workers share the cores, and torch's threads slow each other down a lot where there are more of them than cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SENTENCES = [
     "A router scores every token against every expert and picks a few of them.",

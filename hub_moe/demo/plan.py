@@ -28,7 +28,7 @@ class DemoPlan:
 
     training: TrainingPlan
     seed: int = 0
-    vocab_size: int = 2048
+    vocab_size: int = 4096
     block_length: int = 128
     held_out_share: float = 0.05
     corpus_bytes: int | None = None
