@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..errors import MissingExtraError
 
 try:
-    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 except ImportError as error:
     raise MissingExtraError("Plots need matplotlib: pip install 'hub_moe[plot]'.") from error
@@ -73,8 +74,7 @@ def plot_expert_load(
     height = 1.1 + len(load_maps) * (0.75 + 0.42 * num_layers)
     figure = Figure(figsize=(max(7.0, 2.2 + 0.5 * num_experts), height), dpi=150, layout="constrained")
     all_axes = figure.subplots(len(load_maps), 1, squeeze=False, sharex=True)[:, 0]
-    top = max(2.0, max(max(row) for _, load in load_maps for row in load))
-    scale = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=top)
+    scale = Normalize(vmin=0.0, vmax=2.0)  # the same colours in every run; what is above 2 is dark red
     for axes, (heading, load) in zip(all_axes, load_maps, strict=True):
         image = axes.imshow(load, cmap="RdBu_r", norm=scale, aspect="auto")
         axes.set_title(heading, loc="left", fontsize=10, color=_GREY)
@@ -86,17 +86,17 @@ def plot_expert_load(
     all_axes[-1].set_xlabel("expert")
     all_axes[-1].set_xticks(range(0, num_experts, max(1, num_experts // 16)))
     figure.suptitle(title)
-    colour_bar = figure.colorbar(image, ax=all_axes.tolist(), pad=0.015)
+    colour_bar = figure.colorbar(image, ax=all_axes.tolist(), pad=0.015, extend="max")
     colour_bar.set_label("load relative to even load")
     colour_bar.outline.set_visible(False)
     return figure
 
 
-def _write_values(axes: object, load: Sequence[Sequence[float]]) -> None:
+def _write_values(axes: Axes, load: Sequence[Sequence[float]]) -> None:
     for layer, row in enumerate(load):
         for expert, value in enumerate(row):
-            is_dark = value < 0.25 or value > 1.8
-            axes.text(  # type: ignore[attr-defined]
+            is_dark = abs(value - 1) > 0.7
+            axes.text(
                 expert,
                 layer,
                 f"{value:.2f}",
