@@ -1,6 +1,5 @@
 """`hub-moe demo`: the main job, offline and small."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +25,6 @@ def demo(
       hub-moe demo
       hub-moe demo --output runs/quick --minutes 1 --fresh
     """
-    # torch's threads wait for each other by spinning; beside any other busy program that is twenty times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from ..demo import run_demo
 
     report = run_demo(output, minutes=minutes, seed=seed, fresh=fresh)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, HubMoeError, UnsupportedModelError
 from .output import describe_bytes, describe_count, describe_flops, print_json, print_table, print_text
 
 _WIDTHS = (32, 12)
@@ -76,10 +76,16 @@ def inspect(
       hub-moe inspect Qwen/Qwen3-30B-A3B --memory 24GB
       hub-moe inspect runs/demo/model --context 2048 --json
     """
-    config = load_config(model, revision)
-    from ..anatomy import measure_footprint  # after the quick checks of load_config
+    try:
+        config = load_config(model, revision)
+        from ..anatomy import measure_footprint  # after the quick checks of load_config
 
-    footprint = measure_footprint(config)
+        footprint = measure_footprint(config)
+    except HubMoeError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # from the code that builds the described model
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"The config.json of {model} describes no model that can be built ({reason}).") from error
     context = context or min(4096, footprint.max_context or 4096)
     facts = {"model": model, "commit": getattr(config, "_commit_hash", None)}
     facts |= footprint.to_dict(context=context, memory_bytes=memory)

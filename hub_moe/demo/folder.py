@@ -39,6 +39,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def num_threads(self) -> Path:
+        """With how many of torch's threads the run trains."""
+        return self.path / "num_threads.txt"
+
+    @property
     def loss_curve(self) -> Path:
         """Picture."""
         return self.path / "loss_curve.png"
@@ -91,7 +96,7 @@ def open_run_folder(path: Path, settings: dict[str, Any], *, fresh: bool) -> Run
 
 def _remove_run(folder: RunFolder) -> None:
     """Only what a run writes; `report.json` first and `run.json` last, so that no remainder looks like a run."""
-    made = [folder.report, folder.model, folder.checkpoints, folder.loss_curve, folder.expert_load]
+    made = [folder.report, folder.model, folder.checkpoints, folder.num_threads, folder.loss_curve, folder.expert_load]
     for path in [*made, *folder.path.glob(".unfinished-*"), folder.settings]:
         _remove(path)
 

@@ -25,6 +25,7 @@ from ..modeling import HubMoeConfig, HubMoeForCausalLM
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
 from ..training.plots import plot_expert_load, plot_loss_curve
+from ..training.threads import choose_num_threads
 from .folder import RunFolder, open_run_folder
 from .plan import DemoPlan, plan_demo
 from .report import DemoReport
@@ -139,6 +140,8 @@ def _train(plan: DemoPlan, tokenizer: PreTrainedTokenizerFast, tokens: Tokens, f
         f"Training a model of {model.num_parameters():,} parameters for {plan.training.steps} steps on "
         f"{train_blocks.numel():,} tokens"
     )
+    num_threads = _settle_threads(model, train_blocks[: plan.training.batch_size], folder)
+    _say(f"{num_threads} of torch's threads are the fastest here now")
     return train_causal_lm(
         model,
         tokenizer,
@@ -147,6 +150,17 @@ def _train(plan: DemoPlan, tokenizer: PreTrainedTokenizerFast, tokens: Tokens, f
         plan=plan.training,
         folder=folder.checkpoints,
     )
+
+
+def _settle_threads(model: PreTrainedModel, blocks: torch.Tensor, folder: RunFolder) -> int:
+    """Choose once for a run: another number of threads rounds differently, and a resumed run shall end the same."""
+    if folder.num_threads.exists():
+        num_threads = int(folder.num_threads.read_text("utf-8"))
+        torch.set_num_threads(num_threads)
+        return num_threads
+    num_threads = choose_num_threads(model, blocks)
+    folder.write_atomically(folder.num_threads, lambda path: path.write_text(str(num_threads), "utf-8"))
+    return num_threads
 
 
 def _score(
@@ -259,6 +273,7 @@ def _describe_training(plan: DemoPlan, record: TrainingRecord, session: Training
         "steps": record.step,
         "tokens": record.step * tokens_per_step,
         "tokens_per_s": session.tokens_per_s,
+        "torch_threads": torch.get_num_threads(),
         "resumed_at_step": session.first_step or None,
         "losses": [round(loss, 4) for loss in record.losses],
         "held_out_losses": [{"tokens": step * tokens_per_step, "loss": loss} for step, loss in record.held_out],

@@ -17,6 +17,7 @@ from .layers import HubMoeMoE
 from .losses import (
     ROUTER_LOSS_WEIGHTS,
     has_router_loss,
+    mask_ahead,
     router_losses,
     shift_labels_ahead,
     token_mask,
@@ -118,7 +119,7 @@ class MoeCausalLMMixin:
                 ahead, targets, attention_mask, position_ids, num_items=kwargs.get("num_items_in_batch")
             )
         if records:
-            self._summarise_routing(result, outputs, ahead, attention_mask)
+            self._summarise_routing(result, outputs, ahead, attention_mask, position_ids)
         if targets is not None:
             result.loss = total_loss(result, self.config, targets, kwargs.get("num_items_in_batch"))
         return result
@@ -154,13 +155,15 @@ class MoeCausalLMMixin:
         outputs: ModelOutput,
         ahead: MtpOutput | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None,
     ) -> None:
         """Fill in the router losses and the expert load of `result`, MTP layers last."""
         mask_BL = token_mask(attention_mask, outputs.last_hidden_state.shape[:2], result.logits.device)
         layers = [(logits, chosen, mask_BL) for logits, chosen in zip_layers(outputs)]
+        packed_positions = position_ids if attention_mask is None else None
         if ahead is not None:
             for depth, (logits, chosen) in enumerate(zip_layers(ahead), start=1):
-                layers.append((logits, chosen, mask_BL[:, depth:]))
+                layers.append((logits, chosen, mask_ahead(mask_BL, packed_positions, depth=depth)))
         gates = [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, HubMoeMoE)]
         for (logits, _, _), gate in zip(layers, gates, strict=False):
             warn_of_detached_router(logits, self.config, is_trained=self.training and gate.weight.requires_grad)

@@ -6,8 +6,8 @@ import re
 import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -28,12 +28,13 @@ from .conversion import (
     read_experts_directly,
 )
 from .remote_code import write_remote_code
-from .safetensors_files import StoredTensor, read_headers
+from .safetensors_files import FP8_DTYPES, StoredTensor, read_headers
 
 logger = logging.get_logger(__name__)
 
 _EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_UNFINISHED = ".unfinished-"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -100,19 +101,26 @@ class CheckpointMixin:
                 raise CheckpointError(f"The state dict {wrong}.")
         return type(result)(missing, result.unexpected_keys)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, **kwargs: Any
+    ) -> None:
         """See `transformers.PreTrainedModel.save_pretrained`; also writes the code that loads it without hub_moe."""
-        if kwargs.get("push_to_hub") or not kwargs.get("is_main_process", True) or args:
-            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        save: Callable[..., None] = super().save_pretrained  # type: ignore[misc]
+        if not is_main_process:
+            save(save_directory, is_main_process=False, **kwargs)
             return
         target = Path(save_directory)
         if target.is_file():
             raise CheckpointError(f"Cannot save to {target}: it is a file, and a folder was expected.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.saving-") as folder:
-            self.config.auto_map = write_remote_code(type(self), Path(folder))
-            super().save_pretrained(folder, **kwargs)  # type: ignore[misc]
-            move_checkpoint(Path(folder), target)
+        target.mkdir(parents=True, exist_ok=True)
+        if kwargs.get("push_to_hub"):  # a commit on the Hub is whole or not there
+            self.config.auto_map = write_remote_code(type(self), target)
+            save(target, **kwargs)
+            return
+        with unfinished_folder(target) as folder:
+            self.config.auto_map = write_remote_code(type(self), folder)
+            save(folder, **kwargs)
+            move_checkpoint(folder, target, variant=kwargs.get("variant"))
 
 
 def _dequantizes_fp8(quantizer: Any) -> bool:
@@ -217,6 +225,13 @@ def _check_layer(
             raise CheckpointError(
                 f"The checkpoint lacks '{prefix}.{expert}.{projection}.weight'; the config has {num_experts} experts."
             )
+        is_bare_fp8 = stored_tensor.dtype in FP8_DTYPES and stored_tensor.name + SCALE_SUFFIX not in stored
+        if stored_tensor.dtype is None or not stored_tensor.dtype.is_floating_point or is_bare_fp8:
+            kind = "FP8 without a scale" if is_bare_fp8 else stored_tensor.dtype or "of a type hub_moe does not read"
+            raise CheckpointError(
+                f"{stored_tensor.path}: {stored_tensor.name!r} is {kind}; plain floats, or FP8 with a "
+                f"{SCALE_SUFFIX[1:]!r} beside it, were expected."
+            )
         if check_shapes and stored_tensor.shape != shape:
             raise CheckpointError(
                 f"{stored_tensor.path}: {stored_tensor.name!r} has shape {stored_tensor.shape}, and by config it "
@@ -236,6 +251,10 @@ def _settle_mtp_layers(model: Any, stored: dict[str, StoredTensor]) -> None:
         )
         del layers[first:]
         model.config.num_mtp_layers = 0
+    elif len(layers) > first and (lacking := set(range(first, len(layers))) - in_file):
+        raise CheckpointError(
+            f"The checkpoint lacks MTP layer {min(lacking)}; the config has num_mtp_layers={len(layers) - first}."
+        )
     unread = sorted(index for index in in_file if index >= len(layers))
     if unread:
         patterns = {rf"layers\.{index}\." for index in unread}
@@ -265,27 +284,42 @@ def find_weight_files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index: a JSON object with 'weight_map' was expected.") from error
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
     return [str(folder / name) for name in names]
 
 
-def move_checkpoint(source: Path, target: Path) -> None:
+@contextmanager
+def unfinished_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder inside `target`, so on the same disk and under the same rights; removed in the end.
+
+    What earlier calls that were killed left behind goes too.
+    """
+    for leftover in target.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=target, prefix=_UNFINISHED) as folder:
+        yield Path(folder)
+
+
+def move_checkpoint(source: Path, target: Path, *, variant: str | None = None) -> None:
     """Move a finished checkpoint to its name, the files that make it loadable last.
 
-    `target` may hold an older checkpoint: it stops being loadable before its first file is replaced.
+    `target` may hold an older checkpoint: it stops being loadable before its first file is replaced. Other files, and
+    checkpoints of another `variant`, stay.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    loadable = ("config.json", "model.safetensors.index.json")
+    suffix = f".{variant}" if variant else ""
+    loadable = ("config.json", f"model.safetensors.index{suffix}.json")
     for name in loadable:
         (target / name).unlink(missing_ok=True)
     new_names = {path.name for path in source.iterdir()}
-    for old in target.glob("model*.safetensors"):
-        if old.name not in new_names:
+    weights = re.compile(rf"model(-\d{{5}}-of-\d{{5}})?{re.escape(suffix)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    for old in target.iterdir():
+        if weights.fullmatch(old.name) and old.name not in new_names:
             old.unlink()
     for path in sorted(source.iterdir(), key=lambda path: (path.name == "config.json", path.name in loadable)):
-        if path.is_dir() and (target / path.name).is_dir():
-            shutil.rmtree(target / path.name)
         os.replace(path, target / path.name)

@@ -4,6 +4,7 @@ Letters used below: E routed experts, K experts per token, G groups.
 """
 
 import copy
+import math
 import os
 from typing import Any, Literal
 
@@ -22,6 +23,12 @@ _CHOICES_OF_SCORING = {
     "softmax": ("greedy", "group_limited_greedy"),
     "sigmoid": ("noaux_tc",),
 }
+
+# Fields that must be at least 1 where they are set.
+_SIZES = (
+    "hidden_size", "intermediate_size", "kv_lora_rank", "moe_intermediate_size", "num_attention_heads",
+    "num_hidden_layers", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "vocab_size",
+)  # fmt: skip
 
 # Keys of published DeepSeek config.json files that describe their training cluster or the code beside them.
 _KEYS_WITHOUT_MEANING_HERE = {"auto_map", "ep_size"}
@@ -86,11 +93,11 @@ class HubMoeConfig(DeepseekV3Config):
     mlp_bias: bool = False
     rope_in_float32: bool = False
     num_mtp_layers: int = 0
-    aux_loss_alpha: float = 0.0
+    aux_loss_alpha: float | int = 0.0
     seq_aux: bool = True
-    device_aux_loss_alpha: float = 0.0
-    router_z_loss_coef: float = 0.0
-    mtp_loss_coef: float = 0.3
+    device_aux_loss_alpha: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    mtp_loss_coef: float | int = 0.3
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> "HubMoeConfig":
@@ -175,12 +182,10 @@ class HubMoeConfig(DeepseekV3Config):
                 f"num_key_value_heads={self.num_key_value_heads} must equal "
                 f"num_attention_heads={self.num_attention_heads}: latent attention has one key per head."
             )
-        floors = {
-            "first_k_dense_replace": 0,
-            "moe_layer_freq": 1,
-            "n_shared_experts": 0,
-            "num_mtp_layers": 0,
-        }
+        if not math.isfinite(self.routed_scaling_factor):
+            raise ConfigError(f"routed_scaling_factor={self.routed_scaling_factor} must be finite.")
+        floors = {name: 1 for name in _SIZES if getattr(self, name) is not None}
+        floors |= {"first_k_dense_replace": 0, "moe_layer_freq": 1, "n_shared_experts": 0, "num_mtp_layers": 0}
         for name, floor in floors.items():
             if (getattr(self, name) or 0) < floor:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {floor}.")
@@ -193,8 +198,8 @@ class HubMoeConfig(DeepseekV3Config):
             "router_z_loss_coef",
             "mtp_loss_coef",
         ):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must not be negative; 0 turns the loss off.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number from 0 on; 0 turns the loss off.")
 
 
 def translate_native_config(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -207,6 +212,8 @@ def translate_native_config(config_dict: dict[str, Any]) -> dict[str, Any]:
         UnsupportedModelError: If the model type is not one HubMoe loads.
         ConfigError: If a key is a misspelling of a field.
     """
+    if not isinstance(config_dict, dict):
+        raise ConfigError("config.json holds no JSON object.")
     model_type = config_dict.get("model_type", HubMoeConfig.model_type)
     if model_type == HubMoeConfig.model_type:
         return config_dict

@@ -43,17 +43,25 @@ def copy_experts_by_name(model: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         CheckpointError: If an expert's shape or number is not the model's.
     """
     others, touched = {}, set()
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, tensor in state_dict.items():
         match = _ONE_EXPERT.match(name)
         if match is None:
             others[name] = tensor
             continue
-        experts: Any = model.get_submodule(match[1])
+        experts = modules.get(match[1])
+        if experts is None:
+            others[name] = tensor  # reported as unexpected
+            continue
         expert = int(match[2])
         if expert >= experts.num_experts:
             raise CheckpointError(f"{name!r} is superfluous; the model has {experts.num_experts} experts in a layer.")
         fused_name = "down_proj" if match[3] == "down" else "gate_up_proj"
-        slot = getattr(experts, fused_name)[expert]
+        parameter = getattr(experts, fused_name)
+        if parameter.is_meta:
+            parameter = nn.Parameter(torch.empty_like(parameter, device=tensor.device, dtype=tensor.dtype))
+            setattr(experts, fused_name, parameter)
+        slot = parameter[expert]
         if match[3] != "down":
             slot = slot.chunk(2)[match[3] == "up"]
         if slot.shape != tensor.shape:
@@ -88,6 +96,10 @@ def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     Raises:
         CheckpointError: If no power of two explains the number of blocks.
     """
+    if weight.dim() != 2 or scale.dim() != 2:
+        raise CheckpointError(
+            f"FP8 weights and scales must be matrices, not of shapes {tuple(weight.shape)} and {tuple(scale.shape)}."
+        )
     rows, columns = (_block_side(weight.shape[axis], scale.shape[axis]) for axis in (0, 1))
     values = _fp8_to_float32(weight)
     scale_per_column = scale.to(torch.float32).repeat_interleave(columns, dim=1)[:, : weight.shape[1]]
@@ -206,7 +218,7 @@ def defer_tensors(stored: dict[str, StoredTensor]) -> dict[str, DeferredTensor]:
     for name, tensor in stored.items():
         scale = stored.get(name + SCALE_SUFFIX)
         if ".experts." in name and name.endswith("_proj.weight"):
-            deferred[name] = DeferredTensor(tensor, scale)
+            deferred[name] = DeferredTensor(tensor, scale if tensor.dtype in FP8_DTYPES else None)
         elif tensor.dtype in FP8_DTYPES and scale is not None:
             deferred[name] = DequantizedTensor(tensor, scale)
     return deferred

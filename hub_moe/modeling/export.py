@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,8 +17,9 @@ from safetensors.torch import save_file
 from transformers import DeepseekV2Config, DeepseekV3Config
 
 from ..errors import CheckpointError, ConfigError
-from .checkpoint import find_weight_files, move_checkpoint
+from .checkpoint import check_experts, find_weight_files, move_checkpoint, unfinished_folder
 from .configuration_hub_moe import HubMoeConfig
+from .modeling_hub_moe import HubMoeForCausalLM
 from .safetensors_files import StoredTensor, bytes_of, read_headers
 
 # What each native class can express: field -> the value it must have.
@@ -87,24 +87,63 @@ def export_checkpoint(
     if to not in _NATIVE:
         raise ConfigError(f"Cannot export to {to!r}; the choices are {', '.join(_NATIVE)}.")
     destination = Path(target)
-    if destination.exists() and (destination.is_file() or any(destination.iterdir())):
+    if destination.is_file() or any(parent.is_file() for parent in destination.parents):
+        raise CheckpointError(f"{target} is, or lies in, a file; a new folder was expected.")
+    if destination.exists() and any(destination.iterdir()):
         raise CheckpointError(f"{target} exists and is not empty; give a new folder.")
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(source))
+    folder = _find_source(source)
     config = HubMoeConfig.from_pretrained(str(folder))
     _check_expressible(config, to)
     stored = read_headers(find_weight_files(folder))
     if any(re.search(r"\.experts\.(gate_up|down)_proj$", name) for name in stored):
         raise CheckpointError(f"{source} holds fused experts; load it and save it once to get per-expert tensors.")
+    _check_against_config(config, stored)
     plan = {**{name: name for name in stored}, **_mtp_copies(config, stored)}
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}.export-") as scratch:
-        work = Path(scratch)
-        _write_shards(plan, stored, work, max_shard_size)
-        _copy_small_files(folder, work)
-        _native_config(config, to).save_pretrained(work)
-        kinds = tuple(_compare(plan, stored, read_headers(find_weight_files(work))))
-        move_checkpoint(work, destination)
+    is_new = not destination.exists()
+    destination.mkdir(parents=True, exist_ok=True)
+    try:
+        with unfinished_folder(destination) as work:
+            _write_shards(plan, stored, work, max_shard_size)
+            _copy_small_files(folder, work)
+            _native_config(config, to).save_pretrained(work)
+            kinds = tuple(_compare(plan, stored, read_headers(find_weight_files(work))))
+            move_checkpoint(work, destination)
+    finally:
+        if is_new and not any(destination.iterdir()):
+            destination.rmdir()
     return ExportReport(source, target, to, kinds)
+
+
+def _find_source(source: str) -> Path:
+    """The folder of a checkpoint; a name that is no folder is a repo of the Hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise CheckpointError(f"{source!r} is neither a folder nor a repo id of the form owner/name.")
+    return Path(snapshot_download(source))
+
+
+def _check_against_config(config: HubMoeConfig, stored: dict[str, StoredTensor]) -> None:
+    """Refuse a checkpoint that HubMoe would not load: tensors missing, superfluous, or of other shapes.
+
+    Raises:
+        CheckpointError: Naming the tensor.
+    """
+    with torch.device("meta"):
+        model = HubMoeForCausalLM(config)
+    check_experts(model, stored)
+    optional = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        if ".experts." in name:
+            continue
+        if name not in stored:
+            if name not in optional:
+                raise CheckpointError(f"The checkpoint lacks {name!r}, which its config asks for.")
+        elif stored[name].shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{stored[name].path}: {name!r} has shape {stored[name].shape}, and by config it should be "
+                f"{tuple(tensor.shape)}."
+            )
 
 
 def _check_expressible(config: HubMoeConfig, to: str) -> None:
@@ -143,9 +182,12 @@ def _mtp_copies(config: HubMoeConfig, stored: dict[str, StoredTensor]) -> dict[s
 def _write_shards(plan: dict[str, str], stored: dict[str, StoredTensor], folder: Path, max_shard_size: str) -> None:
     """Write the planned tensors as safetensors shards with an index."""
     on_meta = {new: torch.empty(stored[old].shape, dtype=stored[old].dtype, device="meta") for new, old in plan.items()}
-    split = split_torch_state_dict_into_shards(
-        on_meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    try:
+        split = split_torch_state_dict_into_shards(
+            on_meta, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"max_shard_size={max_shard_size!r} is no size such as 5GB.") from error
     for filename, names in tqdm(split.filename_to_tensors.items(), desc="Writing shards", disable=None):
         save_file({name: stored[plan[name]].read() for name in names}, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:
@@ -174,7 +216,7 @@ def _compare(
         total = hashlib.sha256()
         for name in names:
             digest = _digest(written[name])
-            if digest != _digest(stored[plan[name]]):
+            if written[name].dtype != stored[plan[name]].dtype or digest != _digest(stored[plan[name]]):
                 raise CheckpointError(f"Tensor {name!r} changed while it was written; the disk may be failing.")
             total.update(digest)
         size = sum(written[name].size_bytes for name in names)

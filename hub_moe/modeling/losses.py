@@ -150,6 +150,34 @@ def token_mask(attention_mask: Tensor | None, shape: tuple[int, int], device: to
     return torch.ones(shape, dtype=torch.int64, device=device)
 
 
+def mask_ahead(mask_BL: Tensor, position_ids: Tensor | None, *, depth: int) -> Tensor:
+    """1 where MTP depth `depth` has a whole chain of tokens of one document, shape (B, L - depth).
+
+    Position i joins the hidden state of token i with the tokens up to i + depth. Where one of them is padding, or the
+    last lies in another packed document, position i is no token to that depth.
+    """
+    length = mask_BL.shape[1] - depth
+    whole_BL = torch.stack([mask_BL[:, i : i + length] != 0 for i in range(depth + 1)]).all(dim=0)
+    if position_ids is not None:
+        whole_BL = whole_BL & (position_ids[:, depth:] - position_ids[:, :-depth] == depth)
+    return whole_BL.long()
+
+
+def renumber_segments(position_ids: Tensor, *, depth: int) -> Tensor:
+    """Positions for MTP depth `depth` in packed rows, from 0 in each segment, of shape (B, L - depth).
+
+    A segment is what one document gives; a position whose chain reaches into the next document is one by itself, so
+    that nothing attends to it.
+    """
+    ones_BL = torch.ones_like(position_ids)
+    whole_BL = mask_ahead(ones_BL, position_ids, depth=depth) != 0
+    starts_BL = ~whole_BL
+    starts_BL[:, 1:] |= ~whole_BL[:, :-1]
+    starts_BL[:, :1] = True
+    index_BL = torch.arange(whole_BL.shape[1], device=position_ids.device).expand_as(whole_BL)
+    return index_BL - torch.where(starts_BL, index_BL, 0).cummax(dim=-1).values
+
+
 def zip_layers(outputs: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """Router logits and chosen experts of each recorded MoE layer."""
     return zip(outputs.router_logits or (), outputs.router_indices or (), strict=True)

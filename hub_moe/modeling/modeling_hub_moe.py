@@ -34,6 +34,7 @@ from .layers import (
     HubMoeRotaryEmbedding,
     HubMoeRouter,
 )
+from .losses import mask_ahead, renumber_segments, token_mask
 from .mtp import HubMoeCandidateGenerator
 from .registration import register_model_classes
 
@@ -117,30 +118,33 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
             kwargs: Only `output_router_logits` and `output_router_indices`, read by the recorder.
         """
         hidden = last_hidden_state
-        if position_ids is None:
-            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ConfigError(
                 f"MTP layers train with an attention mask of shape (batch, tokens), not {tuple(attention_mask.shape)}; "
                 "set mtp_loss_coef=0 to train without them."
             )
+        mask_BL = token_mask(attention_mask, (hidden.shape[0], hidden.shape[1]), hidden.device)
+        is_packed = position_ids is not None and attention_mask is None
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
         depths = []
         for depth, layer in enumerate(self.mtp_layers, start=1):
             if inputs_embeds.shape[1] <= depth:
                 break
             embeds, positions = inputs_embeds[:, depth:], position_ids[:, depth:]
+            in_segment = renumber_segments(position_ids, depth=depth) if is_packed else positions
             mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=embeds,
-                attention_mask=None if attention_mask is None else attention_mask[:, depth:],
+                attention_mask=None if attention_mask is None else mask_ahead(mask_BL, None, depth=depth),
                 past_key_values=None,
-                position_ids=positions,
+                position_ids=in_segment,
             )
             hidden = layer(
                 embeds,
                 hidden[:, :-1],
                 attention_mask=mask,
-                position_ids=positions,
+                position_ids=in_segment,
                 position_embeddings=self.rotary_emb(embeds, positions),
             )
             depths.append(hidden)

@@ -23,14 +23,14 @@ class InMemoryMtpModel(MtpModel):
         self.has_per_layer_rope = False
         self.layers = nn.ModuleList(main_model.model.mtp_layers)
         self.tie_with_main_model(main_model)
-        self.eval()
+        self.training = False  # of this wrapper only: the layers are the main model's
 
 
 class HubMoeCandidateGenerator(MTPCandidateGenerator):
     """Drafts one token per MTP layer.
 
     Raises:
-        GenerationError: If the model has no MTP layers.
+        GenerationError: If the model has no MTP layers, or the prompt comes as embeddings.
     """
 
     def __init__(
@@ -43,6 +43,8 @@ class HubMoeCandidateGenerator(MTPCandidateGenerator):
         self.num_mtp_layers = main_model.config.num_mtp_layers
         if not self.num_mtp_layers:
             raise GenerationError("use_mtp=True needs MTP layers, and this model has none (num_mtp_layers=0).")
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise GenerationError("use_mtp=True drafts from token ids; give input_ids rather than inputs_embeds.")
         self.model_kwargs_overrides = {"output_hidden_states": -1}
         self.device: torch.device = main_model.model.layers[-1].eh_proj.weight.device
         self.mtp_model = InMemoryMtpModel(main_model)

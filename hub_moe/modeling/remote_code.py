@@ -14,7 +14,11 @@ _ERRORS_IMPORT = "from ..errors import"
 
 
 def write_remote_code(model_class: type[Any], folder: Path) -> dict[str, str]:
-    """Copy every module that `model_class` needs into `folder` and return the `auto_map` for its config."""
+    """Copy every module that `model_class` needs into `folder` and return the `auto_map` for its config.
+
+    A user's own subclass is saved as the class of ours that it derives from: its code is not ours to copy.
+    """
+    model_class = next(base for base in model_class.__mro__ if hasattr(sys.modules[base.__module__], "AUTO_CLASSES"))
     entry = _source_file(model_class)
     todo, done = [entry.stem], set[str]()
     while todo:

@@ -55,7 +55,13 @@ class StoredTensor:
             target.copy_(self.read())
 
     def read(self) -> Tensor:
-        """The tensor in its own dtype, in newly allocated memory on the CPU."""
+        """The tensor in its own dtype, in newly allocated memory on the CPU.
+
+        Raises:
+            CheckpointError: If the dtype is none that hub_moe reads.
+        """
+        if self.dtype is None:
+            raise CheckpointError(f"{self.path}: tensor {self.name!r} is of a type that hub_moe does not read.")
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self._fill(tensor)
         return tensor
@@ -92,6 +98,8 @@ def read_headers(paths: Iterable[str]) -> dict[str, StoredTensor]:
 
 
 def _read_header(path: str) -> dict[str, StoredTensor]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is missing, though the checkpoint's index names it.")
     file_size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
@@ -105,8 +113,9 @@ def _read_header(path: str) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     stored = {name: _stored_tensor(name, path, entry, 8 + length) for name, entry in header.items()}
     data_end = max((tensor.offset + tensor.size_bytes for tensor in stored.values()), default=8 + length)
-    if data_end > file_size:
-        raise CheckpointError(f"{path} is truncated: its header promises {data_end:,} bytes and it has {file_size:,}.")
+    if data_end != file_size:
+        fault = "truncated" if data_end > file_size else "too long"
+        raise CheckpointError(f"{path} is {fault}: its header promises {data_end:,} bytes and it has {file_size:,}.")
     return stored
 
 

@@ -104,6 +104,8 @@ def test_a_type_that_only_hub_moe_knows_is_read_by_it(inspect, tmp_path):
         ({"model_type": "llama"}, "Model type 'llama' has no routed experts"),
         ({"model_type": "nllb-moe"}, "no causal language model of type 'nllb-moe'"),
         ({"model_type": "qwen3_moe", "hidden_size": "wide"}, "'hidden_size' expected int, got str"),
+        ({"model_type": "qwen3_moe", "hidden_size": -8}, "describes no model that can be built"),
+        ({"model_type": "qwen3_moe", "rope_scaling": {"type": "yarn"}}, "describes no model that can be built"),
         ({"model_type": "hub_moe", "n_group": 3}, "n_group=3 must divide n_routed_experts="),
         ({"model_type": "hub_moe", "n_routed_expert": 8}, "'n_routed_expert'"),
     ],

@@ -170,6 +170,73 @@ def test_saving_again_replaces_the_old_shards(tiny_model, tmp_path):
     HubMoeForCausalLM.from_pretrained(tmp_path / "model")
 
 
+def test_saving_leaves_other_files_and_variants_alone(tiny_model, tmp_path):
+    (tmp_path / "model_ema.safetensors").write_text("mine")
+    tiny_model.save_pretrained(tmp_path, variant="fp16", max_shard_size="30KB")
+    variant_files = {path.name for path in tmp_path.glob("*fp16*")}
+    tiny_model.save_pretrained(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert variant_files | {"model.safetensors", "model_ema.safetensors"} <= names
+    HubMoeForCausalLM.from_pretrained(tmp_path, variant="fp16")
+    tiny_model.save_pretrained(tmp_path, variant="fp16")
+    assert {path.name for path in tmp_path.glob("model*fp16*")} == {"model.fp16.safetensors"}
+
+
+def test_saving_through_a_link_writes_where_it_points(tiny_model, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    tiny_model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    HubMoeForCausalLM.from_pretrained(tmp_path / "real")
+
+
+def test_leftover_of_a_killed_save_goes_with_the_next_one(tiny_model, tmp_path):
+    (tmp_path / ".unfinished-abc").mkdir()
+    tiny_model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob(".unfinished-*"))
+
+
+def test_subclass_of_a_user_is_saved_as_our_class(tiny_config, tmp_path):
+    class Mine(HubMoeForCausalLM):
+        pass
+
+    Mine(tiny_config).save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is HubMoeForCausalLM
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn, torch.uint16])
+def test_experts_that_are_no_plain_floats_are_refused(saved, dtype):
+    def convert(tensors):
+        name = "model.layers.1.mlp.experts.3.down_proj.weight"
+        tensors[name] = tensors[name].to(dtype)
+
+    _edit_tensors(saved, convert)
+    with pytest.raises(CheckpointError, match=r"experts\.3\.down_proj\.weight' is .*plain floats"):
+        HubMoeForCausalLM.from_pretrained(saved)
+
+
+def test_missing_shard_and_broken_index_are_named(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path, max_shard_size="30KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"{re.escape(shard.name)} is missing"):
+        HubMoeForCausalLM.from_pretrained(tmp_path)
+
+
+def test_trailing_bytes_are_noticed(saved):
+    with open(saved / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="is too long"):
+        HubMoeForCausalLM.from_pretrained(saved)
+
+
+def test_config_that_wants_more_mtp_layers_than_there_are_is_refused(tiny_config, tmp_path):
+    tiny_config.num_mtp_layers = 1
+    HubMoeForCausalLM(tiny_config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="lacks MTP layer 4; the config has num_mtp_layers=2"):
+        HubMoeForCausalLM.from_pretrained(tmp_path, num_mtp_layers=2)
+
+
 @pytest.mark.slow
 def test_killed_save_leaves_nothing_that_looks_complete(tmp_path):
     """A process saves over and over and is killed at some moment: what is left loads, or is no checkpoint."""

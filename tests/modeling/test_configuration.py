@@ -45,7 +45,11 @@ def test_attribute_that_is_no_field_is_not_saved(tmp_path):
         ({"qk_rope_head_dim": 7}, "even rotary dimension"),
         ({"moe_layer_freq": 0}, "moe_layer_freq=0 must be at least 1"),
         ({"n_shared_experts": -1}, "n_shared_experts=-1 must be at least 0"),
-        ({"aux_loss_alpha": -1.0}, "aux_loss_alpha=-1.0 must not be negative"),
+        ({"aux_loss_alpha": -1.0}, "aux_loss_alpha=-1.0 must be a number from 0 on"),
+        ({"aux_loss_alpha": float("nan")}, "aux_loss_alpha=nan must be a number from 0 on"),
+        ({"routed_scaling_factor": float("inf")}, "routed_scaling_factor=inf must be finite"),
+        ({"hidden_size": -8}, "hidden_size=-8 must be at least 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
         ({"hidden_size": "big"}, "hidden_size"),
     ],
 )
@@ -69,6 +73,10 @@ def test_preset_survives_json(name, tmp_path):
     reloaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(reloaded, HubMoeConfig)
     assert reloaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
+
+
+def test_whole_number_is_a_weight_too():
+    assert HubMoeConfig(aux_loss_alpha=0, mtp_loss_coef=1).mtp_loss_coef == 1
 
 
 def test_unknown_preset_lists_the_names():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hub_moe.errors import CheckpointError, ConfigError
@@ -172,3 +172,42 @@ model.save_pretrained({str(tmp_path / "again")!r})
 
 def test_installed_hub_moe_wins_over_the_code_beside_the_checkpoint(saved_mtp_model):
     assert type(AutoModelForCausalLM.from_pretrained(saved_mtp_model)) is HubMoeForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("model.layers.1.mlp.experts.3.up_proj.weight", None, r"lacks 'layers\.1\.mlp\.experts\.3\.up_proj"),
+        ("model.norm.weight", None, r"lacks 'model\.norm\.weight'"),
+        ("lm_head.weight", lambda tensor: tensor[:-1].contiguous(), r"'lm_head\.weight' has shape \(127, 32\)"),
+        ("model.norm.weight", lambda tensor: tensor.to(torch.uint16), "is of a type that hub_moe does not read"),
+    ],
+)
+def test_export_refuses_what_would_not_load(saved_mtp_model, tmp_path, name, edit, message):
+    file = saved_mtp_model / "model.safetensors"
+    tensors = load_file(file)
+    tensor = tensors.pop(name)
+    if edit is not None:
+        tensors[name] = edit(tensor)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(str(saved_mtp_model), str(tmp_path / "native"))
+    assert not (tmp_path / "native").exists()
+
+
+def test_export_of_a_misspelt_folder_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="'nope' is neither a folder nor a repo id"):
+        export_checkpoint("nope", str(tmp_path / "native"))
+
+
+def test_installed_hub_moe_wins_though_the_copy_came_first(saved_mtp_model, tmp_path):
+    code = f"""
+from transformers import AutoModelForCausalLM
+first = AutoModelForCausalLM.from_pretrained({str(saved_mtp_model)!r}, trust_remote_code=True)
+import hub_moe.modeling
+second = AutoModelForCausalLM.from_pretrained({str(saved_mtp_model)!r})
+print(type(first).__module__.split(".")[0], type(second) is hub_moe.modeling.HubMoeForCausalLM)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert result.stdout.split() == ["transformers_modules", "True"]

@@ -86,6 +86,37 @@ def test_packed_documents_do_not_predict_into_each_other(mtp_model):
     torch.testing.assert_close(together, sum(per_depth) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_leaks_from_padding_or_from_the_document_before(mtp_model):
+    """Only what must not matter changes, with weights large enough for it to show if it did."""
+    mtp_model.train()
+    with torch.no_grad():
+        for parameter in mtp_model.parameters():
+            parameter.mul_(4)
+    tokens = torch.randint(10, 128, (1, 7))
+    losses = []
+    for pad in (1, 5, 9):
+        padded = torch.cat([torch.full((1, 3), pad), tokens], dim=1)
+        mask = torch.tensor([[0] * 3 + [1] * 7])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        outputs = mtp_model(
+            padded,
+            attention_mask=mask,
+            position_ids=positions,
+            labels=padded.masked_fill(mask == 0, -100),
+            output_router_logits=True,
+        )
+        losses.append((outputs.mtp_loss, outputs.aux_loss))
+        assert outputs.expert_load.sum(dim=1).tolist() == [2 * length for length in (7, 7, 6, 5)]
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
+    losses = []
+    for _ in range(2):
+        packed = torch.cat([torch.randint(10, 128, (1, 4)), tokens], dim=1)
+        positions = torch.tensor([[0, 1, 2, 3, *range(7)]])
+        labels = torch.cat([torch.full((1, 4), -100), tokens], dim=1)
+        losses.append(mtp_model(packed, position_ids=positions, labels=labels, use_cache=False).mtp_loss)
+    torch.testing.assert_close(losses[0], losses[1])
+
+
 def _depth_loss(model, tokens, depth):
     hidden = model.model(tokens).last_hidden_state
     ahead = model.model.predict_ahead(model.model.embed_tokens(tokens), hidden, None, None)
@@ -183,6 +214,13 @@ def test_drafts_of_an_untrained_model_change_nothing(mtp_model):
     prompt = torch.randint(2, 128, (1, 6))
     greedy = mtp_model.generate(prompt, max_new_tokens=12, do_sample=False)
     assert torch.equal(mtp_model.generate(prompt, max_new_tokens=12, do_sample=False, use_mtp=True), greedy)
+
+
+def test_drafting_needs_token_ids_and_leaves_the_training_mode_alone(mtp_model):
+    with pytest.raises(GenerationError, match="give input_ids rather than inputs_embeds"):
+        mtp_model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2, use_mtp=True)
+    mtp_model.train().generate(torch.tensor([[5, 6]]), max_new_tokens=2, use_mtp=True)
+    assert all(module.training for module in mtp_model.modules())
 
 
 def test_drafting_without_mtp_layers_is_refused(tiny_model):

@@ -98,3 +98,17 @@ def test_shards_that_cut_through_a_layer_are_resumed_from(tiny_model, other_mode
     assert len(list(tmp_path.glob("*.safetensors"))) > 5
     load_sharded_checkpoint(other_model, str(tmp_path), strict=False)
     _assert_equal_weights(other_model, tiny_model)
+
+
+def test_state_dict_fills_a_meta_model(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = HubMoeForCausalLM(tiny_model.config)
+    empty.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True, assign=True)
+    assert {parameter.device.type for parameter in empty.parameters()} == {"cpu"}
+    _assert_equal_weights(empty, tiny_model)
+
+
+def test_experts_of_layers_the_model_lacks_are_unexpected_keys(tiny_model, other_model):
+    result = other_model.load_state_dict({"model.layers.9.mlp.experts.0.up_proj.weight": torch.zeros(1)}, strict=False)
+    assert result.unexpected_keys == ["model.layers.9.mlp.experts.0.up_proj.weight"]
