@@ -93,9 +93,12 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_a_model_two_pictures_and_a_report(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"checkpoints", "expert_load.png", "loss_curve.png", "model", "report.json", "run.json"}
+    pictures = {"expert_load.png", "loss_curve.png"}
+    assert names == {"checkpoints", "model", "num_threads.txt", "report.json", "run.json", *pictures}
+    report = DemoReport.read(finished / "report.json")
+    assert int((finished / "num_threads.txt").read_text("utf-8")) == report.training["torch_threads"]
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-30"}
-    for picture in ("expert_load.png", "loss_curve.png"):
+    for picture in pictures:
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
 
