@@ -1,0 +1,85 @@
+"""Everything the embedded Hub keeps, in one folder on disk. Knows nothing of HTTP.
+
+hub.sqlite3     users, tokens (hashed), repo settings
+secret          the key that signs upload links
+repos/UID.git   bare git repositories; a repo's folder keeps its name when the repo is renamed
+blobs/          large files by sha256
+incoming/       uploads that are not finished
+"""
+
+import fcntl
+import os
+import secrets
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from ...errors import ConfigError
+from .accounts import Accounts, Identity
+from .blobs import BlobStore, PartStore
+from .commits import Commits
+from .database import Database
+from .files import Files
+from .git import GitRepo
+from .names import RepoId
+from .repos import Repo, Repos
+
+__all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
+
+
+class Store:
+    """The parts of a store. `serve=True` locks the folder for one server and clears what an earlier one left."""
+
+    def __init__(self, root: Path, *, serve: bool = False) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._stack = ExitStack()
+        if serve:
+            self._lock(root / "serving.lock")
+        self.secret = _read_secret(root / "secret")
+        self.database = Database(root / "hub.sqlite3")
+        self._stack.callback(self.database.close)
+        self.blobs = BlobStore(root / "blobs", root / "incoming")
+        self.parts = PartStore(self.blobs)
+        self.accounts = Accounts(self.database)
+        self.repos = Repos(self.database, self.accounts, root / "repos")
+        self.files = Files(self.database, self.blobs)
+        self.commits = Commits(self.database, self.repos, self.blobs)
+        if serve:
+            self._clear_leftovers()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _lock(self, path: Path) -> None:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._stack.enter_context(file)
+        except BlockingIOError:
+            file.close()
+            raise ConfigError(f"Another server already serves {self.root}; stop it or choose another folder.") from None
+
+    def _clear_leftovers(self) -> None:
+        """What a killed server left: half uploads, git's lock files (which would block a ref for ever)."""
+        self.blobs.clear_incoming()
+        for leftover in [*self.root.glob("repos/*.git/refs/**/*.lock"), *self.root.glob("repos/*.git/*.lock")]:
+            leftover.unlink()
+        for leftover in self.root.glob("repos/*.git/objects/tmp_obj_*"):
+            leftover.unlink()
+
+
+def _read_secret(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return path.read_bytes()
+    with os.fdopen(descriptor, "wb") as file:
+        secret = secrets.token_bytes(32)
+        file.write(secret)
+        file.flush()
+        os.fsync(file.fileno())
+    return secret

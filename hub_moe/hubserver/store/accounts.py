@@ -1,0 +1,109 @@
+"""Users, organisations and tokens. A token is kept only as its sha256."""
+
+import hashlib
+import secrets
+import sqlite3
+from dataclasses import dataclass
+
+from .database import Database, now
+from .errors import ConflictError, InvalidInputError, NotFoundError, UnauthenticatedError
+from .names import RESERVED_OWNERS, check_name
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who asks: a user by one of their tokens."""
+
+    user: str
+    fullname: str
+    email: str
+    token_name: str
+    token_role: str
+    token_created_at: str
+
+    @property
+    def can_write(self) -> bool:
+        """Whether the token may change anything at all."""
+        return self.token_role == "write"
+
+
+class Accounts:
+    """The users, organisations and tokens in a database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add_user(self, name: str, *, fullname: str = "", email: str = "", kind: str = "user") -> None:
+        """Create a user (or `kind="org"`, an organisation); ConflictError if the name is taken in any case."""
+        if check_name(name).lower() in RESERVED_OWNERS:
+            raise InvalidInputError(f"The name {name!r} is reserved.")
+        try:
+            with self._database.transaction() as connection:
+                connection.execute(
+                    "INSERT INTO users VALUES (?, ?, ?, ?, ?)", (name, kind, fullname or name, email, now())
+                )
+        except sqlite3.IntegrityError:
+            raise ConflictError(f"There is already a user or organisation named {name!r}.") from None
+
+    def add_member(self, org: str, user: str, *, role: str = "write") -> None:
+        """Make a user a member of an organisation: `admin`, `write` or `read`."""
+        self._require(org, "org")
+        self._require(user, "user")
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?)", (org, user, role))
+
+    def create_token(self, user: str, *, name: str = "default", role: str = "write") -> str:
+        """A new token, shown only here; a token of the same name is replaced."""
+        self._require(user, "user")
+        if role not in {"read", "write"}:
+            raise InvalidInputError(f"A token's role is read or write; got {role!r}.")
+        token = f"hf_{secrets.token_urlsafe(27)}"
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM tokens WHERE user = ? AND name = ?", (user, name))
+            connection.execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (_hash(token), user, name, role, now()))
+        return token
+
+    def revoke_token(self, user: str, name: str) -> None:
+        """Make a token worthless at once."""
+        with self._database.transaction() as connection:
+            done = connection.execute("DELETE FROM tokens WHERE user = ? AND name = ?", (user, name))
+            if not done.rowcount:
+                raise NotFoundError("token", f"{user} has no token named {name!r}.")
+
+    def identify(self, token: str) -> Identity:
+        """Who holds this token; UnauthenticatedError if nobody does."""
+        row = self._database.row(
+            "SELECT u.name, u.fullname, u.email, t.name AS token_name, t.role, t.created_at FROM tokens t "
+            "JOIN users u ON u.name = t.user WHERE t.hash = ?",
+            _hash(token),
+        )
+        if row is None:
+            raise UnauthenticatedError("Invalid credentials in Authorization header")
+        return Identity(*row)
+
+    def orgs(self, user: str) -> list[tuple[str, str]]:
+        """The organisations of a user, each with the user's role in it."""
+        rows = self._database.rows("SELECT org, role FROM members WHERE user = ? ORDER BY org", user)
+        return [(row["org"], row["role"]) for row in rows]
+
+    def role_in(self, owner: str, user: str) -> str | None:
+        """`admin` in one's own namespace, the member's role in an organisation's, None elsewhere."""
+        if owner.lower() == user.lower():
+            return "admin"
+        row = self._database.row("SELECT role FROM members WHERE org = ? AND user = ?", owner, user)
+        return row["role"] if row else None
+
+    def find(self, name: str) -> sqlite3.Row:
+        """The row of a user or organisation."""
+        row = self._database.row("SELECT * FROM users WHERE name = ?", name)
+        if row is None:
+            raise NotFoundError("user", f"There is no user or organisation named {name!r}.")
+        return row
+
+    def _require(self, name: str, kind: str) -> None:
+        if self.find(name)["kind"] != kind:
+            raise InvalidInputError(f"{name!r} is not {'a user' if kind == 'user' else 'an organisation'}.")
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()

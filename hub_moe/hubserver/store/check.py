@@ -1,0 +1,82 @@
+"""Whether a store is whole: every object reachable and well-formed, every large file there and of the right sha256."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+
+from dulwich.errors import ChecksumMismatch, ObjectFormatException
+
+from . import Store
+from .blobs import COPY_BYTES
+from .errors import NotFoundError
+from .git import GitRepo, parse_pointer
+from .repos import Repo
+
+_BROKEN = (KeyError, AssertionError, ObjectFormatException, ChecksumMismatch, NotFoundError, zlib.error, ValueError)
+
+
+def find_faults(store: Store, *, read_blobs: bool = True) -> Iterator[str]:
+    """One sentence for each fault. `read_blobs=False` trusts the content of large files and checks only their size."""
+    if read_blobs:
+        yield from _check_blobs(store)
+    for repo in store.repos.all():
+        if not store.repos.path(repo).is_dir():
+            yield f"{repo.id.kind} {repo.id}: its git repository is missing."
+            continue
+        with store.repos.open(repo) as git:
+            yield from _check_repo(store, repo, git)
+
+
+def find_orphans(store: Store) -> list[str]:
+    """Git repositories that belong to no repo: a creation or deletion was cut short. Harmless, but they take space."""
+    known = {f"{repo.uid}.git" for repo in store.repos.all()}
+    return sorted(path.name for path in (store.root / "repos").iterdir() if path.name not in known)
+
+
+def _check_blobs(store: Store) -> Iterator[str]:
+    for sha256 in store.blobs.all():
+        digest = hashlib.sha256()
+        with store.blobs.path(sha256).open("rb") as file:
+            while chunk := file.read(COPY_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != sha256:
+            yield f"large file {sha256}: its content has the sha256 {digest.hexdigest()}."
+
+
+def _check_repo(store: Store, repo: Repo, git: GitRepo) -> Iterator[str]:
+    name = f"{repo.id.kind} {repo.id}"
+    seen: set[str] = set()
+    for prefix in ("refs/heads/", "refs/tags/", "refs/pr/"):
+        try:
+            commits = git.list_refs(prefix)
+        except _BROKEN as error:
+            yield f"{name}: a ref below {prefix} leads nowhere: {error}"
+            continue
+        for ref, commit in commits.items():
+            try:
+                yield from _check_history(store, repo, git, commit, seen)
+            except _BROKEN as error:
+                yield f"{name}: {prefix}{ref} reaches a missing or damaged object: {error!r}"
+
+
+def _check_history(store: Store, repo: Repo, git: GitRepo, commit: str, seen: set[str]) -> Iterator[str]:
+    for entry in git.log(commit):
+        if entry.oid in seen:
+            continue
+        seen.add(entry.oid)
+        for item in git.walk(git.tree_of(entry.oid)):
+            if item.is_folder or item.oid in seen:
+                continue
+            seen.add(item.oid)
+            content = git.read_file(item.oid)
+            if _git_hash(content) != item.oid:
+                yield f"{repo.id.kind} {repo.id}: the object {item.oid} ({item.path}) is damaged."
+            pointer = parse_pointer(content)
+            if pointer and store.blobs.size_bytes(pointer[0]) != pointer[1]:
+                yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) is missing or cut."
+            if pointer and not store.commits.has_content(repo, pointer[0]):
+                yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) was not uploaded to it."
+
+
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -1,0 +1,195 @@
+"""Commits: all their changes or none, on top of exactly the commit that was the head."""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .accounts import Identity
+from .blobs import BlobStore
+from .database import Database
+from .errors import ConflictError, InvalidInputError, NotFoundError, StaleParentError, TooLargeError
+from .files import MAX_REGULAR_BYTES
+from .git import GitRepo, format_pointer, parse_pointer
+from .names import check_path, check_ref_name, check_sha256
+from .repos import Repo, Repos
+
+MAX_INLINE_BYTES = 5 * MAX_REGULAR_BYTES
+MAX_MESSAGE_CHARACTERS = 65_536
+
+
+@dataclass(frozen=True)
+class AddFile:
+    """Put these bytes at a path, inside git."""
+
+    path: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class AddLargeFile:
+    """Put at a path a content that was uploaded to this repo before."""
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DeleteFile:
+    """Remove a file, or a folder when the path ends in a slash."""
+
+    path: str
+
+
+Operation = AddFile | AddLargeFile | DeleteFile
+
+
+class Commits:
+    """Changes the history of repos, one change at a time for each repo."""
+
+    def __init__(self, database: Database, repos: Repos, blobs: BlobStore) -> None:
+        self._database = database
+        self._repos = repos
+        self._blobs = blobs
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    def commit(
+        self,
+        repo: Repo,
+        operations: Iterable[Operation],
+        *,
+        revision: str,
+        who: Identity,
+        message: str,
+        parent: str | None = None,
+    ) -> str:
+        """Apply all operations to a branch; the id of its head afterwards (the old head when nothing changed).
+
+        Raises:
+            NotFoundError: If the branch, or a file to delete, does not exist.
+            StaleParentError: If `parent` (a commit id or its beginning) is not the branch's head.
+            InvalidInputError: If an operation is impossible; then nothing has changed.
+        """
+        if not message.strip() or len(message) > MAX_MESSAGE_CHARACTERS:
+            raise InvalidInputError(f"A commit message has 1 to {MAX_MESSAGE_CHARACTERS} characters.")
+        with self._repos.open(repo) as git:
+            ref = git.find_writable_ref(revision)
+            added, deleted = self._store(repo, git, operations)
+            with self._locks[repo.uid]:
+                head = git.resolve(ref)
+                if parent is not None and not head.startswith(parent):
+                    raise StaleParentError("A commit has happened since. Please refresh and try again.")
+                tree = _build_tree(git, head, added, deleted)
+                if tree == git.tree_of(head):
+                    return head
+                commit = git.write_commit(tree=tree, parents=[head], author=format_author(who), message=message)
+                git.move_ref(ref, old=head, new=commit)
+        self._repos.touch(repo)
+        return commit
+
+    def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
+        """Replace a branch's history by one commit with the same files."""
+        with self._locks[repo.uid], self._repos.open(repo) as git:
+            ref = f"refs/heads/{check_ref_name(branch)}"
+            head = git.resolve(ref)
+            commit = git.write_commit(
+                tree=git.tree_of(head), parents=[], author=format_author(who), message=message or f"Squash {branch}"
+            )
+            git.move_ref(ref, old=head, new=commit)
+        self._repos.touch(repo)
+        return commit
+
+    def create_branch(self, repo: Repo, branch: str, *, start: str) -> None:
+        """A new branch at a revision; ConflictError if there is one of this name."""
+        ref = f"refs/heads/{check_ref_name(branch)}"
+        with self._locks[repo.uid], self._repos.open(repo) as git:
+            commit = git.resolve(start)
+            if git.read_ref(ref):
+                raise ConflictError(f"Reference already exists: {ref}")
+            git.move_ref(ref, old=None, new=commit)
+
+    def create_tag(self, repo: Repo, tag: str, *, at: str, who: Identity, message: str = "") -> None:
+        """A new tag at a revision, annotated when it has a message; ConflictError if there is one of this name."""
+        ref = f"refs/tags/{check_ref_name(tag)}"
+        with self._locks[repo.uid], self._repos.open(repo) as git:
+            oid = commit = git.resolve(at)
+            if git.read_ref(ref):
+                raise ConflictError(f"Tag reference exists already: {ref}")
+            if message:
+                oid = git.write_tag(name=tag, commit=commit, author=format_author(who), message=message)
+            git.move_ref(ref, old=None, new=oid)
+
+    def delete_ref(self, repo: Repo, ref: str) -> None:
+        """Remove a branch or tag by its full name; `main` cannot be removed."""
+        if ref == "refs/heads/main":
+            raise InvalidInputError("The branch main cannot be deleted.")
+        with self._locks[repo.uid], self._repos.open(repo) as git:
+            oid = git.read_ref(ref)
+            if oid is None:
+                raise NotFoundError("revision", f"Reference does not exist: {ref}")
+            git.move_ref(ref, old=oid, new=None)
+
+    def register(self, repo: Repo, sha256: str) -> None:
+        """Note that a stored content was uploaded to this repo, so that commits here may name it."""
+        if self._blobs.size_bytes(sha256) is None:
+            raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.")
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO repo_blobs VALUES (?, ?)", (repo.uid, sha256))
+
+    def has_content(self, repo: Repo, sha256: str) -> bool:
+        """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""
+        found = self._database.row("SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?", repo.uid, sha256)
+        return found is not None and self._blobs.size_bytes(sha256) is not None
+
+    def _store(
+        self, repo: Repo, git: GitRepo, operations: Iterable[Operation]
+    ) -> tuple[dict[str, str], list[DeleteFile]]:
+        """Write the new files as objects that no commit names yet."""
+        added: dict[str, str] = {}
+        deleted: list[DeleteFile] = []
+        for operation in operations:
+            check_path(operation.path.removesuffix("/") if isinstance(operation, DeleteFile) else operation.path)
+            if isinstance(operation, DeleteFile):
+                deleted.append(operation)
+            elif isinstance(operation, AddFile):
+                self._check_content(repo, operation)
+                added[operation.path] = git.write_file(operation.content)
+            else:
+                added[operation.path] = git.write_file(self._pointer(repo, operation))
+        return added, deleted
+
+    def _check_content(self, repo: Repo, operation: AddFile) -> None:
+        if len(operation.content) > MAX_INLINE_BYTES:
+            raise TooLargeError(f"{operation.path} has more than {MAX_INLINE_BYTES} bytes; upload it as a large file.")
+        pointer = parse_pointer(operation.content)
+        if pointer and not (self.has_content(repo, pointer[0]) and self._blobs.size_bytes(pointer[0]) == pointer[1]):
+            raise InvalidInputError(f"{operation.path} points at a large file that was never uploaded to this repo.")
+
+    def _pointer(self, repo: Repo, operation: AddLargeFile) -> bytes:
+        size_bytes = self._blobs.size_bytes(check_sha256(operation.sha256))
+        if size_bytes is None or not self.has_content(repo, operation.sha256):
+            raise InvalidInputError(
+                f"{operation.path} names the large file {operation.sha256}, which was never uploaded to this repo."
+            )
+        return format_pointer(operation.sha256, size_bytes)
+
+
+def format_author(who: Identity) -> str:
+    """How a user stands in a commit; addresses are not published."""
+    return f"{who.user} <{who.user}@users.noreply>"
+
+
+def _build_tree(git: GitRepo, head: str, added: dict[str, str], deleted: list[DeleteFile]) -> str | None:
+    for operation in deleted:
+        entry = git.find_entry(head, operation.path.removesuffix("/"))
+        if entry is None or entry.is_folder != operation.path.endswith("/"):
+            raise NotFoundError("entry", f"A file with this name doesn't exist: {operation.path}")
+    removals: dict[str, str | None] = {operation.path.removesuffix("/"): None for operation in deleted}
+    kept = {path: oid for path, oid in removals.items() if not _is_below(path, removals)}
+    tree = git.write_tree(git.tree_of(head), kept) if kept else git.tree_of(head)
+    return git.write_tree(tree, added) if added else tree
+
+
+def _is_below(path: str, folders: dict[str, str | None]) -> bool:
+    parts = path.split("/")
+    return any("/".join(parts[:depth]) in folders for depth in range(1, len(parts)))

@@ -1,0 +1,108 @@
+"""The SQLite file: users, tokens, repo settings, who may read which content."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS users (
+    name TEXT PRIMARY KEY COLLATE NOCASE,
+    kind TEXT NOT NULL CHECK (kind IN ('user', 'org')),
+    fullname TEXT NOT NULL,
+    email TEXT NOT NULL,
+    created_at TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS members (
+    org TEXT NOT NULL COLLATE NOCASE REFERENCES users (name) ON DELETE CASCADE,
+    user TEXT NOT NULL COLLATE NOCASE REFERENCES users (name) ON DELETE CASCADE,
+    role TEXT NOT NULL CHECK (role IN ('admin', 'write', 'read')),
+    PRIMARY KEY (org, user)
+) STRICT;
+CREATE TABLE IF NOT EXISTS tokens (
+    hash TEXT PRIMARY KEY,
+    user TEXT NOT NULL COLLATE NOCASE REFERENCES users (name) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    role TEXT NOT NULL CHECK (role IN ('read', 'write')),
+    created_at TEXT NOT NULL,
+    UNIQUE (user, name)
+) STRICT;
+CREATE TABLE IF NOT EXISTS repos (
+    id TEXT PRIMARY KEY,
+    kind TEXT NOT NULL CHECK (kind IN ('model', 'dataset', 'space')),
+    owner TEXT NOT NULL COLLATE NOCASE REFERENCES users (name),
+    name TEXT NOT NULL COLLATE NOCASE,
+    private INTEGER NOT NULL DEFAULT 0,
+    gated TEXT NOT NULL DEFAULT '' CHECK (gated IN ('', 'auto', 'manual')),
+    sdk TEXT,
+    downloads INTEGER NOT NULL DEFAULT 0,
+    created_at TEXT NOT NULL,
+    modified_at TEXT NOT NULL,
+    UNIQUE (kind, owner, name)
+) STRICT;
+CREATE TABLE IF NOT EXISTS grants (
+    repo TEXT NOT NULL REFERENCES repos (id) ON DELETE CASCADE,
+    user TEXT NOT NULL COLLATE NOCASE REFERENCES users (name) ON DELETE CASCADE,
+    status TEXT NOT NULL CHECK (status IN ('pending', 'accepted', 'rejected')),
+    asked_at TEXT NOT NULL,
+    PRIMARY KEY (repo, user)
+) STRICT;
+CREATE TABLE IF NOT EXISTS repo_blobs (
+    repo TEXT NOT NULL REFERENCES repos (id) ON DELETE CASCADE,
+    sha256 TEXT NOT NULL,
+    PRIMARY KEY (repo, sha256)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS file_facts (
+    oid TEXT PRIMARY KEY,
+    size_bytes INTEGER NOT NULL,
+    sha256 TEXT
+) STRICT, WITHOUT ROWID;
+"""
+
+
+class Database:
+    """One SQLite connection shared by the threads of a process; other processes may open the same file."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()
+        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
+        self._connection.row_factory = sqlite3.Row
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute("PRAGMA foreign_keys = ON")
+        self._connection.executescript(SCHEMA)
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything inside is written together, or not at all when an error leaves the block."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        """Every row that a SELECT finds."""
+        with self._lock:
+            return self._connection.execute(query, values).fetchall()
+
+    def row(self, query: str, *values: Any) -> sqlite3.Row | None:
+        """The first row that a SELECT finds."""
+        found = self.rows(query, *values)
+        return found[0] if found else None
+
+    def close(self) -> None:
+        """Close the connection; the object is of no use afterwards."""
+        with self._lock:
+            self._connection.close()
+
+
+def now() -> str:
+    """The time in the Hub's spelling: `2026-09-22T17:25:10.000Z`."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,132 @@
+"""The files of a commit as people see them: large files by their real size and sha256, not by their pointer."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from .blobs import BlobStore
+from .database import Database
+from .errors import NotFoundError
+from .git import GitRepo, LogEntry, TreeEntry, format_pointer, parse_pointer
+from .names import check_path
+
+MAX_REGULAR_BYTES = 10_000_000
+_ROWS_PER_QUERY = 500
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a git blob stands for: its own bytes (`sha256` None), or a large file."""
+
+    oid: str
+    size_bytes: int
+    sha256: str | None = None
+
+    @property
+    def pointer_size_bytes(self) -> int | None:
+        """The size of the pointer inside git, None for a file that is not large."""
+        return len(format_pointer(self.sha256, self.size_bytes)) if self.sha256 else None
+
+
+class Files:
+    """Reads trees and files; remembers the facts of every git blob, which can never change."""
+
+    def __init__(self, database: Database, blobs: BlobStore) -> None:
+        self._database = database
+        self._blobs = blobs
+
+    def facts(self, git: GitRepo, oids: Iterable[str]) -> dict[str, FileFacts]:
+        """The facts of git blobs, by oid."""
+        wanted = list(dict.fromkeys(oids))
+        known = self._read_facts(wanted)
+        missing = [_measure(oid, git.read_file(oid)) for oid in wanted if oid not in known]
+        if missing:
+            with self._database.transaction() as connection:
+                connection.executemany(
+                    "INSERT OR IGNORE INTO file_facts (oid, size_bytes, sha256) VALUES (?, ?, ?)",
+                    [(facts.oid, facts.size_bytes, facts.sha256) for facts in missing],
+                )
+        return known | {facts.oid: facts for facts in missing}
+
+    def find(self, git: GitRepo, commit: str, path: str) -> FileFacts:
+        """The file at `path`; NotFoundError("entry") if there is none or it is a folder."""
+        entry = git.find_entry(commit, check_path(path))
+        if entry is None or entry.is_folder:
+            raise NotFoundError("entry", "Entry not found")
+        return self.facts(git, [entry.oid])[entry.oid]
+
+    def list_entries(self, git: GitRepo, commit: str, *, folder: str = "", recursive: bool = True) -> list[TreeEntry]:
+        """Files and folders below `folder`, in git's order; NotFoundError("entry") if it is not a folder."""
+        entry = git.find_entry(commit, check_path(folder) if folder else "")
+        if entry is None or not entry.is_folder:
+            raise NotFoundError("entry", f"{folder} does not exist on this revision")
+        return list(git.walk(entry.oid, prefix=f"{folder}/" if folder else "", recursive=recursive))
+
+    def read(self, git: GitRepo, facts: FileFacts, *, limit_bytes: int = MAX_REGULAR_BYTES) -> bytes:
+        """The first `limit_bytes` of a file's real content."""
+        if facts.sha256 is None:
+            return git.read_file(facts.oid)[:limit_bytes]
+        with self._blobs.path(facts.sha256).open("rb") as file:
+            return file.read(limit_bytes)
+
+    def wants_large(self, git: GitRepo, commit: str, path: str, *, size_bytes: int, sample: bytes) -> bool:
+        """Whether a new file belongs into the large-file store: by `.gitattributes`, by size, or by being binary."""
+        if size_bytes > MAX_REGULAR_BYTES or b"\0" in sample:
+            return True
+        return any(_matches(pattern, path) for pattern in self.large_patterns(git, commit))
+
+    def large_patterns(self, git: GitRepo, commit: str) -> list[str]:
+        """The patterns that `.gitattributes` marks with `filter=lfs`."""
+        entry = git.find_entry(commit, ".gitattributes")
+        if entry is None or entry.is_folder:
+            return []
+        lines = git.read_file(entry.oid).decode("utf-8", "replace").splitlines()
+        words = [line.split() for line in lines if not line.lstrip().startswith("#")]
+        return [line[0] for line in words if "filter=lfs" in line[1:]]
+
+    def _read_facts(self, oids: list[str]) -> dict[str, FileFacts]:
+        known = {}
+        for start in range(0, len(oids), _ROWS_PER_QUERY):
+            some = oids[start : start + _ROWS_PER_QUERY]
+            marks = ",".join("?" * len(some))
+            query = f"SELECT oid, size_bytes, sha256 FROM file_facts WHERE oid IN ({marks})"
+            known.update({row["oid"]: FileFacts(*row) for row in self._database.rows(query, *some)})
+        return known
+
+
+def find_last_commits(git: GitRepo, commit: str, paths: Iterable[str], *, limit: int = 2000) -> dict[str, LogEntry]:
+    """For each path the newest commit, among the last `limit`, that changed it."""
+    pending = {path: _oid_at(git, commit, path) for path in paths}
+    found: dict[str, LogEntry] = {}
+    history = []
+    for entry in git.log(commit):
+        history.append(entry)
+        if len(history) > limit:
+            break
+    for newer, older in zip(history, [*history[1:], None], strict=False):
+        for path, oid in list(pending.items()):
+            if older is None or _oid_at(git, older.oid, path) != oid:
+                found[path] = newer
+                del pending[path]
+        if not pending:
+            break
+    return found
+
+
+def _oid_at(git: GitRepo, commit: str, path: str) -> str | None:
+    entry = git.find_entry(commit, path)
+    return entry.oid if entry else None
+
+
+def _measure(oid: str, content: bytes) -> FileFacts:
+    pointer = parse_pointer(content)
+    if pointer is None:
+        return FileFacts(oid, len(content))
+    return FileFacts(oid, pointer[1], pointer[0])
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """gitattributes' rule: a pattern without a slash is compared with the last segment only."""
+    if "/" not in pattern.strip("/"):
+        return fnmatchcase(path.rsplit("/", 1)[-1], pattern.strip("/"))
+    return fnmatchcase(path, pattern.lstrip("/").replace("**/", "*"))

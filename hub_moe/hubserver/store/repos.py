@@ -1,0 +1,208 @@
+"""Repos as rows: who owns them, who may see and change them. Their content is in `commits` and `files`."""
+
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from .accounts import Accounts, Identity
+from .database import Database, now
+from .errors import ConflictError, ForbiddenError, GatedError, InvalidInputError, NotFoundError, UnauthenticatedError
+from .git import GitRepo
+from .names import RepoId
+
+_FIRST_FILE = Path(__file__).parent / "gitattributes.txt"
+_GATES = {"": "", False: "", None: "", "auto": "auto", "manual": "manual"}
+
+
+@dataclass(frozen=True)
+class Repo:
+    """A repo's settings. `uid` names its folder and never changes, whatever the repo is called."""
+
+    uid: str
+    id: RepoId
+    private: bool
+    gated: str
+    sdk: str | None
+    downloads: int
+    created_at: str
+    modified_at: str
+
+
+class Repos:
+    """The repos of a store, as far as a person may see them."""
+
+    def __init__(self, database: Database, accounts: Accounts, folder: Path) -> None:
+        self._database = database
+        self._accounts = accounts
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def open(self, repo: Repo) -> Iterator[GitRepo]:
+        """The git repository of a repo."""
+        with GitRepo(self.path(repo)) as git:
+            yield git
+
+    def path(self, repo: Repo) -> Path:
+        """The folder of a repo's git repository."""
+        return self._folder / f"{repo.uid}.git"
+
+    def create(self, repo_id: RepoId, who: Identity, *, private: bool = False, sdk: str | None = None) -> Repo:
+        """A new repo with one commit that holds `.gitattributes`; ConflictError if there is one of this name."""
+        self._require_owner(repo_id.owner, who, {"admin", "write"})
+        if self._row(repo_id) is not None:
+            raise ConflictError(f"You already created this {repo_id.kind} repo")
+        uid = uuid.uuid4().hex
+        self._write_first_commit(self._folder / f"{uid}.git", who)
+        owner = self._accounts.find(repo_id.owner)["name"]
+        try:
+            with self._database.transaction() as connection:
+                connection.execute(
+                    "INSERT INTO repos (id, kind, owner, name, private, sdk, created_at, modified_at) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now()),
+                )
+        except sqlite3.IntegrityError:
+            shutil.rmtree(self._folder / f"{uid}.git")
+            raise ConflictError(f"You already created this {repo_id.kind} repo") from None
+        return self.find(repo_id, who)
+
+    def find(self, repo_id: RepoId, who: Identity | None) -> Repo:
+        """A repo that `who` may see; a private one of others is as absent as one that does not exist."""
+        row = self._row(repo_id)
+        if row is None or (row["private"] and not self._is_member(row["owner"], who)):
+            raise NotFoundError("repo", "Repository not found")
+        return _repo(row)
+
+    def find_to_read(self, repo_id: RepoId, who: Identity | None) -> Repo:
+        """A repo whose files `who` may read; GatedError while the owner has not granted it."""
+        repo = self.find(repo_id, who)
+        if not repo.gated or self._is_member(repo.id.owner, who):
+            return repo
+        if who is None:
+            raise GatedError(f"Access to {repo_id.kind} {repo_id} is restricted. Log in to ask for access.")
+        if self.access_status(repo, who.user) != "accepted":
+            raise GatedError(
+                f"Access to {repo_id.kind} {repo_id} is restricted and you are not in the authorized list."
+            )
+        return repo
+
+    def find_to_write(self, repo_id: RepoId, who: Identity | None) -> Repo:
+        """A repo that `who` may commit to."""
+        repo = self.find(repo_id, who)
+        self._require_owner(repo.id.owner, who, {"admin", "write"})
+        return repo
+
+    def delete(self, repo_id: RepoId, who: Identity | None) -> None:
+        """Forget a repo and its history."""
+        repo = self.find_to_write(repo_id, who)
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM repos WHERE id = ?", (repo.uid,))
+        shutil.rmtree(self.path(repo), ignore_errors=True)
+
+    def move(self, source: RepoId, target: RepoId, who: Identity | None) -> None:
+        """Rename a repo, or give it to another namespace in which `who` may write."""
+        repo = self.find_to_write(source, who)
+        self._require_owner(target.owner, who, {"admin", "write"})
+        if source.kind != target.kind:
+            raise InvalidInputError(f"A {source.kind} cannot become a {target.kind}.")
+        owner = self._accounts.find(target.owner)["name"]
+        try:
+            with self._database.transaction() as connection:
+                connection.execute(
+                    "UPDATE repos SET owner = ?, name = ?, modified_at = ? WHERE id = ?",
+                    (owner, target.name, now(), repo.uid),
+                )
+        except sqlite3.IntegrityError:
+            raise ConflictError(f"There is already a {target.kind} named {target}.") from None
+
+    def update(self, repo_id: RepoId, who: Identity | None, *, private: bool | None, gated: object = "keep") -> None:
+        """Change who may see a repo and who may read its files (`auto`, `manual` or False)."""
+        repo = self.find_to_write(repo_id, who)
+        if gated != "keep" and (not isinstance(gated, str | bool | None) or gated not in _GATES):
+            raise InvalidInputError(f"gated is 'auto', 'manual' or false; got {gated!r}.")
+        gate = repo.gated if gated == "keep" else _GATES[gated]
+        is_private = repo.private if private is None else private
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE repos SET private = ?, gated = ?, modified_at = ? WHERE id = ?",
+                (int(is_private), gate, now(), repo.uid),
+            )
+
+    def visible(self, kind: str, who: Identity | None) -> list[Repo]:
+        """Every repo of a kind that `who` may see, the most recently changed first."""
+        rows = self._database.rows("SELECT * FROM repos WHERE kind = ? ORDER BY modified_at DESC, id", kind)
+        return [_repo(row) for row in rows if not row["private"] or self._is_member(row["owner"], who)]
+
+    def all(self) -> list[Repo]:
+        """Every repo, for maintenance."""
+        return [_repo(row) for row in self._database.rows("SELECT * FROM repos ORDER BY kind, owner, name")]
+
+    def touch(self, repo: Repo) -> None:
+        """Note that a repo has changed now."""
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE repos SET modified_at = ? WHERE id = ?", (now(), repo.uid))
+
+    def count_download(self, repo: Repo) -> None:
+        """Count one download."""
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE repos SET downloads = downloads + 1 WHERE id = ?", (repo.uid,))
+
+    def access_status(self, repo: Repo, user: str) -> str | None:
+        """`pending`, `accepted` or `rejected`; None for who never asked."""
+        row = self._database.row("SELECT status FROM grants WHERE repo = ? AND user = ?", repo.uid, user)
+        return row["status"] if row else None
+
+    def set_access(self, repo: Repo, user: str, status: str) -> None:
+        """Record the state of a user's access to a gated repo."""
+        name = self._accounts.find(user)["name"]
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?)", (repo.uid, name, status, now()))
+
+    def access_requests(self, repo: Repo, status: str) -> list[tuple[str, str]]:
+        """The users with this status and when it was set."""
+        rows = self._database.rows(
+            "SELECT user, asked_at FROM grants WHERE repo = ? AND status = ? ORDER BY asked_at", repo.uid, status
+        )
+        return [(row["user"], row["asked_at"]) for row in rows]
+
+    def _write_first_commit(self, path: Path, who: Identity) -> None:
+        GitRepo.create(path)
+        with GitRepo(path) as git:
+            tree = git.write_tree(None, {".gitattributes": git.write_file(_FIRST_FILE.read_bytes())})
+            author = f"{who.user} <{who.user}@users.noreply>"
+            commit = git.write_commit(tree=tree, parents=[], author=author, message="initial commit")
+            git.move_ref("refs/heads/main", old=None, new=commit)
+
+    def _row(self, repo_id: RepoId) -> sqlite3.Row | None:
+        return self._database.row(
+            "SELECT * FROM repos WHERE kind = ? AND owner = ? AND name = ?", repo_id.kind, repo_id.owner, repo_id.name
+        )
+
+    def _is_member(self, owner: str, who: Identity | None) -> bool:
+        return who is not None and self._accounts.role_in(owner, who.user) is not None
+
+    def _require_owner(self, owner: str, who: Identity | None, roles: set[str]) -> None:
+        if who is None:
+            raise UnauthenticatedError("This needs a token; set HF_TOKEN or run `hf auth login`.")
+        if not who.can_write:
+            raise ForbiddenError("You have read access but not the required permissions: this token cannot write.")
+        if self._accounts.role_in(owner, who.user) not in roles:
+            raise ForbiddenError(f"You don't have the rights to write under the namespace {owner!r}.")
+
+
+def _repo(row: sqlite3.Row) -> Repo:
+    return Repo(
+        uid=row["id"],
+        id=RepoId(row["kind"], row["owner"], row["name"]),
+        private=bool(row["private"]),
+        gated=row["gated"],
+        sdk=row["sdk"],
+        downloads=row["downloads"],
+        created_at=row["created_at"],
+        modified_at=row["modified_at"],
+    )
