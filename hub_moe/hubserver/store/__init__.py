@@ -45,6 +45,7 @@ class Store:
         self.repos = Repos(self.database, self.accounts, root / "repos")
         self.files = Files(self.database, self.blobs)
         self.commits = Commits(self.database, self.repos, self.blobs)
+        self.profiles: dict[tuple[str, str], object] = {}
         if serve:
             self._clear_leftovers()
 

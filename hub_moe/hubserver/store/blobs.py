@@ -36,9 +36,9 @@ class BlobStore:
         except FileNotFoundError:
             return None
 
-    def receive(self, *, sha256: str, size_bytes: int) -> "IncomingBlob":
+    def receive(self, *, sha256: str, size_bytes: int) -> "IncomingFile":
         """A place to write a content into; it becomes visible by `finish` if it is what was promised."""
-        return IncomingBlob(self, sha256=check_sha256(sha256), size_bytes=size_bytes)
+        return IncomingFile(self.incoming, self.path(sha256), size_bytes=size_bytes, sha256=sha256)
 
     def store(self, chunks: Iterable[bytes], *, sha256: str, size_bytes: int) -> None:
         """Write a whole content; InvalidInputError if its sha256 or size differ from what was promised."""
@@ -58,16 +58,16 @@ class BlobStore:
         self.incoming.mkdir(parents=True, exist_ok=True)
 
 
-class IncomingBlob:
-    """A content on its way in, hashed as it is written; deleted unless finished."""
+class IncomingFile:
+    """A file on its way in, counted and hashed as it is written; deleted unless finished."""
 
-    def __init__(self, blobs: BlobStore, *, sha256: str, size_bytes: int) -> None:
-        self._blobs = blobs
-        self._sha256 = sha256
+    def __init__(self, folder: Path, target: Path, *, size_bytes: int, sha256: str | None = None) -> None:
+        self._target = target
         self._size_bytes = size_bytes
+        self._sha256 = sha256
         self._hash = hashlib.sha256()
         self._written_bytes = 0
-        descriptor, name = tempfile.mkstemp(dir=blobs.incoming)
+        descriptor, name = tempfile.mkstemp(dir=folder)
         self._file = os.fdopen(descriptor, "wb")
         self._path = Path(name)
 
@@ -76,20 +76,21 @@ class IncomingBlob:
         self._written_bytes += len(chunk)
         if self._written_bytes > self._size_bytes:
             raise TooLargeError(f"More bytes than the {self._size_bytes} that were announced.")
-        self._hash.update(chunk)
+        if self._sha256:
+            self._hash.update(chunk)
         self._file.write(chunk)
 
     def finish(self) -> None:
-        """Make the content visible; InvalidInputError if size or sha256 are not what was promised."""
+        """Give the file its name; InvalidInputError if size or sha256 are not what was promised."""
         if self._written_bytes != self._size_bytes:
             raise InvalidInputError(f"Got {self._written_bytes} bytes of the {self._size_bytes} that were announced.")
-        if self._hash.hexdigest() != self._sha256:
+        if self._sha256 and self._hash.hexdigest() != self._sha256:
             raise InvalidInputError(f"The content's sha256 is {self._hash.hexdigest()}, not {self._sha256}.")
-        target = self._blobs.path(self._sha256)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        move_into_place(self._file, self._path, target)
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        move_into_place(self._file, self._path, self._target)
+        sync_folder(self._target.parent)
 
-    def __enter__(self) -> "IncomingBlob":
+    def __enter__(self) -> "IncomingFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -103,18 +104,11 @@ class PartStore:
     def __init__(self, blobs: BlobStore) -> None:
         self._blobs = blobs
 
-    def write(self, upload: str, number: int, chunks: Iterable[bytes]) -> None:
-        """Keep part `number` (from 1) of the upload with this id; a second write replaces the first."""
+    def receive(self, upload: str, number: int, *, size_bytes: int) -> IncomingFile:
+        """A place to write part `number` (from 1) of an upload into; a second one replaces the first."""
         folder = self._folder(upload)
         folder.mkdir(exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix="part-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-            os.replace(name, folder / str(number))
-        finally:
-            Path(name).unlink(missing_ok=True)
+        return IncomingFile(folder, folder / str(number), size_bytes=size_bytes)
 
     def complete(self, upload: str, *, parts: int, sha256: str, size_bytes: int) -> None:
         """Join the parts 1 to `parts` into a stored content and forget them."""
@@ -143,7 +137,6 @@ def move_into_place(file: IO[bytes], path: Path, target: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     os.replace(path, target)
-    sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -129,12 +129,14 @@ class Commits:
                 raise NotFoundError("revision", f"Reference does not exist: {ref}")
             git.move_ref(ref, old=oid, new=None)
 
-    def register(self, repo: Repo, sha256: str) -> None:
-        """Note that a stored content was uploaded to this repo, so that commits here may name it."""
+    def register(self, repo_uid: str, sha256: str) -> None:
+        """Note that a stored content was uploaded to a repo, so that commits there may name it."""
         if self._blobs.size_bytes(sha256) is None:
             raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.")
         with self._database.transaction() as connection:
-            connection.execute("INSERT OR IGNORE INTO repo_blobs VALUES (?, ?)", (repo.uid, sha256))
+            connection.execute(
+                "INSERT OR IGNORE INTO repo_blobs SELECT id, ? FROM repos WHERE id = ?", (sha256, repo_uid)
+            )
 
     def has_content(self, repo: Repo, sha256: str) -> bool:
         """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""

@@ -15,7 +15,7 @@ from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
 
-from .blobs import move_into_place
+from .blobs import move_into_place, sync_folder
 from .errors import ConflictError, InvalidInputError, NotFoundError
 from .names import check_ref_name, is_commit_id
 
@@ -64,6 +64,7 @@ class GitRepo:
         self.path = path
         self._repo = Repo(str(path))
         self._objects = self._repo.object_store
+        self._unsynced: set[Path] = set()
 
     @staticmethod
     def create(path: Path) -> None:
@@ -118,6 +119,8 @@ class GitRepo:
 
     def move_ref(self, ref: str, *, old: str | None, new: str | None) -> None:
         """Compare-and-swap of a ref; None means absent. ConflictError if it is not `old` any more."""
+        while self._unsynced:
+            sync_folder(self._unsynced.pop())
         name = Ref(ref.encode())
         try:
             if new is None:
@@ -223,6 +226,7 @@ class GitRepo:
             file = os.fdopen(descriptor, "wb")
             file.write(thing.as_legacy_object())
             move_into_place(file, Path(name), path)
+            self._unsynced.add(path.parent)
         return oid
 
     def _tree(self, oid: str) -> Tree:

@@ -37,7 +37,7 @@ def paths(store, repo, revision="main"):
 def upload(store, repo, content):
     sha256 = hashlib.sha256(content).hexdigest()
     store.blobs.store([content], sha256=sha256, size_bytes=len(content))
-    store.commits.register(repo, sha256)
+    store.commits.register(repo.uid, sha256)
     return sha256
 
 

@@ -1,0 +1,44 @@
+"""The embedded Hub as an ASGI application."""
+
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from . import account, commits, files, lfs, listing, refs, repos
+from .calls import Call, answer_http_error, answer_refusal, route
+from .store import Store
+from .store.errors import NotFoundError, StoreError
+
+DEFAULT_PART_BYTES = 256 << 20
+
+
+def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
+    """The Hub over a store. Large files over `part_bytes` are uploaded in parts of that size."""
+    modules = (account, repos, commits, lfs, refs, listing, files)
+    routes = [one for module in modules for one in module.ROUTES]
+    routes += [route("/api/{kinds:kinds}/{rest:path}", _no_repo, "GET", "POST", "PUT", "DELETE", "HEAD")]
+    routes += [route("/{name}/resolve/{rev}/{path:path}", _no_repo, "GET", "HEAD")]
+    handlers: dict[Any, Any] = {StoreError: answer_refusal, HTTPException: answer_http_error}
+    app = Starlette(routes=routes, exception_handlers=handlers)
+    app.router.redirect_slashes = False
+    app.state.store = store
+    app.state.part_bytes = part_bytes
+    return _RawPaths(app)
+
+
+def _no_repo(call: Call) -> Any:
+    raise NotFoundError("repo", f"Repository not found: there is nothing at {call.request.url.path}.")
+
+
+class _RawPaths:
+    """Routes see the path as it was sent, so that a quoted slash in a branch or folder stays inside its part."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = dict(scope, path=scope["raw_path"].decode("latin-1"))
+        await self.app(scope, receive, send)

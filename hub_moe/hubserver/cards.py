@@ -1,0 +1,154 @@
+"""What a repo says about itself: the YAML of its README, its config, its safetensors headers, and the tags of these."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import yaml
+
+MAX_CARD_BYTES = 1 << 20
+_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/([0-9]{4}\.[0-9]{4,5})")
+_LISTS = ("tags", "datasets", "metrics", "language", "base_model")
+_TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")
+_DATASET_TAGS = ("task_categories", "task_ids", "size_categories", "language", "annotations_creators", "modality")
+_RELATIONS = {"adapter", "merge", "quantized", "finetune"}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A README's YAML as plain JSON values, and what is wrong with it."""
+
+    data: dict[str, Any]
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    text: str = ""
+
+
+def read_card(readme: str) -> Card:
+    """The card in a README; one that cannot be read has no data and says why."""
+    match = _FRONT_MATTER.search(readme)
+    if not match:
+        return Card({}, warnings=("empty or missing yaml metadata in repo card",), text=readme)
+    text = readme[match.end() :]
+    try:
+        found = _load_yaml(match.group(1))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return Card({}, errors=(f"Invalid YAML: {str(error).splitlines()[0]}",), text=text)
+    if found is None:
+        return Card({}, warnings=("empty or missing yaml metadata in repo card",), text=text)
+    if not isinstance(found, dict):
+        return Card({}, errors=("The YAML of a repo card must be a mapping.",), text=text)
+    data = _to_json(found)
+    return Card(data, errors=tuple(_find_errors(data)), text=text)
+
+
+def find_tags(kind: str, card: Card, files: list[str], config: dict[str, Any]) -> list[str]:
+    """The tags by which a repo is found, in the Hub's spelling (`license:mit`, `base_model:adapter:OWNER/NAME`)."""
+    data = card.data
+    tags = [*_words(data, "tags")]
+    if kind == "model":
+        tags += _words(data, "library_name") + _words(data, "pipeline_tag") + _words(data, "language")
+        tags += [f"dataset:{name}" for name in _words(data, "datasets")]
+        tags += _lineage_tags(data)
+        tags += [config["model_type"]] if isinstance(config.get("model_type"), str) else []
+        tags += ["custom_code"] if "auto_map" in config else []
+        tags += ["safetensors"] if any(name.endswith(".safetensors") for name in files) else []
+    else:
+        tags += [f"{key}:{word}" for key in _DATASET_TAGS for word in _words(data, key)]
+    tags += [f"arxiv:{paper}" for paper in _ARXIV.findall(card.text)]
+    tags += [f"license:{word.lower()}" for word in _words(data, "license")]
+    return list(dict.fromkeys([*tags, "region:us"]))
+
+
+def find_bases(card: Card) -> tuple[str | None, list[str]]:
+    """How a model relates to its bases (`adapter`, `merge`, ...; None without one) and their names."""
+    bases = _words(card.data, "base_model")
+    relation = card.data.get("base_model_relation")
+    if not bases:
+        return None, []
+    if relation in _RELATIONS:
+        return str(relation), bases
+    if len(bases) > 1:
+        return "merge", bases
+    is_adapter = card.data.get("library_name") == "peft" or {"lora", "adapter"} & set(_words(card.data, "tags"))
+    return "adapter" if is_adapter else "finetune", bases
+
+
+def count_parameters(headers: list[bytes]) -> dict[str, Any] | None:
+    """`{"parameters": {dtype: count}, "total"}` over the headers of safetensors files; None if one is malformed."""
+    counts: dict[str, int] = {}
+    for header in headers:
+        try:
+            tensors = json.loads(header)
+            for name, tensor in tensors.items():
+                if name != "__metadata__":
+                    size = math.prod(int(length) for length in tensor["shape"])
+                    counts[str(tensor["dtype"])] = counts.get(str(tensor["dtype"]), 0) + size
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+            return None
+    return {"parameters": counts, "total": sum(counts.values())} if counts else None
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """A JSON object, empty if `content` is something else."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return _to_json(found) if isinstance(found, dict) else {}
+
+
+def _load_yaml(text: str) -> object:
+    """YAML without aliases: a few hundred bytes of them can stand for gigabytes."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise ValueError("aliases are not allowed")
+    return yaml.safe_load(text)
+
+
+def _to_json(value: Any) -> Any:
+    """A value that JSON can carry: dates as text, text keys, no NaN."""
+    if isinstance(value, dict):
+        return {_to_text(key): _to_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_to_json(inner) for inner in value]
+    if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < 1 << 63):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return _to_text(value)
+
+
+def _to_text(value: object) -> str:
+    text = value.isoformat() if isinstance(value, date) else str(value)
+    return text.encode("utf-8", "replace").decode()
+
+
+def _find_errors(data: dict[str, Any]) -> Iterator[str]:
+    for name in _LISTS:
+        value = data.get(name)
+        if value is not None and not (
+            isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+        ):
+            yield f'"{name}" must be a string or an array of strings'
+    for name in _TEXTS:
+        value = data.get(name)
+        if value is not None and not isinstance(value, str) and not (name == "license" and isinstance(value, list)):
+            yield f'"{name}" must be a string'
+    if data.get("model-index") is not None and not isinstance(data["model-index"], list):
+        yield '"model-index" must be an array'
+
+
+def _words(data: dict[str, Any], name: str) -> list[str]:
+    value = data.get(name)
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, str) and item]
+
+
+def _lineage_tags(data: dict[str, Any]) -> list[str]:
+    relation, bases = find_bases(Card(data))
+    return [tag for base in bases for tag in (f"base_model:{base}", f"base_model:{relation}:{base}")]

@@ -1,0 +1,89 @@
+"""Change the files of a repo: which way each file is to be sent, then the commit itself."""
+
+import base64
+import binascii
+from typing import Any
+
+from dulwich.ignore import IgnoreFilter
+from starlette.responses import JSONResponse, Response
+
+from .calls import Call, route
+from .ndjson import read_header, read_operations
+from .store.errors import InvalidInputError
+from .store.git import GitRepo
+from .store.names import check_path
+
+_MAX_FILES = 1000
+
+
+def preupload(call: Call) -> Response:
+    """`POST /api/{kind}s/{id}/preupload/{rev}`: inline or as a large file, and what is at each path now."""
+    repo, fields = call.repo_to_write(), call.json()
+    files = fields.get("files")
+    if not isinstance(files, list) or len(files) > _MAX_FILES:
+        raise InvalidInputError(f"'files' must be a list of at most {_MAX_FILES} files.")
+    with call.store.repos.open(repo) as git:
+        commit = git.resolve(call.param("rev"))
+        ignored = _ignore_filter(call, git, commit, fields)
+        return JSONResponse({"files": [_plan(call, git, commit, ignored, file) for file in files]})
+
+
+def commit(call: Call) -> Response:
+    """`POST /api/{kind}s/{id}/commit/{rev}`, with an NDJSON body."""
+    repo = call.repo_to_write()
+    if call.flag("create_pr"):
+        raise InvalidInputError("This server has no pull requests yet; commit to a branch.")
+    header = read_header(call.body)
+    oid = call.store.commits.commit(
+        repo,
+        read_operations(call.body),
+        revision=call.param("rev"),
+        who=call.identity,
+        message=header.message,
+        parent=header.parent,
+    )
+    url = f"{call.repo_url(repo.id)}/commit/{oid}"
+    return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+
+
+def _ignore_filter(call: Call, git: GitRepo, commit: str, fields: dict[str, Any]) -> IgnoreFilter:
+    text = fields.get("gitIgnore")
+    if text is not None:
+        return IgnoreFilter(call.text(fields, "gitIgnore").encode().splitlines())
+    entry = git.find_entry(commit, ".gitignore")
+    return IgnoreFilter(git.read_file(entry.oid).splitlines() if entry and not entry.is_folder else [])
+
+
+def _plan(call: Call, git: GitRepo, commit: str, ignored: IgnoreFilter, file: object) -> dict[str, Any]:
+    if not isinstance(file, dict):
+        raise InvalidInputError("Each of 'files' must be an object.")
+    path, size_bytes = check_path(call.text(file, "path")), file.get("size", 0)
+    if not isinstance(size_bytes, int):
+        raise InvalidInputError("'size' must be a whole number.")
+    try:
+        sample = base64.b64decode(call.text(file, "sample", ""), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidInputError("'sample' is not valid base64.") from None
+    is_large = call.store.files.wants_large(git, commit, path, size_bytes=size_bytes, sample=sample)
+    return {
+        "path": path,
+        "uploadMode": "lfs" if is_large else "regular",
+        "shouldIgnore": bool(ignored.is_ignored(path)),
+        "oid": _current_oid(call, git, commit, path),
+    }
+
+
+def _current_oid(call: Call, git: GitRepo, commit: str, path: str) -> str | None:
+    """What the client compares with, to skip a file that is there already: sha256 if large, else git's sha1."""
+    entry = git.find_entry(commit, path)
+    if entry is None or entry.is_folder:
+        return None
+    facts = call.store.files.facts(git, [entry.oid])[entry.oid]
+    return facts.sha256 or facts.oid
+
+
+_REPO = "/api/{kinds:kinds}/{owner}/{name}"
+ROUTES = [
+    route(f"{_REPO}/preupload/{{rev}}", preupload, "POST"),
+    route(f"{_REPO}/commit/{{rev}}", commit, "POST"),
+]

@@ -1,0 +1,151 @@
+"""Large files over git-lfs' batch protocol. Uploads go to signed links, because the client sends them no token."""
+
+import secrets
+from math import ceil
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from .calls import Call, route
+from .downloads import BlobResponse
+from .signing import read_signed, sign
+from .store import Repo, Store
+from .store.blobs import IncomingFile
+from .store.errors import InvalidInputError, NotFoundError, TooLargeError
+from .store.names import check_sha256
+
+MAX_FILE_BYTES = 1 << 40
+_MAX_OBJECTS = 1000
+_WRITE_BYTES = 1 << 20
+_MEDIA_TYPE = "application/vnd.git-lfs+json"
+
+
+def batch(call: Call) -> Response:
+    """`POST {id}.git/info/lfs/objects/batch`: where to send or fetch each object."""
+    fields = call.json()
+    objects, is_upload = fields.get("objects"), fields.get("operation") == "upload"
+    if not isinstance(objects, list) or len(objects) > _MAX_OBJECTS:
+        raise InvalidInputError(f"'objects' must be a list of at most {_MAX_OBJECTS} objects.")
+    repo = call.repo_to_write() if is_upload else call.repo_to_read()
+    transfers = fields.get("transfers") or ["basic"]
+    wanted = [_read_object(one) for one in objects]
+    if is_upload and "multipart" not in transfers and any(size > _part_bytes(call) for _, size in wanted):
+        raise InvalidInputError(f"Files over {_part_bytes(call)} bytes go by the transfer 'multipart'.")
+    is_multipart = is_upload and any(size > _part_bytes(call) for _, size in wanted)
+    plan = _plan_upload if is_upload else _plan_download
+    answer = {
+        "transfer": "multipart" if is_multipart else "basic",
+        "objects": [{"oid": oid, "size": size} | plan(call, repo, oid, size) for oid, size in wanted],
+    }
+    return JSONResponse(answer, media_type=_MEDIA_TYPE)
+
+
+def verify(call: Call) -> Response:
+    """`POST /lfs/verify/{link}`: whether an upload arrived."""
+    fields = read_signed(call.store.secret, "upload", call.param("link"))
+    if call.store.blobs.size_bytes(fields["oid"]) != fields["size"]:
+        raise NotFoundError("upload", f"The content {fields['oid']} has not been uploaded.")
+    return Response(status_code=200)
+
+
+def complete(call: Call) -> Response:
+    """`POST /lfs/upload/{link}`: join the parts of a multipart upload."""
+    fields = read_signed(call.store.secret, "upload", call.param("link"))
+    parts = call.json().get("parts")
+    if not isinstance(parts, list) or len(parts) != fields["parts"]:
+        raise InvalidInputError(f"Expected a list of {fields['parts']} parts.")
+    sha256, size = fields["oid"], fields["size"]
+    if call.store.blobs.size_bytes(sha256) != size:
+        call.store.parts.complete(fields["upload"], parts=fields["parts"], sha256=sha256, size_bytes=size)
+    call.store.commits.register(fields["repo"], sha256)
+    return JSONResponse({"success": True})
+
+
+async def upload(request: Request) -> Response:
+    """`PUT /lfs/upload/{link}`: a whole content, or one part of it, straight to disk."""
+    store: Store = request.app.state.store
+    fields = read_signed(store.secret, "upload", request.path_params["link"])
+    if "part" in fields:
+        await _receive(request, store.parts.receive(fields["upload"], fields["part"], size_bytes=fields["part_size"]))
+    elif "parts" in fields:
+        raise InvalidInputError("This upload goes in parts.")
+    else:
+        await _receive(request, store.blobs.receive(sha256=fields["oid"], size_bytes=fields["size"]))
+        await run_in_threadpool(store.commits.register, fields["repo"], fields["oid"])
+    return Response(status_code=200, headers={"ETag": f'"{fields["oid"]}-{fields.get("part", 0)}"'})
+
+
+def download(call: Call) -> Response:
+    """`GET /lfs/download/{link}`."""
+    fields = read_signed(call.store.secret, "download", call.param("link"))
+    return BlobResponse(call.store.blobs.path(fields["oid"]), headers={"ETag": f'"{fields["oid"]}"'})
+
+
+async def _receive(request: Request, incoming: IncomingFile) -> None:
+    waiting = bytearray()
+    with incoming:
+        try:
+            async for chunk in request.stream():
+                waiting += chunk
+                if len(waiting) >= _WRITE_BYTES:
+                    await run_in_threadpool(incoming.write, bytes(waiting))
+                    waiting.clear()
+        except ClientDisconnect:
+            raise InvalidInputError("The upload was cut short.") from None
+        await run_in_threadpool(incoming.write, bytes(waiting))
+        await run_in_threadpool(incoming.finish)
+
+
+def _read_object(one: object) -> tuple[str, int]:
+    if not isinstance(one, dict) or not isinstance(one.get("oid"), str) or not isinstance(one.get("size"), int):
+        raise InvalidInputError('An object is {"oid": sha256, "size": bytes}.')
+    if not 0 <= one["size"] <= MAX_FILE_BYTES:
+        raise TooLargeError(f"A file has at most {MAX_FILE_BYTES} bytes.")
+    return check_sha256(one["oid"]), one["size"]
+
+
+def _part_bytes(call: Call) -> int:
+    part_bytes: int = call.request.app.state.part_bytes
+    return part_bytes
+
+
+def _plan_upload(call: Call, repo: Repo, oid: str, size: int) -> dict[str, Any]:
+    """No actions for what this repo has already: the client then sends nothing."""
+    if call.store.commits.has_content(repo, oid):
+        return {}
+    fields: dict[str, Any] = {"repo": repo.uid, "oid": oid, "size": size}
+    part_bytes = _part_bytes(call)
+    if size <= part_bytes:
+        link = sign(call.store.secret, "upload", fields)
+        upload_action: dict[str, Any] = {"href": f"{call.base_url}/lfs/upload/{link}"}
+    else:
+        count = ceil(size / part_bytes)
+        fields |= {"parts": count, "upload": secrets.token_hex(32)}
+        link = sign(call.store.secret, "upload", fields)
+        headers = {"chunk_size": str(part_bytes)}
+        for number in range(1, count + 1):
+            part = {"part": number, "part_size": min(part_bytes, size - (number - 1) * part_bytes)}
+            headers[str(number)] = f"{call.base_url}/lfs/upload/{sign(call.store.secret, 'upload', fields | part)}"
+        upload_action = {"href": f"{call.base_url}/lfs/upload/{link}", "header": headers}
+    return {"actions": {"upload": upload_action, "verify": {"href": f"{call.base_url}/lfs/verify/{link}"}}}
+
+
+def _plan_download(call: Call, repo: Repo, oid: str, size: int) -> dict[str, Any]:
+    if not call.store.commits.has_content(repo, oid):
+        return {"error": {"code": 404, "message": "Object does not exist"}}
+    link = sign(call.store.secret, "download", {"oid": oid})
+    return {"actions": {"download": {"href": f"{call.base_url}/lfs/download/{link}"}}}
+
+
+_BATCH = "{owner}/{name}.git/info/lfs/objects/batch"
+ROUTES = [
+    route(f"/{_BATCH}", batch, "POST"),
+    route(f"/{{kinds:kinds}}/{_BATCH}", batch, "POST"),
+    Route("/lfs/upload/{link}", upload, methods=["PUT"]),
+    route("/lfs/upload/{link}", complete, "POST"),
+    route("/lfs/verify/{link}", verify, "POST"),
+    route("/lfs/download/{link}", download),
+]

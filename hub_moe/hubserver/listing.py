@@ -1,0 +1,173 @@
+"""What is on this Hub: the facts of one repo, lists, search."""
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from .calls import Call, route
+from .cards import MAX_CARD_BYTES, read_card
+from .profiles import Profile, read_profile
+from .refs import format_date
+from .store.errors import InvalidInputError
+from .store.repos import Repo
+
+_MAX_REPOS = 1000
+_SORTS = {"lastModified", "createdAt", "downloads", "likes", "trendingScore"}
+_SHORT = (
+    *("author", "createdAt", "downloads", "gated", "lastModified", "library_name", "likes", "pipeline_tag"),
+    *("private", "sdk", "tags", "trendingScore"),
+)
+_FULL = (*_SHORT, "sha", "cardData", "config", "disabled", "model-index", "safetensors", "siblings", "usedStorage")
+_UNKNOWN_HERE = {"gguf", "inference", "inferenceProviderMapping", "mask_token", "resourceGroup", "transformersInfo"}
+_UNKNOWN_HERE |= {"widgetData", "citation", "description", "mainSize", "paperswithcode_id", "datasets", "models"}
+_UNKNOWN_HERE |= {"region", "runtime", "subdomain", "evalResults"}
+
+
+def show_repo(call: Call) -> Response:
+    """`GET /api/{kind}s/{id}[/revision/{rev}]`."""
+    repo = call.repo()
+    rev = call.param("rev") if "rev" in call.request.path_params else "main"
+    with call.store.repos.open(repo) as git:
+        profile = read_profile(call.store, repo, git, git.resolve(rev))
+    wanted = call.words("expand")
+    return JSONResponse(describe(call, profile, wanted or list(_FULL), with_blobs=call.flag("blobs")))
+
+
+def list_repos(call: Call) -> Response:
+    """`GET /api/{kind}s`, filtered, sorted, in pages."""
+    kind = call.request.path_params["kinds"]
+    found = [profile for repo in call.store.repos.visible(kind, call.who) if (profile := _match(call, repo))]
+    sort = call.request.query_params.get("sort", "lastModified")
+    if sort not in _SORTS:
+        raise InvalidInputError(f"sort is one of {', '.join(sorted(_SORTS))}; got {sort[:40]!r}.")
+    found.sort(key=_sort_key(sort), reverse=call.request.query_params.get("direction", "-1") == "-1")
+    start = call.number("cursor", 0, most=10**9)
+    size = max(1, call.number("limit", _MAX_REPOS, most=_MAX_REPOS))
+    fields = call.words("expand") or list(_FULL if call.flag("full") else (*_SHORT, *_asked_for(call)))
+    shown = [describe(call, profile, fields) for profile in found[start : start + size]]
+    headers = {}
+    if len(found) > start + size:
+        query = call.request.url.include_query_params(cursor=start + size).query
+        headers["Link"] = f'<{call.base_url}/api/{kind}s?{query}>; rel="next"'
+    return JSONResponse(shown, headers=headers)
+
+
+def list_tags(call: Call) -> Response:
+    """`GET /api/{kind}s-tags-by-type`: every tag in use, by the part before its colon."""
+    kind = call.request.path_params["kinds"]
+    tags = {tag for repo in call.store.repos.visible(kind, call.who) for tag in _profile(call, repo).tags}
+    groups: dict[str, list[dict[str, str]]] = {}
+    for tag in sorted(tags):
+        group = tag.partition(":")[0] if ":" in tag else "other"
+        groups.setdefault(group, []).append({"id": tag, "label": tag.removeprefix(f"{group}:"), "type": group})
+    return JSONResponse(groups)
+
+
+def validate_card(call: Call) -> Response:
+    """`POST /api/validate-yaml`: 400 when the YAML of a README has errors."""
+    content = call.text(call.json(), "content")
+    if len(content) > MAX_CARD_BYTES:
+        raise InvalidInputError(f"A repo card has at most {MAX_CARD_BYTES} characters.")
+    card = read_card(content)
+    answer = {"errors": _messages(card.errors), "warnings": _messages(card.warnings)}
+    return JSONResponse(answer, status_code=400 if card.errors else 200)
+
+
+def describe(call: Call, profile: Profile, fields: list[str], *, with_blobs: bool = False) -> dict[str, Any]:
+    """The named fields of a repo, and its ids; InvalidInputError for a field that the Hub does not have."""
+    repo = profile.repo
+    shown: dict[str, Any] = {"_id": repo.uid[:24], "id": str(repo.id)}
+    if repo.id.kind == "model":
+        shown["modelId"] = str(repo.id)
+    for name in fields:
+        if name in _FIELDS:
+            shown[name] = _FIELDS[name](call, profile)
+        elif name not in _UNKNOWN_HERE:
+            raise InvalidInputError(f"{name[:40]!r} is not a field that can be expanded.")
+    if with_blobs and "siblings" in shown:
+        shown["siblings"] = [file.describe() for file in profile.files]
+    return shown
+
+
+def _profile(call: Call, repo: Repo) -> Profile:
+    with call.store.repos.open(repo) as git:
+        return read_profile(call.store, repo, git, git.resolve("main"))
+
+
+def _match(call: Call, repo: Repo) -> Profile | None:
+    """The profile of a repo that all filters of the query let through."""
+    query = call.request.query_params
+    author, gated = query.get("author"), query.get("gated")
+    is_other = (author and repo.id.owner.lower() != author.lower()) or (
+        gated is not None and (gated.lower() in {"true", "1"}) != bool(repo.gated)
+    )
+    if is_other or query.get("search", "").lower() not in str(repo.id).lower():
+        return None
+    profile = _profile(call, repo)
+    wanted = {*call.words("filter"), *call.words("pipeline_tag")}
+    return profile if wanted <= {*profile.tags} else None
+
+
+def _sort_key(sort: str) -> Callable[[Profile], Any]:
+    if sort == "createdAt":
+        return lambda profile: profile.repo.created_at
+    if sort == "downloads":
+        return lambda profile: profile.repo.downloads
+    if sort == "lastModified":
+        return lambda profile: profile.repo.modified_at
+    return lambda profile: 0
+
+
+def _asked_for(call: Call) -> list[str]:
+    return [name for name in ("cardData", "config") if call.flag(name)]
+
+
+def _messages(texts: tuple[str, ...]) -> list[dict[str, str]]:
+    return [{"message": text} for text in texts]
+
+
+def _bases(_: Call, profile: Profile) -> dict[str, Any] | None:
+    relation, names = profile.bases
+    return {"relation": relation, "models": [{"id": name} for name in names]} if names else None
+
+
+def _count_children(call: Call, profile: Profile) -> int:
+    tag = f"base_model:{profile.repo.id}"
+    return sum(tag in _profile(call, repo).tags for repo in call.store.repos.visible("model", call.who))
+
+
+_FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
+    "author": lambda _, profile: profile.repo.id.owner,
+    "baseModels": _bases,
+    "cardData": lambda _, profile: profile.card.data or None,
+    "childrenModelCount": _count_children,
+    "config": lambda _, profile: profile.shown_config,
+    "createdAt": lambda _, profile: profile.repo.created_at,
+    "disabled": lambda *_: False,
+    "downloads": lambda _, profile: profile.repo.downloads,
+    "downloadsAllTime": lambda _, profile: profile.repo.downloads,
+    "gated": lambda _, profile: profile.repo.gated or False,
+    "lastModified": lambda _, profile: format_date(profile.head),
+    "library_name": lambda _, profile: profile.card.data.get("library_name"),
+    "likes": lambda *_: 0,
+    "model-index": lambda _, profile: profile.card.data.get("model-index"),
+    "pipeline_tag": lambda _, profile: profile.card.data.get("pipeline_tag"),
+    "private": lambda _, profile: profile.repo.private,
+    "safetensors": lambda _, profile: profile.safetensors,
+    "sdk": lambda _, profile: profile.repo.sdk or profile.card.data.get("sdk"),
+    "sha": lambda _, profile: profile.head.oid,
+    "siblings": lambda _, profile: [{"rfilename": file.path} for file in profile.files],
+    "spaces": lambda *_: [],
+    "tags": lambda _, profile: list(profile.tags),
+    "trendingScore": lambda *_: 0,
+    "usedStorage": lambda _, profile: sum(file.size_bytes for file in profile.files),
+}
+
+ROUTES = [
+    route("/api/validate-yaml", validate_card, "POST"),
+    route("/api/{kinds:kinds}", list_repos),
+    route("/api/{kinds:kinds}-tags-by-type", list_tags),
+    route("/api/{kinds:kinds}/{owner}/{name}", show_repo),
+    route("/api/{kinds:kinds}/{owner}/{name}/revision/{rev}", show_repo),
+]

@@ -1,0 +1,49 @@
+"""Run the embedded Hub: one process, one folder, this machine only unless told otherwise."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from ..errors import ConfigError
+from .app import DEFAULT_PART_BYTES, build_app
+from .store import Store
+
+
+def serve(
+    root: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    part_bytes: int = DEFAULT_PART_BYTES,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve `root` until interrupted; `on_ready` gets the address once the port is bound (port 0: any free one).
+
+    Raises:
+        ConfigError: If the port is taken, or another server serves this folder.
+    """
+    with Store(root, serve=True) as store:
+        listener = _bind(host, port)
+        address = f"http://{host if ':' not in host else f'[{host}]'}:{listener.getsockname()[1]}"
+        config = uvicorn.Config(
+            build_app(store, part_bytes=part_bytes), log_level="warning", access_log=False, lifespan="off"
+        )
+        if on_ready:
+            on_ready(address)
+        with listener:
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror}; choose another --port.") from None
+    return listener
