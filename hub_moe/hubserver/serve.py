@@ -36,6 +36,15 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
 
 
+def add_first_user(root: Path) -> str | None:
+    """On an empty Hub, a user `admin` and the token to log in with; None when there are users already."""
+    with Store(root) as store:
+        if store.accounts.count():
+            return None
+        store.accounts.add_user("admin")
+        return store.accounts.create_token("admin")
+
+
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

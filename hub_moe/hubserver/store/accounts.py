@@ -93,6 +93,10 @@ class Accounts:
         row = self._database.row("SELECT role FROM members WHERE org = ? AND user = ?", owner, user)
         return row["role"] if row else None
 
+    def count(self) -> int:
+        """How many users and organisations there are."""
+        return len(self._database.rows("SELECT 1 FROM users"))
+
     def find(self, name: str) -> sqlite3.Row:
         """The row of a user or organisation."""
         row = self._database.row("SELECT * FROM users WHERE name = ?", name)

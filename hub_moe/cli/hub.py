@@ -1,0 +1,138 @@
+"""`hub-moe hub`: run the embedded Hub and look after it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the embedded Hub and look after it.")
+user = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="People and organisations of the embedded Hub.")
+token = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tokens by which clients log in.")
+hub.add_typer(user, name="user")
+hub.add_typer(token, name="token")
+
+Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds everything.", envvar="HUB_MOE_HUB_ROOT")]
+_DEFAULT_ROOT = Path("hub")
+
+
+@hub.command()
+def serve(
+    root: Root = _DEFAULT_ROOT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 7860,
+    host: Annotated[str, typer.Option(help="Who can reach it; 127.0.0.1 is this machine only.")] = "127.0.0.1",
+) -> None:
+    """Serve a Hub from one folder until Ctrl-C.
+
+    Prints the line that points the Hugging Face clients at it. On its first start it makes a user `admin` and shows a
+    token.
+
+    \b
+    Examples:
+      hub-moe hub serve
+      hub-moe hub serve --root lab-hub --port 8080
+    """
+    from ..hubserver.serve import add_first_user
+    from ..hubserver.serve import serve as run_server
+
+    first_token = add_first_user(root)
+    if host not in {"127.0.0.1", "::1", "localhost"}:
+        _say(f"Anybody who reaches {host} can read the public repos; tokens travel unencrypted.")
+    if first_token:
+        _say(f"A token of the new user admin, shown only now:\nexport HF_TOKEN={first_token}")
+    run_server(root, host=host, port=port, on_ready=lambda address: print(f"export HF_ENDPOINT={address}", flush=True))
+
+
+@user.command("add")
+def add_user(
+    name: Annotated[str, typer.Argument(help="Letters, digits, '-', '_' and '.'.")],
+    root: Root = _DEFAULT_ROOT,
+    org: Annotated[bool, typer.Option("--org", help="Make an organisation instead.")] = False,
+    member: Annotated[
+        list[str] | None, typer.Option(metavar="USER", help="A member of the organisation; may be repeated.")
+    ] = None,
+) -> None:
+    """Add a user and show a token that may write, or add an organisation.
+
+    \b
+    Examples:
+      hub-moe hub user add alice
+      hub-moe hub user add lab --org --member alice --member bob
+    """
+    from ..hubserver.store import Store
+
+    with Store(root) as store:
+        store.accounts.add_user(name, kind="org" if org else "user")
+        for one in member or []:
+            store.accounts.add_member(name, one)
+        if not org:
+            print(store.accounts.create_token(name))
+
+
+@token.command("create")
+def create_token(
+    user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose token.")],
+    root: Root = _DEFAULT_ROOT,
+    name: Annotated[str, typer.Option(help="A token of the same name is replaced.")] = "default",
+    read_only: Annotated[bool, typer.Option("--read-only", help="The token cannot change anything.")] = False,
+) -> None:
+    """Show a new token; it is stored only as a hash.
+
+    \b
+    Examples:
+      export HF_TOKEN=$(hub-moe hub token create alice --name laptop)
+    """
+    from ..hubserver.store import Store
+
+    with Store(root) as store:
+        print(store.accounts.create_token(user_name, name=name, role="read" if read_only else "write"))
+
+
+@token.command("revoke")
+def revoke_token(
+    user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose token.")],
+    root: Root = _DEFAULT_ROOT,
+    name: Annotated[str, typer.Option(help="Which token.")] = "default",
+) -> None:
+    """Make a token worthless at once.
+
+    \b
+    Examples:
+      hub-moe hub token revoke alice --name laptop
+    """
+    from ..hubserver.store import Store
+
+    with Store(root) as store:
+        store.accounts.revoke_token(user_name, name)
+    _say(f"Revoked the token {name!r} of {user_name}.")
+
+
+@hub.command()
+def check(
+    root: Root = _DEFAULT_ROOT,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not read the large files through.")] = False,
+) -> None:
+    """Prove that nothing is lost: every object reachable, every sha256 right.
+
+    Prints one line for each fault; exit code 1 if there is one. May run while the Hub serves.
+
+    \b
+    Examples:
+      hub-moe hub check --root lab-hub
+    """
+    from ..hubserver.store import Store
+    from ..hubserver.store.check import find_faults, find_orphans
+
+    with Store(root) as store:
+        faults = list(find_faults(store, read_blobs=not quick))
+        orphans = find_orphans(store)
+    for fault in faults:
+        print(fault)
+    for orphan in orphans:
+        _say(f"{orphan} belongs to no repo; it only takes space.")
+    _say(f"{len(faults)} faults." if faults else "Everything is whole.")
+    raise typer.Exit(1 if faults else 0)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,61 @@
+"""`hub-moe hub`: its commands on a real folder, and the server as people start it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("dulwich")
+
+COMMAND = [sys.executable, "-c", "from hub_moe.cli.hub import hub; hub()"]
+ASK = "import os, huggingface_hub as h; print(h.HfApi().whoami()['name'])"
+
+
+def run(*arguments, **options):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def test_a_user_is_added_and_their_tokens_created_and_revoked(tmp_path):
+    root = ("--root", tmp_path)
+    assert run("user", "add", "carol", *root).stdout.startswith("hf_")
+    assert run("user", "add", "lab", "--org", "--member", "carol", *root).returncode == 0
+    assert run("token", "create", "carol", "--name", "laptop", "--read-only", *root).stdout.startswith("hf_")
+    assert "Revoked" in run("token", "revoke", "carol", "--name", "laptop", *root).stderr
+    assert run("token", "revoke", "carol", "--name", "laptop", *root).returncode == 1
+
+
+def test_check_says_when_all_is_whole_and_fails_when_it_is_not(tmp_path):
+    run("user", "add", "carol", "--root", tmp_path)
+    done = run("check", "--root", tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    blob = tmp_path / "blobs/00/00" / ("0" * 64)
+    blob.parent.mkdir(parents=True)
+    blob.write_text("false")
+    done = run("check", "--root", tmp_path)
+    assert done.returncode == 1
+    assert "large file 0000" in done.stdout
+
+
+def test_serve_prints_the_line_that_points_clients_at_it(tmp_path):
+    command = [*COMMAND, "serve", "--root", str(tmp_path / "hub"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        name, _, address = server.stdout.readline().strip().removeprefix("export ").partition("=")
+        said = server.stderr.readline() + server.stderr.readline()
+        token = said.rpartition("=")[2].strip()
+        assert (name, address.rpartition(":")[0]) == ("HF_ENDPOINT", "http://127.0.0.1")
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": token, "HF_HOME": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True)
+        server.terminate()
+        server.wait()
+    assert done.stdout.strip() == "admin", done.stderr
+
+
+def test_a_port_that_is_taken_is_one_sentence(tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("serve", "--root", tmp_path, "--port", taken.getsockname()[1])
+    assert "choose another --port" in done.stderr
