@@ -30,6 +30,8 @@ from .store.errors import (
 )
 
 MAX_BODY_BYTES = 512 << 20
+MAX_JSON_BYTES = 64 << 20
+_ANONYMOUS_BYTES = 1 << 20
 _SPOOL_BYTES = 4 << 20
 _STATUSES = (
     (GatedError, 403),
@@ -105,8 +107,11 @@ class Call:
 
     def json(self) -> dict[str, Any]:
         """The body as a JSON object; an empty body is an empty object."""
+        text = self.body.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise TooLargeError(f"A JSON body has at most {MAX_JSON_BYTES} bytes.")
         try:
-            found = json.loads(self.body.read() or b"{}")
+            found = json.loads(text or b"{}")
         except (ValueError, RecursionError):
             raise InvalidInputError("The body is not valid JSON.") from None
         if not isinstance(found, dict):
@@ -152,17 +157,6 @@ class Call:
 Handler = Callable[[Call], Response]
 
 
-def route(path: str, handler: Handler, *methods: str) -> Route:
-    """A route whose handler runs in a thread, after the caller was identified and the body was read to a file."""
-
-    async def endpoint(request: Request) -> Response:
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as body:
-            await _read_body(request, body)
-            return await run_in_threadpool(_answer, handler, request, body)
-
-    return Route(path, endpoint, methods=list(methods or ("GET",)))
-
-
 def identify(request: Request) -> Identity | None:
     """Who a request's bearer token belongs to, None without one; UnauthenticatedError for a token nobody has."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -174,17 +168,29 @@ def identify(request: Request) -> Identity | None:
     return store.accounts.identify(token.strip())
 
 
-def _answer(handler: Handler, request: Request, body: IO[bytes]) -> Response:
-    return handler(Call(request, request.app.state.store, identify(request), body))
+def route(
+    path: str, handler: Handler, *methods: str, identify: Callable[[Request], Identity | None] = identify
+) -> Route:
+    """A route whose handler runs in a thread, after `identify` let the caller in and the body was read to a file."""
+
+    async def endpoint(request: Request) -> Response:
+        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as body:
+            who = await run_in_threadpool(identify, request)
+            await _read_body(
+                request, body, most=MAX_BODY_BYTES if "authorization" in request.headers else _ANONYMOUS_BYTES
+            )
+            return await run_in_threadpool(handler, Call(request, request.app.state.store, who, body))
+
+    return Route(path, endpoint, methods=list(methods or ("GET",)))
 
 
-async def _read_body(request: Request, body: IO[bytes]) -> None:
+async def _read_body(request: Request, body: IO[bytes], *, most: int) -> None:
     size_bytes = 0
     try:
         async for chunk in request.stream():
             size_bytes += len(chunk)
-            if size_bytes > MAX_BODY_BYTES:
-                raise TooLargeError(f"A request body has at most {MAX_BODY_BYTES} bytes.")
+            if size_bytes > most:
+                raise TooLargeError(f"The body of this request has at most {most} bytes.")
             body.write(chunk)
     except ClientDisconnect:
         raise InvalidInputError("The request was cut short.") from None

@@ -40,7 +40,7 @@ def update_settings(call: Call) -> Response:
     """`PUT /api/{kind}s/{id}/settings`."""
     fields = call.json()
     visibility = fields.get("visibility")
-    if visibility not in {None, "private", "public"}:
+    if visibility not in (None, "private", "public"):
         raise InvalidInputError(f"visibility is 'public' or 'private'; got {visibility!r}.")
     is_private = fields.get("private") if visibility is None else visibility == "private"
     if not isinstance(is_private, bool | None):

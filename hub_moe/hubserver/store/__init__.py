@@ -4,6 +4,7 @@ hub.sqlite3     users, tokens (hashed), repo settings
 secret          the key that signs upload links
 repos/UID.git   bare git repositories; a repo's folder keeps its name when the repo is renamed
 blobs/          large files by sha256
+xorbs/          what clients with hf_xet have sent
 incoming/       uploads that are not finished
 """
 
@@ -23,6 +24,7 @@ from .files import Files
 from .git import GitRepo
 from .names import RepoId
 from .repos import Repo, Repos
+from .xet import XetStore
 
 __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 
@@ -45,6 +47,7 @@ class Store:
         self.repos = Repos(self.database, self.accounts, root / "repos")
         self.files = Files(self.database, self.blobs)
         self.commits = Commits(self.database, self.repos, self.blobs)
+        self.xet = XetStore(root / "xorbs", self.blobs, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:
             self._clear_leftovers()

@@ -140,8 +140,12 @@ class Commits:
 
     def has_content(self, repo: Repo, sha256: str) -> bool:
         """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""
-        found = self._database.row("SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?", repo.uid, sha256)
-        return found is not None and self._blobs.size_bytes(sha256) is not None
+        return self.has_uploaded(repo.uid, sha256) and self._blobs.size_bytes(sha256) is not None
+
+    def has_uploaded(self, repo_uid: str, sha256: str) -> bool:
+        """Whether a content was ever uploaded to a repo."""
+        query = "SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?"
+        return self._database.row(query, repo_uid, sha256) is not None
 
     def _store(
         self, repo: Repo, git: GitRepo, operations: Iterable[Operation]

@@ -123,7 +123,7 @@ class Repos:
     def update(self, repo_id: RepoId, who: Identity | None, *, private: bool | None, gated: object = "keep") -> None:
         """Change who may see a repo and who may read its files (`auto`, `manual` or False)."""
         repo = self.find_to_write(repo_id, who)
-        if gated != "keep" and (not isinstance(gated, str | bool | None) or gated not in _GATES):
+        if not isinstance(gated, str | bool | None) or (gated != "keep" and gated not in _GATES):
             raise InvalidInputError(f"gated is 'auto', 'manual' or false; got {gated!r}.")
         gate = repo.gated if gated == "keep" else _GATES[gated]
         is_private = repo.private if private is None else private

@@ -1,0 +1,69 @@
+"""Killed at any moment, a Hub loses nothing that it acknowledged, and serves again."""
+
+import random
+import threading
+from contextlib import suppress
+from itertools import count
+
+import pytest
+
+from hub_moe.hubserver.pytest_plugin import create_hub
+from hub_moe.hubserver.store import RepoId, Store
+from hub_moe.hubserver.store.check import find_faults
+
+from .client_over_http import Client
+
+ROUNDS = 12
+
+
+def test_what_was_acknowledged_survives_a_kill_and_the_rest_leaves_no_trace(tmp_path):
+    hub = create_hub(tmp_path / "hub", options=("--part-bytes", "200000"))
+    chance = random.Random(0)
+    acknowledged = {}
+    hub.start()
+    with Client(hub) as client:
+        client.create("m")
+    for round_number in range(ROUNDS):
+        started = threading.Event()
+        worker = threading.Thread(target=_commit_until_killed, args=(hub, round_number, acknowledged, started))
+        worker.start()
+        started.wait()
+        worker.join(timeout=chance.uniform(0.05, 0.8))
+        hub.kill()
+        worker.join()
+        with Store(hub.root) as store:
+            assert list(find_faults(store)) == []
+        hub.start()
+        with Client(hub) as client:
+            assert client.commit("m", {f"after/{round_number}": b"1"}).status_code == 200
+    hub.stop()
+    assert len(acknowledged) > ROUNDS
+    with Store(hub.root) as store:
+        alice = store.accounts.identify(hub.tokens["alice"])
+        with store.repos.open(store.repos.find(RepoId("model", "alice", "m"), alice)) as git:
+            head = git.resolve("main")
+            history = {entry.oid for entry in git.log(head)}
+            for path, (commit, content) in acknowledged.items():
+                assert commit in history
+                assert store.files.read(git, store.files.find(git, head, path)) == content
+
+
+def _commit_until_killed(hub, round_number, acknowledged, started):
+    with Client(hub) as client, suppress(client.broken):
+        for number in count():
+            path = f"{round_number}/{number}"
+            content = f"{path} ".encode() * (60_000 if number % 2 else 1)
+            started.set()
+            answer = client.commit("m", {path: content}, as_large=number % 2 == 1)
+            if answer.status_code == 200:
+                acknowledged[path] = (answer.json()["commitOid"], content)
+
+
+@pytest.mark.parametrize("folder", ["blobs", "repos", "incoming"])
+def test_a_server_starts_on_a_folder_whose_leftovers_it_can_clear(tmp_path, folder):
+    hub = create_hub(tmp_path / "hub")
+    (hub.root / folder).mkdir(exist_ok=True)
+    hub.start()
+    with Client(hub) as client:
+        assert client.create("m").status_code == 200
+    hub.stop()
