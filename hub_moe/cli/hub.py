@@ -1,10 +1,11 @@
 """`hub-moe hub`: run the embedded Hub and look after it."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .output import print_text, say
 
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the embedded Hub and look after it.")
 user = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="People and organisations of the embedded Hub.")
@@ -37,9 +38,9 @@ def serve(
 
     first_token = add_first_user(root)
     if host not in {"127.0.0.1", "::1", "localhost"}:
-        _say(f"Anybody who reaches {host} can read the public repos; tokens travel unencrypted.")
+        say(f"Anybody who reaches {host} can read the public repos; tokens travel unencrypted.")
     if first_token:
-        _say(f"A token of the new user admin, shown only now:\nexport HF_TOKEN={first_token}")
+        say(f"A token of the new user admin, shown only now:\nexport HF_TOKEN={first_token}")
     run_server(root, host=host, port=port, on_ready=lambda address: print(f"export HF_ENDPOINT={address}", flush=True))
 
 
@@ -66,7 +67,7 @@ def add_user(
         for one in member or []:
             store.accounts.add_member(name, one)
         if not org:
-            print(store.accounts.create_token(name))
+            print_text(store.accounts.create_token(name))
 
 
 @token.command("create")
@@ -85,7 +86,7 @@ def create_token(
     from ..hubserver.store import Store
 
     with Store(root) as store:
-        print(store.accounts.create_token(user_name, name=name, role="read" if read_only else "write"))
+        print_text(store.accounts.create_token(user_name, name=name, role="read" if read_only else "write"))
 
 
 @token.command("revoke")
@@ -104,7 +105,7 @@ def revoke_token(
 
     with Store(root) as store:
         store.accounts.revoke_token(user_name, name)
-    _say(f"Revoked the token {name!r} of {user_name}.")
+    say(f"Revoked the token {name!r} of {user_name}.")
 
 
 @hub.command()
@@ -127,12 +128,8 @@ def check(
         faults = list(find_faults(store, read_blobs=not quick))
         orphans = find_orphans(store)
     for fault in faults:
-        print(fault)
+        print_text(fault)
     for orphan in orphans:
-        _say(f"{orphan} belongs to no repo; it only takes space.")
-    _say(f"{len(faults)} faults." if faults else "Everything is whole.")
+        say(f"{orphan} belongs to no repo; it only takes space.")
+    say(f"{len(faults)} faults." if faults else "Everything is whole.")
     raise typer.Exit(1 if faults else 0)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

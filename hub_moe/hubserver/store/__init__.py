@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from ...errors import ConfigError
+from .. import extra  # noqa: F401 (says so when the extra `server` is missing)
 from .accounts import Accounts, Identity
 from .blobs import BlobStore, PartStore
 from .commits import Commits
