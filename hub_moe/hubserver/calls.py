@@ -98,6 +98,10 @@ class Call:
         """The repo, if the caller may change it."""
         return self.store.repos.find_to_write(self.repo_id, self.who)
 
+    def repo_to_contribute(self) -> Repo:
+        """The repo, if the caller may propose changes to it."""
+        return self.store.repos.find_to_contribute(self.repo_id, self.who)
+
     @property
     def identity(self) -> Identity:
         """Who asks; UnauthenticatedError if nobody says."""
@@ -117,6 +121,12 @@ class Call:
         if not isinstance(found, dict):
             raise InvalidInputError("The body must be a JSON object.")
         return found
+
+    def json_or_null(self) -> dict[str, Any]:
+        """Like `json`, for routes to which the client may send `null`."""
+        text = self.body.read(5).strip()
+        self.body.seek(0)
+        return {} if text == b"null" else self.json()
 
     def text(self, fields: dict[str, Any], name: str, default: str | None = None) -> str:
         """A string from a JSON object; InvalidInputError if it is missing or something else."""

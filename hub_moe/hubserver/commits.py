@@ -9,7 +9,9 @@ from starlette.responses import JSONResponse, Response
 
 from .calls import Call, route
 from .ndjson import read_header, read_operations
-from .store.errors import InvalidInputError
+from .store import Repo
+from .store.discussions import Discussion, check_title
+from .store.errors import InvalidInputError, NotFoundError, StaleParentError
 from .store.git import GitRepo
 from .store.names import check_path
 
@@ -18,7 +20,7 @@ _MAX_FILES = 1000
 
 def preupload(call: Call) -> Response:
     """`POST /api/{kind}s/{id}/preupload/{rev}`: inline or as a large file, and what is at each path now."""
-    repo, fields = call.repo_to_write(), call.json()
+    repo, fields = call.repo_to_contribute(), call.json()
     files = fields.get("files")
     if not isinstance(files, list) or len(files) > _MAX_FILES:
         raise InvalidInputError(f"'files' must be a list of at most {_MAX_FILES} files.")
@@ -30,20 +32,70 @@ def preupload(call: Call) -> Response:
 
 def commit(call: Call) -> Response:
     """`POST /api/{kind}s/{id}/commit/{rev}`, with an NDJSON body."""
-    repo = call.repo_to_write()
     if call.flag("create_pr"):
-        raise InvalidInputError("This server has no pull requests yet; commit to a branch.")
+        return _open_pull_request(call)
+    revision = call.param("rev")
+    pull_request = _find_pull_request(call, revision)
+    repo = call.repo_to_contribute() if pull_request else call.repo_to_write()
     header = read_header(call.body)
     oid = call.store.commits.commit(
         repo,
         read_operations(call.body),
-        revision=call.param("rev"),
+        revision=revision,
         who=call.identity,
         message=header.message,
         parent=header.parent,
     )
+    if pull_request:
+        data = {"subject": header.summary, "oid": oid}
+        call.store.discussions.add_event(repo, pull_request, call.identity, "commit", data)
+    return JSONResponse(_describe_commit(call, repo, oid))
+
+
+def _open_pull_request(call: Call) -> Response:
+    """The pull request's ref is there before anybody can see its number."""
+    repo, revision = call.repo_to_contribute(), call.param("rev")
+    header = read_header(call.body)
+    title = check_title(header.summary[:200].ljust(3, "."))
+    with call.store.repos.open(repo) as git:
+        target = git.find_writable_ref(revision)
+        head = git.resolve(target)
+    if header.parent is not None and not head.startswith(header.parent):
+        raise StaleParentError("A commit has happened since. Please refresh and try again.")
+    num = call.store.repos.next_number(repo)
+    oid = call.store.commits.propose(
+        repo,
+        read_operations(call.body),
+        ref=f"refs/pr/{num}",
+        revision=target,
+        who=call.identity,
+        message=header.message,
+    )
+    discussion = call.store.discussions.create(
+        repo, call.identity, num=num, title=title, description=header.description or header.summary, target=target
+    )
+    data = {"subject": header.summary, "oid": oid}
+    call.store.discussions.add_event(repo, discussion, call.identity, "commit", data)
+    url = f"{call.repo_url(repo.id)}/discussions/{num}"
+    return JSONResponse(_describe_commit(call, repo, oid) | {"pullRequestUrl": url})
+
+
+def _find_pull_request(call: Call, revision: str) -> Discussion | None:
+    """The pull request that a revision names, if the caller may commit to it."""
+    number = revision.removeprefix("refs/pr/")
+    if number == revision:
+        return None
+    repo = call.repo_to_contribute()
+    if not number.isascii() or not number.isdigit() or len(number) > 9:
+        raise NotFoundError("revision", f"Invalid rev id: {revision}")
+    discussion = call.store.discussions.find(repo, int(number))
+    call.store.discussions.require_commit(repo, discussion, call.identity)
+    return discussion
+
+
+def _describe_commit(call: Call, repo: Repo, oid: str) -> dict[str, Any]:
     url = f"{call.repo_url(repo.id)}/commit/{oid}"
-    return JSONResponse({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+    return {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""}
 
 
 def _ignore_filter(call: Call, git: GitRepo, commit: str, fields: dict[str, Any]) -> IgnoreFilter:

@@ -29,7 +29,7 @@ def batch(call: Call) -> Response:
     objects, is_upload = fields.get("objects"), fields.get("operation") == "upload"
     if not isinstance(objects, list) or len(objects) > _MAX_OBJECTS:
         raise InvalidInputError(f"'objects' must be a list of at most {_MAX_OBJECTS} objects.")
-    repo = call.repo_to_write() if is_upload else call.repo_to_read()
+    repo = call.repo_to_contribute() if is_upload else call.repo_to_read()
     transfers = fields.get("transfers") or ["basic"]
     wanted = [_read_object(one) for one in objects]
     if is_upload and "multipart" not in transfers and any(size > _part_bytes(call) for _, size in wanted):

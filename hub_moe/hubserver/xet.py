@@ -19,7 +19,7 @@ _LIFE_S = 3600
 
 def give_write_token(call: Call) -> Response:
     """`GET /api/{kind}s/{id}/xet-write-token/{rev}`: the client reads the headers, hf_xet the JSON."""
-    repo, until = call.repo_to_write(), int(time.time()) + _LIFE_S
+    repo, until = call.repo_to_contribute(), int(time.time()) + _LIFE_S
     token = sign(call.store.secret, "xet", {"repo": repo.uid}, life_s=_LIFE_S)
     url = f"{call.base_url}/xet"
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(until)}

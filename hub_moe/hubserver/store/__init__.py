@@ -21,8 +21,10 @@ from .accounts import Accounts, Identity
 from .blobs import BlobStore, PartStore
 from .commits import Commits
 from .database import Database
+from .discussions import Discussions
 from .files import Files
 from .git import GitRepo
+from .merges import Merges
 from .names import RepoId
 from .repos import Repo, Repos
 from .xet import XetStore
@@ -48,6 +50,8 @@ class Store:
         self.repos = Repos(self.database, self.accounts, root / "repos")
         self.files = Files(self.database, self.blobs)
         self.commits = Commits(self.database, self.repos, self.blobs)
+        self.discussions = Discussions(self.database, self.repos)
+        self.merges = Merges(self.repos, self.commits, self.discussions)
         self.xet = XetStore(root / "xorbs", self.blobs, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:

@@ -45,6 +45,9 @@ def _check_blobs(store: Store) -> Iterator[str]:
 
 def _check_repo(store: Store, repo: Repo, git: GitRepo) -> Iterator[str]:
     name = f"{repo.id.kind} {repo.id}"
+    for discussion in store.discussions.list_all(repo, is_pull_request=True):
+        if git.read_ref(discussion.ref) is None:
+            yield f"{name}: the pull request {discussion.num} has no ref."
     seen: set[str] = set()
     for prefix in ("refs/heads/", "refs/tags/", "refs/pr/"):
         try:

@@ -2,7 +2,8 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .accounts import Identity
@@ -86,6 +87,24 @@ class Commits:
                 git.move_ref(ref, old=head, new=commit)
         self._repos.touch(repo)
         return commit
+
+    def propose(
+        self, repo: Repo, operations: Iterable[Operation], *, ref: str, revision: str, who: Identity, message: str
+    ) -> str:
+        """Like `commit`, but the head of `revision` stays and a new ref gets the commit: a pull request's first."""
+        with self._repos.open(repo) as git:
+            head = git.resolve(git.find_writable_ref(revision))
+            added, deleted = self._store(repo, git, operations)
+            tree = _build_tree(git, head, added, deleted)
+            commit = git.write_commit(tree=tree, parents=[head], author=format_author(who), message=message)
+            git.move_ref(ref, old=None, new=commit)
+        return commit
+
+    @contextmanager
+    def changing(self, repo: Repo) -> Iterator[GitRepo]:
+        """The git repository, while nobody else changes its refs."""
+        with self._locks[repo.uid], self._repos.open(repo) as git:
+            yield git
 
     def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
         """Replace a branch's history by one commit with the same files."""

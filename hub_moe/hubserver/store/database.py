@@ -41,6 +41,7 @@ CREATE TABLE IF NOT EXISTS repos (
     downloads INTEGER NOT NULL DEFAULT 0,
     created_at TEXT NOT NULL,
     modified_at TEXT NOT NULL,
+    last_num INTEGER NOT NULL DEFAULT 0,
     UNIQUE (kind, owner, name)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS grants (
@@ -55,6 +56,29 @@ CREATE TABLE IF NOT EXISTS repo_blobs (
     sha256 TEXT NOT NULL,
     PRIMARY KEY (repo, sha256)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS discussions (
+    repo TEXT NOT NULL REFERENCES repos (id) ON DELETE CASCADE,
+    num INTEGER NOT NULL,
+    title TEXT NOT NULL,
+    status TEXT NOT NULL CHECK (status IN ('draft', 'open', 'closed', 'merged')),
+    is_pull_request INTEGER NOT NULL,
+    author TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    target TEXT NOT NULL,
+    merge_commit TEXT,
+    PRIMARY KEY (repo, num)
+) STRICT;
+CREATE TABLE IF NOT EXISTS events (
+    id TEXT PRIMARY KEY,
+    repo TEXT NOT NULL,
+    num INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    author TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    data TEXT NOT NULL,
+    FOREIGN KEY (repo, num) REFERENCES discussions (repo, num) ON DELETE CASCADE
+) STRICT;
+CREATE INDEX IF NOT EXISTS events_by_discussion ON events (repo, num);
 CREATE TABLE IF NOT EXISTS file_facts (
     oid TEXT PRIMARY KEY,
     size_bytes INTEGER NOT NULL,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dulwich.errors import NotTreeError
+from dulwich.graph import find_merge_base
 from dulwich.object_store import tree_lookup_path
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.refs import Ref
@@ -169,6 +170,26 @@ class GitRepo:
         """The history of a commit, newest first."""
         for entry in self._repo.get_walker(include=[ObjectID(commit.encode())]):
             yield _describe(entry.commit)
+
+    def compare(self, old: str | None, new: str) -> dict[str, tuple[str | None, str | None]]:
+        """The files that differ between two commits (old None: nothing), each with its oid before and after."""
+        before = {entry.path: entry.oid for entry in self.walk(self.tree_of(old)) if not entry.is_folder} if old else {}
+        if old and self.tree_of(old) == self.tree_of(new):
+            return {}
+        after = {entry.path: entry.oid for entry in self.walk(self.tree_of(new)) if not entry.is_folder}
+        paths = sorted({*before, *after})
+        return {path: (before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)}
+
+    def parents(self, commit: str) -> list[str]:
+        """The commits that a commit was made on; for a merge the target's first."""
+        found = self._objects[ObjectID(commit.encode())]
+        assert isinstance(found, Commit)
+        return [parent.decode() for parent in found.parents]
+
+    def find_merge_base(self, one: str, other: str) -> str | None:
+        """The newest commit that both histories share, None if they share none."""
+        found = find_merge_base(self._repo, [ObjectID(one.encode()), ObjectID(other.encode())])
+        return found[0].decode() if found else None
 
     def write_file(self, content: bytes) -> str:
         """Store a git blob; it belongs to no commit yet."""

@@ -97,6 +97,25 @@ class Repos:
         self._require_owner(repo.id.owner, who, {"admin", "write"})
         return repo
 
+    def find_to_contribute(self, repo_id: RepoId, who: Identity | None) -> Repo:
+        """A repo to which `who` may propose changes: anybody who can read it and whose token may write."""
+        repo = self.find(repo_id, who)
+        if who is None:
+            raise UnauthenticatedError("This needs a token; set HF_TOKEN or run `hf auth login`.")
+        if not who.can_write:
+            raise ForbiddenError("You have read access but not the required permissions: this token cannot write.")
+        return self.find_to_read(repo.id, who)
+
+    def may_write(self, repo: Repo, who: Identity) -> bool:
+        """Whether `who` may commit to a repo."""
+        return who.can_write and self._accounts.role_in(repo.id.owner, who.user) in {"admin", "write"}
+
+    def next_number(self, repo: Repo) -> int:
+        """A number for a discussion or pull request, never given twice."""
+        with self._database.transaction() as connection:
+            query = "UPDATE repos SET last_num = last_num + 1 WHERE id = ? RETURNING last_num"
+            return int(connection.execute(query, (repo.uid,)).fetchall()[0][0])
+
     def delete(self, repo_id: RepoId, who: Identity | None) -> None:
         """Forget a repo and its history."""
         repo = self.find_to_write(repo_id, who)

@@ -1,0 +1,158 @@
+"""Discussions and pull requests over HTTP."""
+
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from .calls import Call, route
+from .store.discussions import CLOSED, OPEN, Discussion, Event, check_title
+from .store.errors import InvalidInputError, NotFoundError
+from .store.merges import find_conflicts, render_diff
+from .store.repos import Repo
+
+_PER_PAGE = 50
+_STATUSES: dict[str, tuple[str, ...]] = {"": (), "all": (), "open": OPEN, "closed": CLOSED}
+_TYPES = {"": None, "all": None, "discussion": False, "pull_request": True}
+
+
+def list_discussions(call: Call) -> Response:
+    """`GET /api/{kind}s/{id}/discussions`."""
+    repo, query = call.repo(), call.request.query_params
+    status, kind = query.get("status", ""), query.get("type", "")
+    if status not in _STATUSES or kind not in _TYPES:
+        raise InvalidInputError("status is open or closed, type is discussion or pull_request.")
+    found = call.store.discussions.list_all(
+        repo, author=query.get("author", ""), is_pull_request=_TYPES[kind], statuses=_STATUSES[status]
+    )
+    start = call.number("p", 0, most=10**6) * _PER_PAGE
+    shown = [_describe(repo, one) for one in found[start : start + _PER_PAGE]]
+    return JSONResponse({"discussions": shown, "count": len(found), "start": start})
+
+
+def create(call: Call) -> Response:
+    """`POST /api/{kind}s/{id}/discussions`; a pull request made so is a draft on the target's head."""
+    repo, fields = call.repo_to_contribute(), call.json()
+    title = check_title(call.text(fields, "title"))
+    description = call.text(fields, "description", "") or "No description."
+    num = call.store.repos.next_number(repo)
+    is_pull_request = fields.get("pullRequest") is True
+    if is_pull_request:
+        with call.store.commits.changing(repo) as git:
+            git.move_ref(f"refs/pr/{num}", old=None, new=git.resolve("refs/heads/main"))
+    call.store.discussions.create(
+        repo,
+        call.identity,
+        num=num,
+        title=title,
+        description=description,
+        status="draft" if is_pull_request else "open",
+        target="refs/heads/main" if is_pull_request else None,
+    )
+    return JSONResponse(
+        {"num": num, "pullRequest": is_pull_request, "url": f"{call.repo_url(repo.id)}/discussions/{num}"}
+    )
+
+
+def show(call: Call) -> Response:
+    """`GET /api/{kind}s/{id}/discussions/{num}[?diff=1]`."""
+    repo, discussion = _find(call, call.repo_to_read())
+    shown = _describe(repo, discussion)
+    shown["events"] = [_describe_event(event) for event in call.store.discussions.events(repo, discussion)]
+    if discussion.is_pull_request:
+        with call.store.repos.open(repo) as git:
+            shown["changes"] = {"base": discussion.target, "mergeCommitId": discussion.merge_commit}
+            shown["filesWithConflicts"] = find_conflicts(git, discussion) if discussion.status in OPEN else []
+            shown["diff"] = render_diff(git, discussion) if call.flag("diff") else None
+    return JSONResponse(shown)
+
+
+def comment(call: Call) -> Response:
+    """`POST …/{num}/comment`."""
+    repo, discussion = _find(call, call.repo_to_contribute())
+    event = call.store.discussions.comment(repo, discussion, call.identity, call.text(call.json(), "comment"))
+    return JSONResponse({"newMessage": _describe_event(event)})
+
+
+def edit_comment(call: Call) -> Response:
+    """`POST …/{num}/comment/{id}/edit`."""
+    repo, discussion = _find(call, call.repo_to_contribute())
+    event = call.store.discussions.edit_comment(
+        repo, discussion, call.identity, call.param("comment"), call.text(call.json(), "content")
+    )
+    return JSONResponse({"updatedComment": _describe_event(event)})
+
+
+def hide_comment(call: Call) -> Response:
+    """`POST …/{num}/comment/{id}/hide`."""
+    repo, discussion = _find(call, call.repo_to_contribute())
+    event = call.store.discussions.hide_comment(repo, discussion, call.identity, call.param("comment"))
+    return JSONResponse({"updatedComment": _describe_event(event)})
+
+
+def rename(call: Call) -> Response:
+    """`POST …/{num}/title`."""
+    repo, discussion = _find(call, call.repo_to_contribute())
+    event = call.store.discussions.rename(repo, discussion, call.identity, call.text(call.json(), "title"))
+    return JSONResponse({"newTitle": _describe_event(event)})
+
+
+def change_status(call: Call) -> Response:
+    """`POST …/{num}/status`."""
+    repo, discussion = _find(call, call.repo_to_contribute())
+    fields = call.json()
+    event = call.store.discussions.change_status(repo, discussion, call.identity, call.text(fields, "status"))
+    _comment_too(call, repo, discussion, fields)
+    return JSONResponse({"newStatus": _describe_event(event)})
+
+
+def merge(call: Call) -> Response:
+    """`POST …/{num}/merge`: for who may write to the repo."""
+    repo, discussion = _find(call, call.repo_to_write())
+    commit = call.store.merges.merge(repo, discussion, call.identity)
+    _comment_too(call, repo, discussion, call.json_or_null())
+    return JSONResponse({"success": True, "mergeCommitId": commit})
+
+
+def _comment_too(call: Call, repo: Repo, discussion: Discussion, fields: dict[str, Any]) -> None:
+    text = call.text(fields, "comment") if fields.get("comment") else ""
+    if text.strip():
+        call.store.discussions.comment(repo, discussion, call.identity, text)
+
+
+def _find(call: Call, repo: Repo) -> tuple[Repo, Discussion]:
+    text = call.param("num")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise NotFoundError("discussion", f"{repo.id} has no discussion {text[:40]}.")
+    return repo, call.store.discussions.find(repo, int(text))
+
+
+def _describe(repo: Repo, discussion: Discussion) -> dict[str, Any]:
+    return {
+        "num": discussion.num,
+        "title": discussion.title,
+        "status": discussion.status,
+        "isPullRequest": discussion.is_pull_request,
+        "createdAt": discussion.created_at,
+        "author": {"name": discussion.author},
+        "repo": {"name": str(repo.id), "type": repo.id.kind},
+    }
+
+
+def _describe_event(event: Event) -> dict[str, Any]:
+    shown = {"id": event.id, "type": event.type, "createdAt": event.created_at, "author": {"name": event.author}}
+    return shown | {"data": event.data}
+
+
+_ALL = "/api/{kinds:kinds}/{owner}/{name}/discussions"
+_ONE = f"{_ALL}/{{num}}"
+ROUTES = [
+    route(_ALL, list_discussions),
+    route(_ALL, create, "POST"),
+    route(_ONE, show),
+    route(f"{_ONE}/comment", comment, "POST"),
+    route(f"{_ONE}/comment/{{comment}}/edit", edit_comment, "POST"),
+    route(f"{_ONE}/comment/{{comment}}/hide", hide_comment, "POST"),
+    route(f"{_ONE}/title", rename, "POST"),
+    route(f"{_ONE}/status", change_status, "POST"),
+    route(f"{_ONE}/merge", merge, "POST"),
+]

@@ -1,0 +1,211 @@
+"""Discussions and pull requests: what was said, and what state they are in. Merging is in `merges`."""
+
+import json
+import secrets
+import sqlite3
+from dataclasses import dataclass
+from typing import Any
+
+from .accounts import Identity
+from .database import Database, now
+from .errors import ForbiddenError, InvalidInputError, NotFoundError
+from .repos import Repo, Repos
+
+MAX_COMMENT_CHARACTERS = 65_536
+OPEN = ("open", "draft")
+CLOSED = ("closed", "merged")
+
+
+@dataclass(frozen=True)
+class Discussion:
+    """A discussion or pull request. `target` is the ref that a pull request is for."""
+
+    num: int
+    title: str
+    status: str
+    is_pull_request: bool
+    author: str
+    created_at: str
+    target: str
+    merge_commit: str | None
+
+    @property
+    def ref(self) -> str:
+        """Where a pull request's commits are."""
+        return f"refs/pr/{self.num}"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a discussion; `data` is as the Hub's API shows it."""
+
+    id: str
+    type: str
+    author: str
+    created_at: str
+    data: dict[str, Any]
+
+
+class Discussions:
+    """The discussions of all repos."""
+
+    def __init__(self, database: Database, repos: Repos) -> None:
+        self._database = database
+        self._repos = repos
+
+    def create(
+        self,
+        repo: Repo,
+        who: Identity,
+        *,
+        num: int,
+        title: str,
+        description: str,
+        status: str = "open",
+        target: str | None = None,
+    ) -> Discussion:
+        """Open a discussion, or with `target` a pull request whose ref exists already."""
+        row = (repo.uid, num, check_title(title), status, int(target is not None), who.user, now(), target or "")
+        with self._database.transaction() as connection:
+            connection.execute("INSERT INTO discussions VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+        self.comment(repo, self.find(repo, num), who, description)
+        return self.find(repo, num)
+
+    def find(self, repo: Repo, num: int) -> Discussion:
+        """A discussion by its number."""
+        row = self._database.row("SELECT * FROM discussions WHERE repo = ? AND num = ?", repo.uid, num)
+        if row is None:
+            raise NotFoundError("discussion", f"{repo.id} has no discussion {num}.")
+        return _discussion(row)
+
+    def list_all(
+        self, repo: Repo, *, author: str = "", is_pull_request: bool | None = None, statuses: tuple[str, ...] = ()
+    ) -> list[Discussion]:
+        """The discussions that pass the filters, newest first."""
+        rows = self._database.rows("SELECT * FROM discussions WHERE repo = ? ORDER BY num DESC", repo.uid)
+        found = [_discussion(row) for row in rows]
+        return [
+            one
+            for one in found
+            if (not author or one.author.lower() == author.lower())
+            and is_pull_request in {None, one.is_pull_request}
+            and (not statuses or one.status in statuses)
+        ]
+
+    def events(self, repo: Repo, discussion: Discussion) -> list[Event]:
+        """What happened, in order."""
+        query = "SELECT * FROM events WHERE repo = ? AND num = ? ORDER BY rowid"
+        return [_event(row) for row in self._database.rows(query, repo.uid, discussion.num)]
+
+    def add_event(self, repo: Repo, discussion: Discussion, who: Identity, kind: str, data: dict[str, Any]) -> Event:
+        """Note that something happened."""
+        event = Event(secrets.token_hex(12), kind, who.user, now(), data)
+        values = (event.id, repo.uid, discussion.num, kind, who.user, event.created_at, json.dumps(data))
+        with self._database.transaction() as connection:
+            connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        return event
+
+    def comment(self, repo: Repo, discussion: Discussion, who: Identity, text: str) -> Event:
+        """Say something."""
+        return self.add_event(repo, discussion, who, "comment", _comment_data(text, who, []))
+
+    def edit_comment(self, repo: Repo, discussion: Discussion, who: Identity, event_id: str, text: str) -> Event:
+        """Change one's own comment; what it said before stays in its history."""
+        event = self._find_comment(repo, discussion, event_id)
+        if event.author.lower() != who.user.lower():
+            raise ForbiddenError("Only its author may edit a comment.")
+        if event.data["hidden"]:
+            raise InvalidInputError("A hidden comment cannot be edited.")
+        data = _comment_data(text, who, [*event.data["history"], event.data["latest"]])
+        return self._replace_data(event, data | {"edited": True})
+
+    def hide_comment(self, repo: Repo, discussion: Discussion, who: Identity, event_id: str) -> Event:
+        """Take a comment out of sight for good: its author may, and who may write to the repo."""
+        event = self._find_comment(repo, discussion, event_id)
+        if event.author.lower() != who.user.lower() and not self._repos.may_write(repo, who):
+            raise ForbiddenError("Only its author and the repo's owners may hide a comment.")
+        data = _comment_data("This comment has been hidden", who, [])
+        return self._replace_data(event, data | {"hidden": True, "hiddenBy": who.user})
+
+    def rename(self, repo: Repo, discussion: Discussion, who: Identity, title: str) -> Event:
+        """Change the title."""
+        self._require_control(repo, discussion, who)
+        self._update(repo, discussion, title=check_title(title))
+        data = {"from": discussion.title, "to": title.strip()}
+        return self.add_event(repo, discussion, who, "title-change", data)
+
+    def change_status(self, repo: Repo, discussion: Discussion, who: Identity, status: str) -> Event:
+        """Open or close; what is merged stays so, and only a pull request can be a draft."""
+        self._require_control(repo, discussion, who)
+        if status not in {"open", "closed", "draft"} or (status == "draft" and not discussion.is_pull_request):
+            raise InvalidInputError(f"The status cannot become {status!r}; use open or closed.")
+        if discussion.status == "merged":
+            raise InvalidInputError("A merged pull request stays merged.")
+        if discussion.status == status:
+            raise InvalidInputError(f"The status is {status} already.")
+        self._update(repo, discussion, status=status)
+        return self.add_event(repo, discussion, who, "status-change", {"status": status})
+
+    def mark_merged(self, repo: Repo, discussion: Discussion, who: Identity, commit: str) -> Event:
+        """Note that a pull request was merged by a commit."""
+        self._update(repo, discussion, status="merged", merge_commit=commit)
+        return self.add_event(repo, discussion, who, "status-change", {"status": "merged"})
+
+    def require_commit(self, repo: Repo, discussion: Discussion, who: Identity) -> None:
+        """Refuse who may not add commits to a pull request: its author may while it is open, and the repo's owners."""
+        self._require_control(repo, discussion, who)
+        if not discussion.is_pull_request or discussion.status not in OPEN:
+            raise InvalidInputError(f"The pull request {discussion.num} is {discussion.status}.")
+
+    def _require_control(self, repo: Repo, discussion: Discussion, who: Identity) -> None:
+        if discussion.author.lower() != who.user.lower() and not self._repos.may_write(repo, who):
+            raise ForbiddenError("Only its author and the repo's owners may do this.")
+
+    def _find_comment(self, repo: Repo, discussion: Discussion, event_id: str) -> Event:
+        query = "SELECT * FROM events WHERE repo = ? AND num = ? AND id = ? AND type = 'comment'"
+        row = self._database.row(query, repo.uid, discussion.num, event_id)
+        if row is None:
+            raise NotFoundError("comment", f"There is no comment {event_id}.")
+        return _event(row)
+
+    def _replace_data(self, event: Event, data: dict[str, Any]) -> Event:
+        with self._database.transaction() as connection:
+            connection.execute("UPDATE events SET data = ? WHERE id = ?", (json.dumps(data), event.id))
+        return Event(event.id, event.type, event.author, event.created_at, data)
+
+    def _update(self, repo: Repo, discussion: Discussion, **values: str) -> None:
+        with self._database.transaction() as connection:
+            columns = ", ".join(f"{column} = ?" for column in values)
+            query = f"UPDATE discussions SET {columns} WHERE repo = ? AND num = ?"
+            connection.execute(query, (*values.values(), repo.uid, discussion.num))
+
+
+def check_title(title: str) -> str:
+    """A title without spaces around it: 3 to 200 characters."""
+    if not 3 <= len(title.strip()) <= 200:
+        raise InvalidInputError("A title has 3 to 200 characters.")
+    return title.strip()
+
+
+def _comment_data(text: str, who: Identity, history: list[dict[str, Any]]) -> dict[str, Any]:
+    if not text.strip() or len(text) > MAX_COMMENT_CHARACTERS:
+        raise InvalidInputError(f"A comment has 1 to {MAX_COMMENT_CHARACTERS} characters.")
+    latest = {"raw": text, "html": "", "updatedAt": now(), "author": {"name": who.user}}
+    return {"edited": False, "hidden": False, "latest": latest, "history": history}
+
+
+def _discussion(row: sqlite3.Row) -> Discussion:
+    return Discussion(
+        num=row["num"],
+        title=row["title"],
+        status=row["status"],
+        is_pull_request=bool(row["is_pull_request"]),
+        author=row["author"],
+        created_at=row["created_at"],
+        target=row["target"],
+        merge_commit=row["merge_commit"],
+    )
+
+
+def _event(row: sqlite3.Row) -> Event:
+    return Event(row["id"], row["type"], row["author"], row["created_at"], json.loads(row["data"]))

@@ -1,0 +1,101 @@
+"""What a pull request changes, whether it still fits, and merging it: file by file, by git id, never by content."""
+
+import difflib
+
+from .accounts import Identity
+from .commits import Commits, format_author
+from .discussions import Discussion, Discussions
+from .errors import ConflictError, InvalidInputError
+from .git import GitRepo
+from .repos import Repo, Repos
+
+_MAX_DIFFED_BYTES = 200_000
+_MAX_DIFF_CHARACTERS = 2_000_000
+
+
+class Merges:
+    """Merges pull requests and says what they would do."""
+
+    def __init__(self, repos: Repos, commits: Commits, discussions: Discussions) -> None:
+        self._repos = repos
+        self._commits = commits
+        self._discussions = discussions
+
+    def merge(self, repo: Repo, discussion: Discussion, who: Identity) -> str:
+        """Merge an open pull request into its target; the merge commit's id.
+
+        Raises:
+            ConflictError: If both sides changed the same file differently; the message names the files.
+            InvalidInputError: If it is a draft, closed or merged already.
+        """
+        with self._commits.changing(repo) as git:
+            discussion = self._discussions.find(repo, discussion.num)
+            if not discussion.is_pull_request or discussion.status != "open":
+                raise InvalidInputError(f"Only an open pull request can be merged; this one is {discussion.status}.")
+            target, head = git.resolve(discussion.target), git.resolve(discussion.ref)
+            base = git.find_merge_base(target, head)
+            if base == head:  # an earlier merge was cut short after it had moved the target
+                commit = target
+            else:
+                commit = _write_merge(git, base, target, head, who, discussion)
+                git.move_ref(discussion.target, old=target, new=commit)
+            self._discussions.mark_merged(repo, discussion, who, commit)
+        self._repos.touch(repo)
+        return commit
+
+
+def find_conflicts(git: GitRepo, discussion: Discussion) -> list[str]:
+    """The files that a pull request and its target changed differently since they parted."""
+    target, head = git.resolve(discussion.target), git.resolve(discussion.ref)
+    return _conflicts(git, git.find_merge_base(target, head), target, head)
+
+
+def render_diff(git: GitRepo, discussion: Discussion) -> str:
+    """What a pull request changes, as a unified diff; large files as their pointers, long ones only named."""
+    head = git.resolve(discussion.ref)
+    start = discussion.merge_commit and git.parents(discussion.merge_commit)[0]
+    base = git.find_merge_base(start or git.resolve(discussion.target), head)
+    parts: list[str] = []
+    size = 0
+    for path, (old, new) in git.compare(base, head).items():
+        part = _diff_file(git, path, old, new)
+        size += len(part)
+        if size > _MAX_DIFF_CHARACTERS:
+            parts.append("... the rest of the diff is too long to show\n")
+            break
+        parts.append(part)
+    return "".join(parts)
+
+
+def _write_merge(git: GitRepo, base: str | None, target: str, head: str, who: Identity, discussion: Discussion) -> str:
+    conflicts = _conflicts(git, base, target, head)
+    if conflicts:
+        raise ConflictError(f"Both sides changed {', '.join(conflicts[:10])}; update the pull request first.")
+    changes = {path: new for path, (_, new) in git.compare(base, head).items()}
+    removed = {path: None for path, new in changes.items() if new is None and git.find_entry(target, path)}
+    tree: str | None = git.tree_of(target)
+    tree = git.write_tree(tree, removed) if removed else tree
+    added = {path: new for path, new in changes.items() if new}
+    tree = git.write_tree(tree, added) if added else tree
+    message = f"{discussion.title} (#{discussion.num})"
+    return git.write_commit(tree=tree, parents=[target, head], author=format_author(who), message=message)
+
+
+def _conflicts(git: GitRepo, base: str | None, target: str, head: str) -> list[str]:
+    ours = git.compare(base, target)
+    return [path for path, (_, new) in git.compare(base, head).items() if path in ours and ours[path][1] != new]
+
+
+def _diff_file(git: GitRepo, path: str, old: str | None, new: str | None) -> str:
+    before, after = (git.read_file(oid) if oid else b"" for oid in (old, new))
+    header = f"diff --git a/{path} b/{path}\n"
+    header += "new file mode 100644\n" if old is None else "deleted file mode 100644\n" if new is None else ""
+    header += f"index {(old or '0' * 40)[:10]}..{(new or '0' * 40)[:10]}\n"
+    if max(len(before), len(after)) > _MAX_DIFFED_BYTES or b"\0" in before or b"\0" in after:
+        return f"{header}Binary files a/{path} and b/{path} differ\n"
+    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
+    old_lines, new_lines = (content.decode("utf-8", "replace").splitlines(keepends=True) for content in (before, after))
+    lines = difflib.unified_diff(old_lines, new_lines, *names)
+    return header + "".join(
+        line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
+    )
