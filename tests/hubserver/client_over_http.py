@@ -32,7 +32,7 @@ class Client:
     def create(self, name, **fields):
         return self.send("POST", "/api/repos/create", json={"name": name, **fields})
 
-    def commit(self, name, files, *, as_large=False, header=None):
+    def commit(self, name, files, *, as_large=False, header=None, **query):
         lines = [{"key": "header", "value": {"summary": "m"} | (header or {})}]
         for path, content in files.items():
             if as_large:
@@ -41,10 +41,16 @@ class Client:
             else:
                 text = base64.b64encode(content).decode()
                 lines.append({"key": "file", "value": {"path": path, "content": text, "encoding": "base64"}})
-        return self.commit_body(name, "\n".join(map(json.dumps, lines)).encode())
+        return self.commit_body(name, "\n".join(map(json.dumps, lines)).encode(), **query)
 
-    def commit_body(self, name, body):
-        return self.send("POST", f"/api/models/{self.user}/{name}/commit/main", content=body)
+    def commit_body(self, name, body, **query):
+        return self.send("POST", f"/api/models/{self.user}/{name}/commit/main", content=body, params=query)
+
+    def propose_and_merge(self, name, files):
+        """Open a pull request and merge it; the answer to the merge."""
+        answer = self.commit(name, files, create_pr="1").raise_for_status()
+        number = answer.json()["pullRequestUrl"].rpartition("/")[2]
+        return self.send("POST", f"/api/models/{self.user}/{name}/discussions/{number}/merge", content=b"null")
 
     def upload(self, name, content, *, oid=None, size=None):
         oid, size = oid or hashlib.sha256(content).hexdigest(), len(content) if size is None else size

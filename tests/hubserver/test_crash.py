@@ -54,9 +54,13 @@ def _commit_until_killed(hub, round_number, acknowledged, started):
             path = f"{round_number}/{number}"
             content = f"{path} ".encode() * (60_000 if number % 2 else 1)
             started.set()
-            answer = client.commit("m", {path: content}, as_large=number % 2 == 1)
+            if number % 3 == 2:
+                answer = client.propose_and_merge("m", {path: content})
+            else:
+                answer = client.commit("m", {path: content}, as_large=number % 2 == 1)
             if answer.status_code == 200:
-                acknowledged[path] = (answer.json()["commitOid"], content)
+                commit = answer.json().get("commitOid") or answer.json()["mergeCommitId"]
+                acknowledged[path] = (commit, content)
 
 
 @pytest.mark.parametrize("folder", ["blobs", "repos", "incoming"])

@@ -20,6 +20,9 @@ from hub_moe.hubserver.store.xet import Term, parse_shard, read_term
 from .client_over_http import Client
 
 HEADER = '{"key": "header", "value": {"summary": "m"}}\n'
+TALKS = ["discussions", "discussions/1/comment", "discussions/1/title", "discussions/1/status", "discussions/1/merge"]
+POSTED = ["preupload/main", "paths-info/main", "branch/x", "tag/main", "settings", "ask-access", *TALKS]
+FIELDS = ["files", "paths", "tag", "message", "startingPoint", "gated", "visibility", "title", "status", "comment"]
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -40,6 +43,7 @@ lines = st.builds(
 def client(hub):
     with Client(hub) as client:
         client.create("hostile")
+        client.send("POST", "/api/models/alice/hostile/discussions", json={"title": "Talk"}).raise_for_status()
         yield client
 
 
@@ -168,9 +172,13 @@ def test_no_request_makes_the_server_stumble(client, method, path, body):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    route=st.sampled_from(["preupload/main", "paths-info/main", "branch/x", "tag/main", "settings", "ask-access"]),
+    route=st.sampled_from(
+        ["preupload/main", "paths-info/main", "branch/x", "tag/main", "settings", "ask-access", *TALKS]
+    ),
     body=st.dictionaries(
-        st.sampled_from(["files", "paths", "expand", "tag", "message", "startingPoint", "gated", "visibility"]),
+        st.sampled_from(
+            ["files", "paths", "tag", "message", "startingPoint", "gated", "visibility", "title", "status", "comment"]
+        ),
         json_values | st.lists(st.dictionaries(st.sampled_from(["path", "size", "sample"]), json_values)),
     ),
 )

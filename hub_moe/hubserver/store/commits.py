@@ -1,7 +1,6 @@
 """Commits: all their changes or none, on top of exactly the commit that was the head."""
 
 import threading
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,7 +51,7 @@ class Commits:
         self._database = database
         self._repos = repos
         self._blobs = blobs
-        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._locks: dict[str, threading.Lock] = {}
 
     def commit(
         self,
@@ -76,7 +75,7 @@ class Commits:
         with self._repos.open(repo) as git:
             ref = git.find_writable_ref(revision)
             added, deleted = self._store(repo, git, operations)
-            with self._locks[repo.uid]:
+            with self._lock(repo):
                 head = git.resolve(ref)
                 if parent is not None and not head.startswith(parent):
                     raise StaleParentError("A commit has happened since. Please refresh and try again.")
@@ -103,12 +102,12 @@ class Commits:
     @contextmanager
     def changing(self, repo: Repo) -> Iterator[GitRepo]:
         """The git repository, while nobody else changes its refs."""
-        with self._locks[repo.uid], self._repos.open(repo) as git:
+        with self._lock(repo), self._repos.open(repo) as git:
             yield git
 
     def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
         """Replace a branch's history by one commit with the same files."""
-        with self._locks[repo.uid], self._repos.open(repo) as git:
+        with self._lock(repo), self._repos.open(repo) as git:
             ref = f"refs/heads/{check_ref_name(branch)}"
             head = git.resolve(ref)
             commit = git.write_commit(
@@ -121,7 +120,7 @@ class Commits:
     def create_branch(self, repo: Repo, branch: str, *, start: str) -> None:
         """A new branch at a revision; ConflictError if there is one of this name."""
         ref = f"refs/heads/{check_ref_name(branch)}"
-        with self._locks[repo.uid], self._repos.open(repo) as git:
+        with self._lock(repo), self._repos.open(repo) as git:
             commit = git.resolve(start)
             if git.read_ref(ref):
                 raise ConflictError(f"Reference already exists: {ref}")
@@ -130,7 +129,7 @@ class Commits:
     def create_tag(self, repo: Repo, tag: str, *, at: str, who: Identity, message: str = "") -> None:
         """A new tag at a revision, annotated when it has a message; ConflictError if there is one of this name."""
         ref = f"refs/tags/{check_ref_name(tag)}"
-        with self._locks[repo.uid], self._repos.open(repo) as git:
+        with self._lock(repo), self._repos.open(repo) as git:
             oid = commit = git.resolve(at)
             if git.read_ref(ref):
                 raise ConflictError(f"Tag reference exists already: {ref}")
@@ -142,7 +141,7 @@ class Commits:
         """Remove a branch or tag by its full name; `main` cannot be removed."""
         if ref == "refs/heads/main":
             raise InvalidInputError("The branch main cannot be deleted.")
-        with self._locks[repo.uid], self._repos.open(repo) as git:
+        with self._lock(repo), self._repos.open(repo) as git:
             oid = git.read_ref(ref)
             if oid is None:
                 raise NotFoundError("revision", f"Reference does not exist: {ref}")
@@ -165,6 +164,9 @@ class Commits:
         """Whether a content was ever uploaded to a repo."""
         query = "SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?"
         return self._database.row(query, repo_uid, sha256) is not None
+
+    def _lock(self, repo: Repo) -> threading.Lock:
+        return self._locks.setdefault(repo.uid, threading.Lock())
 
     def _store(
         self, repo: Repo, git: GitRepo, operations: Iterable[Operation]

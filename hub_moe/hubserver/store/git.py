@@ -134,6 +134,8 @@ class GitRepo:
             raise ConflictError(f"{ref} and a ref above or below it cannot both exist.") from None
         if not done:
             raise ConflictError(f"{ref} was changed at the same time; try again.")
+        if (folder := (self.path / ref).parent).is_dir():
+            sync_folder(folder)
 
     def tree_of(self, commit: str) -> str:
         """The root tree of a commit."""
