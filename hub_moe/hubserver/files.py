@@ -39,6 +39,10 @@ def resolve(call: Call) -> Response:
     if facts.sha256 is None:
         return answer_bytes(content, range_header=call.request.headers.get("range"), headers=headers)
     headers |= {"X-Linked-Size": str(facts.size_bytes), "X-Linked-Etag": f'"{facts.sha256}"'}
+    xet_name = call.store.xet.names([facts.sha256]).get(facts.sha256)
+    if xet_name:
+        route = f"{call.base_url}/api/{repo.id.kind}s/{repo.id}/xet-read-token/{commit}"
+        headers |= {"X-Xet-Hash": xet_name, "X-Xet-Refresh-Route": route}
     return BlobResponse(call.store.blobs.path(facts.sha256), headers=headers)
 
 
@@ -75,12 +79,13 @@ def describe_entries(
 ) -> list[dict[str, Any]]:
     """Files and folders as the Hub's API shows them; `is_expanded` adds the last commit of each."""
     facts = call.store.files.facts(git, [entry.oid for entry in entries if not entry.is_folder])
+    xet_names = call.store.xet.names(one.sha256 for one in facts.values() if one.sha256)
     last = find_last_commits(git, commit, [entry.path for entry in entries]) if is_expanded else {}
     shown = []
     for entry in entries:
         row: dict[str, Any] = {"type": "directory", "oid": entry.oid, "size": 0, "path": entry.path}
         if not entry.is_folder:
-            row |= {"type": "file"} | _describe_file(facts[entry.oid])
+            row |= {"type": "file"} | _describe_file(facts[entry.oid], xet_names)
         if entry.path in last:
             commit_of = last[entry.path]
             title = commit_of.message.partition("\n")[0]
@@ -89,10 +94,12 @@ def describe_entries(
     return shown
 
 
-def _describe_file(facts: FileFacts) -> dict[str, Any]:
+def _describe_file(facts: FileFacts, xet_names: dict[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {"size": facts.size_bytes}
     if facts.sha256:
         row["lfs"] = {"oid": facts.sha256, "size": facts.size_bytes, "pointerSize": facts.pointer_size_bytes}
+        if facts.sha256 in xet_names:
+            row["xetHash"] = xet_names[facts.sha256]
     return row
 
 

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from .calls import Call, route
 from .downloads import BlobResponse
 from .signing import read_signed, sign
-from .store import Repo, Store
+from .store import Repo, RepoId, Store
 from .store.blobs import IncomingFile
 from .store.errors import InvalidInputError, NotFoundError, TooLargeError
 from .store.names import check_sha256
@@ -41,6 +41,25 @@ def batch(call: Call) -> Response:
         "objects": [{"oid": oid, "size": size} | plan(call, repo, oid, size) for oid, size in wanted],
     }
     return JSONResponse(answer, media_type=_MEDIA_TYPE)
+
+
+def duplicate(call: Call) -> Response:
+    """`POST /api/{kind}s/{id}/lfs-files/duplicate`: let another repo name large files of this one."""
+    source, fields = call.repo_to_read(), call.json()
+    target, files = fields.get("target"), fields.get("files")
+    if not isinstance(target, dict) or not isinstance(files, list) or len(files) > _MAX_OBJECTS:
+        raise InvalidInputError(f"Expected a 'target' and a list of at most {_MAX_OBJECTS} 'files'.")
+    owner, _, name = call.text(target, "name").partition("/")
+    target_id = RepoId(call.text(target, "type", "model"), owner, name)
+    repo = call.store.repos.find_to_contribute(target_id, call.who)
+    failed = []
+    for file in files:
+        sha256 = check_sha256(call.text(file if isinstance(file, dict) else {}, "sha256"))
+        if call.store.commits.has_content(source, sha256):
+            call.store.commits.register(repo.uid, sha256)
+        else:
+            failed.append({"sha256": sha256, "error": "This repo has no such file."})
+    return JSONResponse({"success": not failed, "failed": failed})
 
 
 def verify(call: Call) -> Response:
@@ -144,6 +163,7 @@ _BATCH = "{owner}/{name}.git/info/lfs/objects/batch"
 ROUTES = [
     route(f"/{_BATCH}", batch, "POST"),
     route(f"/{{kinds:kinds}}/{_BATCH}", batch, "POST"),
+    route("/api/{kinds:kinds}/{owner}/{name}/lfs-files/duplicate", duplicate, "POST"),
     Route("/lfs/upload/{link}", upload, methods=["PUT"]),
     route("/lfs/upload/{link}", complete, "POST"),
     route("/lfs/verify/{link}", verify, "POST"),

@@ -63,6 +63,17 @@ def test_one_commit_adds_copies_and_deletes(api, repo_id):
     assert (commit.commit_id, commit.title, commit.message) == (info.oid, "All", "at once")
 
 
+def test_a_large_file_is_copied_from_another_repo_without_being_sent(api, repo_id, transfer, tmp_path):
+    if transfer == "http":
+        pytest.skip("the client copies between repos only what came by Xet")
+    source = api.create_repo(f"{repo_id}-source").repo_id
+    api.upload_file(path_or_fileobj=LARGE, path_in_repo="a.bin", repo_id=source)
+    copy = CommitOperationCopy("a.bin", "b.bin", src_repo_id=source, src_repo_type="model")
+    api.create_commit(repo_id, [copy], commit_message="copy")
+    with open(api.hf_hub_download(repo_id, "b.bin", cache_dir=tmp_path), "rb") as file:
+        assert file.read() == LARGE
+
+
 def test_files_and_folders_are_deleted(api, repo_id):
     for path in ("a/x.txt", "a/y.txt", "z.txt"):
         api.upload_file(path_or_fileobj=b"1", path_in_repo=path, repo_id=repo_id)

@@ -52,7 +52,7 @@ class Store:
         self.commits = Commits(self.database, self.repos, self.blobs)
         self.discussions = Discussions(self.database, self.repos)
         self.merges = Merges(self.repos, self.commits, self.discussions)
-        self.xet = XetStore(root / "xorbs", self.blobs, self.commits)
+        self.xet = XetStore(root / "xorbs", self.database, self.blobs, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:
             self._clear_leftovers()

@@ -79,6 +79,11 @@ CREATE TABLE IF NOT EXISTS events (
     FOREIGN KEY (repo, num) REFERENCES discussions (repo, num) ON DELETE CASCADE
 ) STRICT;
 CREATE INDEX IF NOT EXISTS events_by_discussion ON events (repo, num);
+CREATE TABLE IF NOT EXISTS xet_files (
+    sha256 TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    terms TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS file_facts (
     oid TEXT PRIMARY KEY,
     size_bytes INTEGER NOT NULL,

@@ -6,9 +6,10 @@ specification 1.1 (hub-docs, docs/xet/xorb.md and shard.md). Not done: checking 
 can make an upload fail, but no file becomes visible whose sha256 is wrong.
 """
 
+import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -17,7 +18,8 @@ import lz4.frame
 
 from .blobs import BlobStore, IncomingFile
 from .commits import Commits
-from .errors import InvalidInputError, TooLargeError
+from .database import Database
+from .errors import InvalidInputError, NotFoundError, TooLargeError
 
 MAX_XORB_BYTES = 80 << 20
 MAX_SHARD_BYTES = 256 << 20
@@ -28,6 +30,7 @@ _BOOKEND = b"\xff" * 32
 _HAS_VERIFICATION = 1 << 31
 _HAS_SHA256 = 1 << 30
 _RECORD_BYTES = 48
+_CHUNK_HEADER_BYTES = 8
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,6 +48,7 @@ class Term:
 class ShardFile:
     """A file as a shard describes it."""
 
+    name: str
     sha256: str
     terms: tuple[Term, ...]
 
@@ -57,14 +61,15 @@ class ShardFile:
 class XetStore:
     """Xorbs on disk, and the way from a shard to whole files."""
 
-    def __init__(self, folder: Path, blobs: BlobStore, commits: Commits) -> None:
+    def __init__(self, folder: Path, database: Database, blobs: BlobStore, commits: Commits) -> None:
+        self._database = database
         self._folder = folder
         self._blobs = blobs
         self._commits = commits
 
     def add_xorb(self, name: str, body: IO[bytes]) -> bool:
         """Keep a xorb; False if one of this name is here already. InvalidInputError if it is malformed."""
-        path = self._path(name)
+        path = self.xorb_path(name)
         if path.exists():
             return False
         size_bytes = body.seek(0, 2)
@@ -86,17 +91,47 @@ class XetStore:
             if self._blobs.size_bytes(file.sha256) is None or not self._commits.has_uploaded(repo_uid, file.sha256):
                 self._blobs.store(self._read(file), sha256=file.sha256, size_bytes=file.size_bytes)
             self._commits.register(repo_uid, file.sha256)
+            self._remember(file)
+
+    def names(self, sha256s: Iterable[str]) -> dict[str, str]:
+        """By sha256, the Xet names of those files that came by Xet."""
+        found = {}
+        for sha256 in set(sha256s):
+            row = self._database.row("SELECT name FROM xet_files WHERE sha256 = ?", sha256)
+            if row is not None:
+                found[sha256] = row["name"]
+        return found
+
+    def find_file(self, repo_uid: str, name: str) -> ShardFile:
+        """A file of a repo by its Xet name, with the terms it is made of."""
+        row = self._database.row("SELECT sha256, terms FROM xet_files WHERE name = ?", name)
+        if row is None or not self._commits.has_uploaded(repo_uid, row["sha256"]):
+            raise NotFoundError("upload", f"This repo has no file with the Xet name {name[:64]}.")
+        return ShardFile(name, row["sha256"], tuple(Term(*term) for term in json.loads(row["terms"])))
+
+    def locate(self, name: str, first: int, end: int) -> tuple[int, int]:
+        """The first and last byte of a run of chunks inside a xorb."""
+        with self.xorb_path(name).open("rb") as xorb:
+            chunks = find_chunks(xorb)
+        start, (last, packed, _, _) = chunks[first][0], chunks[end - 1]
+        return start - _CHUNK_HEADER_BYTES, last + packed - 1
+
+    def _remember(self, file: ShardFile) -> None:
+        terms = json.dumps([[term.xorb, term.size_bytes, term.first, term.end] for term in file.terms])
+        with self._database.transaction() as connection:
+            connection.execute("INSERT OR IGNORE INTO xet_files VALUES (?, ?, ?)", (file.sha256, file.name, terms))
 
     def _read(self, file: ShardFile) -> Iterator[bytes]:
         for term in file.terms:
             try:
-                xorb = self._path(term.xorb).open("rb")
+                xorb = self.xorb_path(term.xorb).open("rb")
             except FileNotFoundError:
                 raise InvalidInputError(f"The xorb {term.xorb} has not been uploaded.") from None
             with xorb:
                 yield from read_term(xorb, term)
 
-    def _path(self, name: str) -> Path:
+    def xorb_path(self, name: str) -> Path:
+        """Where a xorb lies, or would lie."""
         if not _HASH.fullmatch(name):
             raise InvalidInputError(f"{name[:80]!r} is not the name of a xorb: expected 64 lower-case hex digits.")
         return self._folder / name[:2] / name[2:4] / name
@@ -170,7 +205,7 @@ def parse_shard(shard: bytes) -> list[ShardFile]:
                 records.next()
         if not flags & _HAS_SHA256:
             raise InvalidInputError("A file of the shard has no sha256.")
-        files.append(ShardFile(_format_hash(records.next()[:32]), terms))
+        files.append(ShardFile(_format_hash(header[:32]), _format_hash(records.next()[:32]), terms))
     return files
 
 
