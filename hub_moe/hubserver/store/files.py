@@ -12,6 +12,7 @@ from .names import check_path
 
 MAX_REGULAR_BYTES = 10_000_000
 _ROWS_PER_QUERY = 500
+_MAX_LISTINGS = 20
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Files:
     def __init__(self, database: Database, blobs: BlobStore) -> None:
         self._database = database
         self._blobs = blobs
+        self._listings: dict[tuple[str, str, str, bool], list[TreeEntry]] = {}
 
     def facts(self, git: GitRepo, oids: Iterable[str]) -> dict[str, FileFacts]:
         """The facts of git blobs, by oid."""
@@ -60,7 +62,14 @@ class Files:
         entry = git.find_entry(commit, check_path(folder) if folder else "")
         if entry is None or not entry.is_folder:
             raise NotFoundError("entry", f"{folder} does not exist on this revision")
-        return list(git.walk(entry.oid, prefix=f"{folder}/" if folder else "", recursive=recursive))
+        key = (git.path.name, entry.oid, folder, recursive)  # a tree never changes, and is asked for page by page
+        listing = self._listings.get(key)
+        if listing is None:
+            listing = list(git.walk(entry.oid, prefix=f"{folder}/" if folder else "", recursive=recursive))
+            if len(self._listings) >= _MAX_LISTINGS:
+                self._listings.clear()
+            self._listings[key] = listing
+        return listing
 
     def read(self, git: GitRepo, facts: FileFacts, *, limit_bytes: int = MAX_REGULAR_BYTES) -> bytes:
         """The first `limit_bytes` of a file's real content."""
