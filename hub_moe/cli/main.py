@@ -10,6 +10,7 @@ import typer
 from ..errors import HubMoeError
 from .demo import demo
 from .export import export
+from .hub import hub
 from .inspect import inspect
 from .output import say
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (demo, inspect, export):
     app.command()(command)
+app.add_typer(hub, name="hub")
 
 
 def _print_version(wanted: bool) -> None:
