@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from ..errors import MissingExtraError
 
-_PACKAGES = ("dulwich", "lz4", "starlette", "uvicorn")
+_PACKAGES = ("blake3", "dulwich", "httptools", "jinja2", "lz4", "markdown_it", "nh3", "starlette", "uvicorn")
 
 missing = [name for name in _PACKAGES if find_spec(name) is None]
 if missing:
