@@ -27,3 +27,7 @@ class DatasetError(HubMoeError, ValueError):
 
 class MissingExtraError(HubMoeError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""
+
+
+class HubError(HubMoeError, OSError):
+    """A Hub cannot be reached, refused, or gave back something else than was sent."""

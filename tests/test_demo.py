@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hub_moe.data import Corpus, Document
 from hub_moe.demo import DemoPlan, DemoReport, plan_demo, run_demo
-from hub_moe.errors import CheckpointError, ConfigError
+from hub_moe.demo.local_hub import open_local_hub
+from hub_moe.errors import CheckpointError, ConfigError, HubError
+from hub_moe.hubserver.process import Hub
+from hub_moe.hubserver.store import Store
+from hub_moe.hubserver.store.check import find_faults
 from hub_moe.training import TrainingPlan, find_checkpoint, read_record
 
 PLAN = DemoPlan(
@@ -94,7 +100,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_a_model_two_pictures_and_a_report(finished):
     names = {path.name for path in finished.iterdir()}
     pictures = {"expert_load.png", "loss_curve.png"}
-    assert names == {"checkpoints", "model", "num_threads.txt", "report.json", "run.json", *pictures}
+    assert names == {"checkpoints", "hub", "model", "num_threads.txt", "report.json", "run.json", *pictures}
     report = DemoReport.read(finished / "report.json")
     assert int((finished / "num_threads.txt").read_text("utf-8")) == report.training["torch_threads"]
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-30"}
@@ -131,6 +137,30 @@ def test_the_saved_model_is_one_that_anybody_loads(finished):
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert len(tokenizer) == model.config.vocab_size == 320
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (model.config.eos_token_id, model.config.pad_token_id)
+
+
+def test_the_hub_of_a_run_serves_the_model_and_the_dataset_by_name(finished, tmp_path):
+    report = DemoReport.read(finished / "report.json")
+    root = shutil.copytree(finished / "hub", tmp_path / "hub")
+    with Store(root) as store:
+        assert list(find_faults(store)) == []
+    with Hub(root).running() as hub:
+        api = HfApi(endpoint=hub.url, token=False)
+        model = api.model_info(report.model["repo"], files_metadata=True)
+        assert (model.sha, model.library_name) == (report.model["revision"], "transformers")
+        assert model.card_data.datasets == [report.dataset["repo"]]
+        published = {file.rfilename: file.size for file in model.siblings if file.rfilename != ".gitattributes"}
+        assert published == {path.name: path.stat().st_size for path in (finished / "model").iterdir()}
+        assert api.dataset_info(report.dataset["repo"]).sha == report.dataset["revision"]
+
+
+def test_text_comes_back_from_the_hub_as_it_was_sent_and_a_failed_step_says_why(tmp_path):
+    sent = Corpus(train=(Document("a.py", "one"),), held_out=(Document("b.py", "two"),))
+    with open_local_hub(tmp_path / "hub", scratch=tmp_path / "scratch") as hub:
+        received, _ = hub.send_corpus(sent)
+        assert received == sent
+        with pytest.raises(HubError, match="load_dataset .* failed: .*demo/absent"):
+            hub.run_step("load_dataset", repo="demo/absent", revision="main", splits=str(tmp_path / "rows.json"))
 
 
 def test_a_finished_run_is_only_read(finished, capsys):
@@ -173,7 +203,8 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends_the_same(finished, t
                 break
         process.send_signal(signal.SIGINT)
         errors = process.stderr.read()
-    assert process.returncode == -signal.SIGINT
+    assert process.returncode != 0
+    assert errors.endswith("KeyboardInterrupt\n")
     assert "the same command goes on from there" in errors
     stopped_at = _record(output).step
     assert 18 <= stopped_at < 30
@@ -204,19 +235,23 @@ def test_a_run_killed_after_training_is_not_trained_again(finished, tmp_path):
     shutil.copytree(finished, output)
     (output / "report.json").unlink()
     shutil.rmtree(output / "model")
+    shutil.rmtree(output / "hub")
     report = run_demo(output, plan=PLAN)
     assert (report.training["resumed_at_step"], report.training["tokens_per_s"]) == (30, None)
     _assert_same_end(output, finished)
 
 
-def test_no_room_is_one_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("file_bytes", "inside"), [(200_000, ""), (400_000, "/checkpoints"), (430_000, "/checkpoints")]
+)
+def test_no_room_for_the_text_or_a_checkpoint_is_one_sentence(tmp_path, file_bytes, inside):
     def limit_file_size():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
     process = _start(tmp_path / "run", preexec_fn=limit_file_size)
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith(f"CheckpointError: Cannot write to {tmp_path / 'run' / 'checkpoints'}: ")
+    assert errors.splitlines()[-1].startswith(f"CheckpointError: Cannot write to {tmp_path / 'run'}{inside}: ")
     assert find_checkpoint(tmp_path / "run" / "checkpoints") is None
 
 

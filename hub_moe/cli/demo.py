@@ -1,5 +1,6 @@
 """`hub-moe demo`: the main job, offline and small."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,11 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Train, evaluate and report a small model, offline.
+    """Train, evaluate, publish and report a small model, offline.
 
-    Takes minutes on two cores and ends with the model loaded back from its folder. The text is the running Python's
-    own standard library. Ctrl-C leaves a checkpoint; running again resumes.
+    Takes minutes on two cores. The text, the running Python's own standard library, is pushed to an embedded Hub and
+    loaded from it as a dataset; the model is published there and loaded back by its name. Ctrl-C leaves a checkpoint;
+    running again resumes.
 
     \b
     Examples:
@@ -33,4 +35,5 @@ def demo(
     else:
         print_table(("Result", ""), report.summary_rows())
         print_text(f"\n{report.prompt}{report.completion}\n")
-        say(f"The model, the report and its pictures are in {output}.")
+        say(f"The model, the report and its pictures are in {output}. To see both repos in a browser:")
+        say(f"  hub-moe hub serve --root {shlex.quote(str(output / 'hub'))}")

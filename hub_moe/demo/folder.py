@@ -39,6 +39,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def hub(self) -> Path:
+        """Everything of the embedded Hub."""
+        return self.path / "hub"
+
+    @property
+    def scratch(self) -> Path:
+        """Only there while a run is."""
+        return self.path / ".unfinished-exchange"
+
+    @property
     def num_threads(self) -> Path:
         """With how many of torch's threads the run trains."""
         return self.path / "num_threads.txt"
@@ -96,8 +106,9 @@ def open_run_folder(path: Path, settings: dict[str, Any], *, fresh: bool) -> Run
 
 def _remove_run(folder: RunFolder) -> None:
     """Only what a run writes; `report.json` first and `run.json` last, so that no remainder looks like a run."""
-    made = [folder.report, folder.model, folder.checkpoints, folder.num_threads, folder.loss_curve, folder.expert_load]
-    for path in [*made, *folder.path.glob(".unfinished-*"), folder.settings]:
+    folders = [folder.model, folder.checkpoints, folder.hub]
+    files = [folder.num_threads, folder.loss_curve, folder.expert_load]
+    for path in [folder.report, *folders, *files, *folder.path.glob(".unfinished-*"), folder.settings]:
         _remove(path)
 
 

@@ -19,8 +19,10 @@ class DemoReport:
         bits_per_byte: Of the held-out files, under the model and each baseline.
         held_out: Bytes and tokens scored, and how.
         load_imbalance: Busiest expert over the mean by layer, in the first and the last tenth of training.
+        dataset: `repo` and `revision` under which the text was pushed and loaded.
+        model: `repo` and `revision` under which the model was published and loaded.
         prompt: What was completed.
-        completion: What the saved and reloaded model made of it.
+        completion: What the model made of it, loaded from the Hub by its name.
         versions: Of Python and the libraries.
         seed: Of everything random.
         wall_s: Seconds this call took; less than the whole after a resume.
@@ -34,6 +36,8 @@ class DemoReport:
     bits_per_byte: dict[str, float]
     held_out: dict[str, Any]
     load_imbalance: dict[str, dict[str, float]]
+    dataset: dict[str, str]
+    model: dict[str, str]
     prompt: str
     completion: str
     versions: dict[str, str]
@@ -64,5 +68,7 @@ class DemoReport:
             ("tokens trained on", f"{self.training['tokens']:,}"),
             ("tokens per second", f"{speed:,.0f}" if speed else "-"),
             ("busiest expert / mean load", f"{worst:.2f}"),
+            ("published as", f"{self.model['repo']} at {self.model['revision'][:8]}"),
+            ("trained on", f"{self.dataset['repo']} at {self.dataset['revision'][:8]}"),
             ("seconds", f"{self.wall_s:.0f}"),
         ]

@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -26,15 +27,20 @@ from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_
 from ..training.checkpoints import explain_failed_writes
 from ..training.plots import plot_expert_load, plot_loss_curve
 from ..training.threads import choose_num_threads
+from .card import render_card
 from .folder import RunFolder, open_run_folder
+from .local_hub import DATASET, MODEL, LocalHub, open_local_hub
 from .plan import DemoPlan, plan_demo
 from .report import DemoReport
+from .visitor import hash_logits
 
 
 def run_demo(
     output_dir: str | Path, *, minutes: float = 3.0, seed: int = 0, fresh: bool = False, plan: DemoPlan | None = None
 ) -> DemoReport:
-    """Train, evaluate, save, reload and report a small model; `output_dir` then holds `model` and the report.
+    """Train, evaluate, publish, reload and report a small model; `output_dir` then holds `model` and the report.
+
+    Dataset and model go through an embedded Hub in `output_dir/hub`, by the ordinary clients.
 
     An interrupted run goes on where it stopped when called again with the same arguments, and ends as if it had never
     been interrupted; a finished one is only read.
@@ -49,6 +55,8 @@ def run_demo(
     Raises:
         ConfigError: If `output_dir` holds something else, or a run with other settings.
         CheckpointError: If `output_dir` cannot be written.
+        HubError: If a client fails at the Hub.
+        MissingExtraError: If the extra `server` is not installed.
         KeyboardInterrupt: After Ctrl-C; once training has begun it leaves a checkpoint.
     """
     with _without_progress_bars():
@@ -64,38 +72,48 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
         _say(f"{folder.path} holds this run, finished; --fresh starts it anew.")
         return DemoReport.read(folder.report)
 
-    _say(f"Learning a tokenizer from {len(corpus.train)} files of Python's own library")
-    tokenizer = train_bpe_tokenizer((document.text for document in corpus.train), vocab_size=plan.vocab_size)
-    tokens = Tokens(_tokenize(corpus.train, tokenizer), _tokenize(corpus.held_out, tokenizer))
-    session = _train(plan, tokenizer, tokens, folder)
-    if session.is_interrupted:
-        _say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
-        raise KeyboardInterrupt
-    model = AutoModelForCausalLM.from_pretrained(session.checkpoint)
+    with open_local_hub(folder.hub, scratch=folder.scratch) as hub:
+        _say(f"Sending {len(corpus.train) + len(corpus.held_out)} files through the Hub at {hub.hub.url} as {DATASET}")
+        with explain_failed_writes(folder.path):
+            corpus, dataset_revision = hub.send_corpus(corpus)
+        _say(f"Learning a tokenizer from {len(corpus.train)} files of Python's own library")
+        tokenizer = train_bpe_tokenizer((document.text for document in corpus.train), vocab_size=plan.vocab_size)
+        tokens = Tokens(_tokenize(corpus.train, tokenizer), _tokenize(corpus.held_out, tokenizer))
+        session = _train(plan, tokenizer, tokens, folder)
+        if session.is_interrupted:
+            _say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
+            raise KeyboardInterrupt
+        model = AutoModelForCausalLM.from_pretrained(session.checkpoint).eval()
 
-    _say(f"Scoring {len(corpus.held_out)} files that were held out")
-    scores = _score(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
-    _say("Saving, loading back, completing")
-    with explain_failed_writes(folder.path):
-        reloaded = _save_and_reload(model, tokenizer, folder)
+        _say(f"Scoring {len(corpus.held_out)} files that were held out")
+        scores = _score(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
         record = read_record(session.checkpoint)
-        _draw(plan, record, folder)
-        report = DemoReport(
-            plan=asdict(plan),
-            config=model.config.to_dict(),
-            parameters=_count_parameters(model.config),
-            corpus=_describe_corpus(corpus, tokens),
-            training=_describe_training(plan, record, session),
-            bits_per_byte={name: score.bits_per_byte for name, score in scores.items()},
-            held_out=_describe_scoring(plan, scores["model"]),
-            load_imbalance=_describe_imbalance(record),
-            prompt=plan.prompt,
-            completion=_complete(plan, reloaded, tokenizer),
-            versions=_versions(),
-            seed=plan.seed,
-            wall_s=round(time.monotonic() - started_s, 1),
-        )
-        folder.write_atomically(folder.report, report.write)
+        facts: dict[str, Any] = {
+            "plan": asdict(plan),
+            "config": model.config.to_dict(),
+            "parameters": _count_parameters(model.config),
+            "corpus": _describe_corpus(corpus, tokens),
+            "training": _describe_training(plan, record, session),
+            "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items()},
+            "held_out": _describe_scoring(plan, scores["model"]),
+            "load_imbalance": _describe_imbalance(record),
+            "versions": _versions(),
+        }
+        _say(f"Publishing {MODEL}, loading it back by its name, completing")
+        with explain_failed_writes(folder.path):
+            _draw(plan, record, folder)
+            _save(model, tokenizer, facts, folder)
+            published = _publish(hub, plan, model, folder)
+            report = DemoReport(
+                **facts,
+                dataset={"repo": DATASET, "revision": dataset_revision},
+                model=published["model"],
+                prompt=plan.prompt,
+                completion=published["completion"],
+                seed=plan.seed,
+                wall_s=round(time.monotonic() - started_s, 1),
+            )
+            folder.write_atomically(folder.report, report.write)
     return report
 
 
@@ -186,34 +204,49 @@ def _score(
     }
 
 
-def _save_and_reload(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: RunFolder) -> PreTrainedModel:
-    """The model as a user of the folder gets it, after checking that it computes the same.
-
-    Raises:
-        CheckpointError: If it does not.
-    """
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], folder: RunFolder) -> None:
+    """Everything that is published: weights, tokenizer, card, pictures."""
+    card = render_card(
+        model=MODEL,
+        dataset=DATASET,
+        parameters=facts["parameters"],
+        tokens=facts["training"]["tokens"],
+        bits_per_byte=facts["bits_per_byte"],
+        imbalance=max(facts["load_imbalance"]["last tenth"].values()),
+    )
 
     def save(path: Path) -> None:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        (path / "README.md").write_text(card, "utf-8")
+        for picture in (folder.loss_curve, folder.expert_load):
+            shutil.copy(picture, path)
 
     folder.write_atomically(folder.model, save)
-    reloaded = AutoModelForCausalLM.from_pretrained(folder.model).eval()
-    probe = torch.arange(model.config.vocab_size)[None, :64]
-    with torch.no_grad():
-        if not torch.equal(model(probe).logits, reloaded(probe).logits):
-            raise CheckpointError(
-                f"The model loaded back from {folder.model} computes other logits than the saved one."
-            )
-    return reloaded
 
 
-def _complete(plan: DemoPlan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
-    torch.manual_seed(plan.seed)
-    inputs = tokenizer(plan.prompt, return_tensors="pt", return_token_type_ids=False)
-    output = model.generate(**inputs, max_new_tokens=plan.completion_tokens, do_sample=True, temperature=0.5)
-    text: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+def _publish(hub: LocalHub, plan: DemoPlan, model: PreTrainedModel, folder: RunFolder) -> dict[str, Any]:
+    """Publish the model, and let somebody else load it by its name.
+
+    Raises:
+        CheckpointError: If what they load computes other logits.
+    """
+    revision = hub.publish_model(folder.model)
+    trial = hub.run_step(
+        "try_model",
+        user=None,
+        repo=MODEL,
+        revision=revision,
+        num_threads=torch.get_num_threads(),
+        seed=plan.seed,
+        prompt=plan.prompt,
+        completion_tokens=plan.completion_tokens,
+    )
+    if trial["logits_sha256"] != hash_logits(model):
+        raise CheckpointError(
+            f"{MODEL}, loaded from the Hub by its name, computes other logits than the trained model."
+        )
+    return {"model": {"repo": MODEL, "revision": revision}, "completion": trial["completion"]}
 
 
 def _draw(plan: DemoPlan, record: TrainingRecord, folder: RunFolder) -> None:

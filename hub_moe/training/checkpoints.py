@@ -47,8 +47,9 @@ def explain_failed_writes(folder: Path) -> Iterator[None]:
     except HubMoeError:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save reports a full disk as a RuntimeError of its zip writer
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        # torch.save reports a full disk as a RuntimeError of its zip writer, named by its class or its source file
+        is_of_writer = any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
+        if isinstance(error, RuntimeError) and not is_of_writer:
             raise
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
         raise CheckpointError(
