@@ -22,6 +22,7 @@ from .store.errors import (
     ForbiddenError,
     GatedError,
     InvalidInputError,
+    MovedError,
     NotFoundError,
     StaleParentError,
     StoreError,
@@ -58,7 +59,22 @@ class _KindConvertor(Convertor[str]):
         return f"{value}s"
 
 
+class _DatasetConvertor(_KindConvertor):
+    regex = "datasets"
+
+
+class _SpaceConvertor(_KindConvertor):
+    regex = "spaces"
+
+
+class _ModelConvertor(_KindConvertor):
+    regex = "models"
+
+
 register_url_convertor("kinds", _KindConvertor())
+register_url_convertor("model_kind", _ModelConvertor())
+register_url_convertor("dataset_kind", _DatasetConvertor())
+register_url_convertor("space_kind", _SpaceConvertor())
 
 
 @dataclass
@@ -207,10 +223,20 @@ async def _read_body(request: Request, body: IO[bytes], *, most: int) -> None:
     body.seek(0)
 
 
-async def answer_refusal(_: Request, error: Exception) -> Response:
+async def answer_refusal(request: Request, error: Exception) -> Response:
     """What the server answers when a route raises a StoreError."""
     assert isinstance(error, StoreError)
+    if isinstance(error, MovedError) and {"owner", "name"} <= {*request.path_params}:
+        return _redirect(request, str(error.target))
     return refuse(error)
+
+
+def _redirect(request: Request, target: str) -> Response:
+    """The same request to a repo's new name. The first place in the path that reads like the old name is its name."""
+    old = f"/{request.path_params['owner']}/{request.path_params['name']}"
+    path = request.url.path.replace(old, f"/{target}", 1)
+    query = f"?{request.url.query}" if request.url.query else ""
+    return Response(status_code=307, headers={"Location": path + query})
 
 
 def refuse(error: StoreError, more_headers: Mapping[str, str] | None = None) -> Response:

@@ -16,6 +16,7 @@ _ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/([0-9]{4}\.[0-9]{4,5})")
 _LISTS = ("tags", "datasets", "metrics", "language", "base_model")
 _TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")
 _DATASET_TAGS = ("task_categories", "task_ids", "size_categories", "language", "annotations_creators", "modality")
+_DATASET_TAGS += ("language_creators", "multilinguality", "source_datasets")
 _RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 
 
@@ -36,21 +37,20 @@ def read_card(readme: str) -> Card:
         return Card({}, warnings=("empty or missing yaml metadata in repo card",), text=readme)
     text = readme[match.end() :]
     try:
-        found = _load_yaml(match.group(1))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        return Card({}, errors=(f"Invalid YAML: {str(error).splitlines()[0]}",), text=text)
-    if found is None:
+        data = parse_yaml(match.group(1))
+    except ValueError as error:
+        return Card({}, errors=(f"Invalid YAML: {error}",), text=text)
+    if data is None:
         return Card({}, warnings=("empty or missing yaml metadata in repo card",), text=text)
-    if not isinstance(found, dict):
+    if not isinstance(data, dict):
         return Card({}, errors=("The YAML of a repo card must be a mapping.",), text=text)
-    data = _to_json(found)
     return Card(data, errors=tuple(_find_errors(data)), text=text)
 
 
 def find_tags(kind: str, card: Card, files: list[str], config: dict[str, Any]) -> list[str]:
     """The tags by which a repo is found, in the Hub's spelling (`license:mit`, `base_model:adapter:OWNER/NAME`)."""
     data = card.data
-    tags = [*_words(data, "tags")]
+    tags = [tag for tag in _words(data, "tags") if not tag.startswith("benchmark:")]  # that is not the author's to say
     if kind == "model":
         tags += _words(data, "library_name") + _words(data, "pipeline_tag") + _words(data, "language")
         tags += [f"dataset:{name}" for name in _words(data, "datasets")]
@@ -58,6 +58,8 @@ def find_tags(kind: str, card: Card, files: list[str], config: dict[str, Any]) -
         tags += [config["model_type"]] if isinstance(config.get("model_type"), str) else []
         tags += ["custom_code"] if "auto_map" in config else []
         tags += ["safetensors"] if any(name.endswith(".safetensors") for name in files) else []
+    elif kind == "space":
+        tags += [f"{key[:-1]}:{name}" for key in ("datasets", "models") for name in _words(data, key)]
     else:
         tags += [f"{key}:{word}" for key in _DATASET_TAGS for word in _words(data, key)]
     tags += [f"arxiv:{paper}" for paper in _ARXIV.findall(card.text)]
@@ -103,11 +105,21 @@ def parse_object(content: bytes) -> dict[str, Any]:
     return _to_json(found) if isinstance(found, dict) else {}
 
 
-def _load_yaml(text: str) -> object:
-    """YAML without aliases: a few hundred bytes of them can stand for gigabytes."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        raise ValueError("aliases are not allowed")
-    return yaml.safe_load(text)
+def parse_yaml(text: str) -> Any:
+    """A YAML text as JSON values; ValueError with one sentence if it is malformed.
+
+    Aliases are refused: a few hundred bytes of them can stand for gigabytes.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("aliases are not allowed")
+        return _to_json(yaml.safe_load(text))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError):  # from PyYAML, as for `!!bool "x"`
+        raise ValueError("a value is not of the type that its tag says") from None
 
 
 def _to_json(value: Any) -> Any:

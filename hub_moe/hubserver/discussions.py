@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
 from .calls import Call, route
+from .downloads import SAFE_HEADERS
 from .store.discussions import CLOSED, OPEN, Discussion, Event, check_title
-from .store.errors import InvalidInputError, NotFoundError
+from .store.errors import ForbiddenError, InvalidInputError, NotFoundError
 from .store.merges import find_conflicts, render_diff
 from .store.repos import Repo
 
@@ -113,6 +114,20 @@ def merge(call: Call) -> Response:
     return JSONResponse({"success": True, "mergeCommitId": commit})
 
 
+def attach(call: Call) -> Response:
+    """`POST /uploads`: keep a picture, video or sound to show in a comment; the answer is its address as plain text."""
+    if not call.identity.can_write:
+        raise ForbiddenError("You have read access but not the required permissions: this token cannot write.")
+    media_type = call.request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return PlainTextResponse(f"{call.base_url}/uploads/{call.store.attachments.add(call.body, media_type)}")
+
+
+def show_attachment(call: Call) -> Response:
+    """`GET /uploads/{name}`: for whoever has the address."""
+    path, media_type = call.store.attachments.find(call.param("name"))
+    return FileResponse(path, media_type=media_type, headers=SAFE_HEADERS)
+
+
 def _comment_too(call: Call, repo: Repo, discussion: Discussion, fields: dict[str, Any]) -> None:
     text = call.text(fields, "comment") if fields.get("comment") else ""
     if text.strip():
@@ -155,4 +170,6 @@ ROUTES = [
     route(f"{_ONE}/title", rename, "POST"),
     route(f"{_ONE}/status", change_status, "POST"),
     route(f"{_ONE}/merge", merge, "POST"),
+    route("/uploads", attach, "POST"),
+    route("/uploads/{name}", show_attachment, "GET", "HEAD"),
 ]

@@ -25,6 +25,8 @@ def resolve(call: Call) -> Response:
         commit = git.resolve(call.param("rev"))
         try:
             facts = call.store.files.find(git, commit, path)
+            if facts.sha256 and not call.store.commits.has_content(repo, facts.sha256):
+                raise NotFoundError("entry", "The content of this file was deleted.")
         except NotFoundError as error:
             return refuse(error, {"X-Repo-Commit": commit})  # lets the client remember that there is no such file
         content = b"" if facts.sha256 else git.read_file(facts.oid)

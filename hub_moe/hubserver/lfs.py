@@ -62,6 +62,36 @@ def duplicate(call: Call) -> Response:
     return JSONResponse({"success": not failed, "failed": failed})
 
 
+def list_files(call: Call) -> Response:
+    """`GET /api/{kind}s/{id}/lfs-files`: what the owners could delete to make room."""
+    found = call.store.large_files.list_all(call.repo_to_write())
+    return JSONResponse(
+        [
+            {
+                "fileOid": file.sha256,
+                "oid": file.sha256,
+                "filename": file.path,
+                "size": file.size_bytes,
+                "pushedAt": file.pushed_at,
+                "ref": file.ref or None,
+            }
+            for file in found
+        ]
+    )
+
+
+def delete_files(call: Call) -> Response:
+    """`POST /api/{kind}s/{id}/lfs-files/batch`: delete large files from a repo for good."""
+    repo, deletions = call.repo_to_write(), call.json().get("deletions")
+    if not isinstance(deletions, dict):
+        raise InvalidInputError("'deletions' must be an object.")
+    sha256s = deletions.get("sha")
+    if not isinstance(sha256s, list) or len(sha256s) > _MAX_OBJECTS or not all(isinstance(one, str) for one in sha256s):
+        raise InvalidInputError(f"'deletions.sha' must be a list of at most {_MAX_OBJECTS} sha256.")
+    call.store.large_files.delete(repo, sha256s, rewrite_history=deletions.get("rewriteHistory") is not False)
+    return JSONResponse({"success": True})
+
+
 def verify(call: Call) -> Response:
     """`POST /lfs/verify/{link}`: whether an upload arrived."""
     fields = read_signed(call.store.secret, "upload", call.param("link"))
@@ -164,6 +194,8 @@ ROUTES = [
     route(f"/{_BATCH}", batch, "POST"),
     route(f"/{{kinds:kinds}}/{_BATCH}", batch, "POST"),
     route("/api/{kinds:kinds}/{owner}/{name}/lfs-files/duplicate", duplicate, "POST"),
+    route("/api/{kinds:kinds}/{owner}/{name}/lfs-files", list_files),
+    route("/api/{kinds:kinds}/{owner}/{name}/lfs-files/batch", delete_files, "POST"),
     Route("/lfs/upload/{link}", upload, methods=["PUT"]),
     route("/lfs/upload/{link}", complete, "POST"),
     route("/lfs/verify/{link}", verify, "POST"),

@@ -1,5 +1,7 @@
 """What is on this Hub: the facts of one repo, lists, search."""
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -7,13 +9,25 @@ from starlette.responses import JSONResponse, Response
 
 from .calls import Call, route
 from .cards import MAX_CARD_BYTES, read_card
-from .profiles import Profile, read_profile
+from .evaluations import read_scores
+from .profiles import Profile, read_main, read_profile
 from .refs import format_date
-from .store.errors import InvalidInputError
+from .store.errors import InvalidInputError, NotFoundError
 from .store.repos import Repo
 
 _MAX_REPOS = 1000
-_SORTS = {"lastModified", "createdAt", "downloads", "likes", "trendingScore"}
+_SORTS: dict[str, Callable[[Profile], Any]] = {
+    "lastModified": lambda profile: profile.repo.modified_at,
+    "createdAt": lambda profile: profile.repo.created_at,
+    "downloads": lambda profile: profile.repo.downloads,
+    "likes": lambda profile: profile.repo.likes,
+    "trendingScore": lambda profile: profile.repo.likes,
+}
+_SORT_NAMES = {"modified": "lastModified", "last_modified": "lastModified", "created_at": "createdAt"}
+_SORT_NAMES |= {"trending_score": "trendingScore", "trending": "trendingScore"}
+_NOTHING_RUNS_HERE = ("inference", "inference_provider")
+_COUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([KMBT]?)", re.IGNORECASE)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SHORT = (
     *("author", "createdAt", "downloads", "gated", "lastModified", "library_name", "likes", "pipeline_tag"),
     *("private", "sdk", "tags", "trendingScore"),
@@ -21,7 +35,7 @@ _SHORT = (
 _FULL = (*_SHORT, "sha", "cardData", "config", "disabled", "model-index", "safetensors", "siblings", "usedStorage")
 _UNKNOWN_HERE = {"gguf", "inference", "inferenceProviderMapping", "mask_token", "resourceGroup", "transformersInfo"}
 _UNKNOWN_HERE |= {"widgetData", "citation", "description", "mainSize", "paperswithcode_id", "datasets", "models"}
-_UNKNOWN_HERE |= {"region", "runtime", "subdomain", "evalResults"}
+_UNKNOWN_HERE |= {"region", "runtime", "subdomain"}
 
 
 def show_repo(call: Call) -> Response:
@@ -39,9 +53,10 @@ def list_repos(call: Call) -> Response:
     kind = call.request.path_params["kinds"]
     found = [profile for repo in call.store.repos.visible(kind, call.who) if (profile := _match(call, repo))]
     sort = call.request.query_params.get("sort", "lastModified")
+    sort = _SORT_NAMES.get(sort, sort)
     if sort not in _SORTS:
         raise InvalidInputError(f"sort is one of {', '.join(sorted(_SORTS))}; got {sort[:40]!r}.")
-    found.sort(key=_sort_key(sort), reverse=call.request.query_params.get("direction", "-1") == "-1")
+    found.sort(key=_SORTS[sort], reverse=call.request.query_params.get("direction", "-1") == "-1")
     start = call.number("cursor", 0, most=10**9)
     size = max(1, call.number("limit", _MAX_REPOS, most=_MAX_REPOS))
     fields = call.words("expand") or list(_FULL if call.flag("full") else (*_SHORT, *_asked_for(call)))
@@ -56,7 +71,7 @@ def list_repos(call: Call) -> Response:
 def list_tags(call: Call) -> Response:
     """`GET /api/{kind}s-tags-by-type`: every tag in use, by the part before its colon."""
     kind = call.request.path_params["kinds"]
-    tags = {tag for repo in call.store.repos.visible(kind, call.who) for tag in _profile(call, repo).tags}
+    tags = {tag for repo in call.store.repos.visible(kind, call.who) for tag in read_main(call.store, repo).tags}
     groups: dict[str, list[dict[str, str]]] = {}
     for tag in sorted(tags):
         group = tag.partition(":")[0] if ":" in tag else "other"
@@ -90,11 +105,6 @@ def describe(call: Call, profile: Profile, fields: list[str], *, with_blobs: boo
     return shown
 
 
-def _profile(call: Call, repo: Repo) -> Profile:
-    with call.store.repos.open(repo) as git:
-        return read_profile(call.store, repo, git, git.resolve("main"))
-
-
 def _match(call: Call, repo: Repo) -> Profile | None:
     """The profile of a repo that all filters of the query let through."""
     query = call.request.query_params
@@ -102,21 +112,33 @@ def _match(call: Call, repo: Repo) -> Profile | None:
     is_other = (author and repo.id.owner.lower() != author.lower()) or (
         gated is not None and (gated.lower() in {"true", "1"}) != bool(repo.gated)
     )
-    if is_other or query.get("search", "").lower() not in str(repo.id).lower():
+    name = str(repo.id).lower()
+    if is_other or any(query.get(one) for one in _NOTHING_RUNS_HERE):
         return None
-    profile = _profile(call, repo)
-    wanted = {*call.words("filter"), *call.words("pipeline_tag")}
-    return profile if wanted <= {*profile.tags} else None
+    if not all(word in name for text in query.getlist("search") for word in text.lower().split()):
+        return None
+    try:
+        profile = read_main(call.store, repo)
+    except NotFoundError:  # deleted since the list was read
+        return None
+    wanted = {*call.words("filter"), *call.words("pipeline_tag"), *call.words("apps")}
+    wanted |= {f"{name[:-1]}:{value}" for name in ("datasets", "models") for value in call.words(name)}
+    return profile if wanted <= {*profile.tags} and _has_size(profile, query.get("num_parameters")) else None
 
 
-def _sort_key(sort: str) -> Callable[[Profile], Any]:
-    if sort == "createdAt":
-        return lambda profile: profile.repo.created_at
-    if sort == "downloads":
-        return lambda profile: profile.repo.downloads
-    if sort == "lastModified":
-        return lambda profile: profile.repo.modified_at
-    return lambda profile: 0
+def _has_size(profile: Profile, wanted: str | None) -> bool:
+    """Whether the number of parameters is in a range like `min:6B,max:128B`."""
+    if wanted is None:
+        return True
+    least, most = 0.0, math.inf
+    for part in wanted.split(","):
+        name, _, text = part.partition(":")
+        match = _COUNT.fullmatch(text)
+        if name not in {"min", "max"} or not match:
+            raise InvalidInputError(f"num_parameters is like 'min:6B,max:128B'; got {wanted[:80]!r}.")
+        count = float(match[1]) * _UNITS[match[2].upper()]
+        least, most = (count, most) if name == "min" else (least, count)
+    return profile.safetensors is not None and least <= profile.safetensors["total"] <= most
 
 
 def _asked_for(call: Call) -> list[str]:
@@ -134,7 +156,7 @@ def _bases(_: Call, profile: Profile) -> dict[str, Any] | None:
 
 def _count_children(call: Call, profile: Profile) -> int:
     tag = f"base_model:{profile.repo.id}"
-    return sum(tag in _profile(call, repo).tags for repo in call.store.repos.visible("model", call.who))
+    return sum(tag in read_main(call.store, repo).tags for repo in call.store.repos.visible("model", call.who))
 
 
 _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
@@ -147,10 +169,11 @@ _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
     "disabled": lambda *_: False,
     "downloads": lambda _, profile: profile.repo.downloads,
     "downloadsAllTime": lambda _, profile: profile.repo.downloads,
+    "evalResults": lambda call, profile: [score.describe() for score in read_scores(call.store, profile.repo)],
     "gated": lambda _, profile: profile.repo.gated or False,
     "lastModified": lambda _, profile: format_date(profile.head),
     "library_name": lambda _, profile: profile.card.data.get("library_name"),
-    "likes": lambda *_: 0,
+    "likes": lambda _, profile: profile.repo.likes,
     "model-index": lambda _, profile: profile.card.data.get("model-index"),
     "pipeline_tag": lambda _, profile: profile.card.data.get("pipeline_tag"),
     "private": lambda _, profile: profile.repo.private,
@@ -160,7 +183,7 @@ _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
     "siblings": lambda _, profile: [{"rfilename": file.path} for file in profile.files],
     "spaces": lambda *_: [],
     "tags": lambda _, profile: list(profile.tags),
-    "trendingScore": lambda *_: 0,
+    "trendingScore": lambda _, profile: profile.repo.likes,
     "usedStorage": lambda _, profile: sum(file.size_bytes for file in profile.files),
 }
 

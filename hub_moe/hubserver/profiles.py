@@ -1,11 +1,14 @@
 """Everything that lists and pages show of a repo at one commit, computed once for each commit."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from .cards import MAX_CARD_BYTES, Card, count_parameters, find_bases, find_tags, parse_object, read_card
+from .evaluations import parse_benchmark
 from .store import GitRepo, Repo, Store
+from .store.errors import NotFoundError
 from .store.files import FileFacts
 from .store.git import LogEntry
 
@@ -45,11 +48,13 @@ class Profile:
     card: Card
     config: dict[str, Any]
     safetensors: dict[str, Any] | None
+    benchmark_tasks: tuple[str, ...] = ()
 
     @cached_property
     def tags(self) -> tuple[str, ...]:
         """By what the repo is found."""
-        return tuple(find_tags(self.repo.id.kind, self.card, [file.path for file in self.files], self.config))
+        tags = find_tags(self.repo.id.kind, self.card, [file.path for file in self.files], self.config)
+        return (*tags, "benchmark:official") if self.benchmark_tasks else tuple(tags)
 
     @property
     def bases(self) -> tuple[str | None, list[str]]:
@@ -74,6 +79,12 @@ def read_profile(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile
     return replace(profile, repo=repo)  # settings may have changed since
 
 
+def read_main(store: Store, repo: Repo) -> Profile:
+    """The profile of a repo's `main`."""
+    with store.repos.open(repo) as git:
+        return read_profile(store, repo, git, git.resolve("main"))
+
+
 def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
     entries = [entry for entry in store.files.list_entries(git, commit) if not entry.is_folder]
     facts = store.files.facts(git, [entry.oid for entry in entries])
@@ -81,9 +92,11 @@ def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
     by_path = {file.path: file.facts for file in files}
 
     def read(path: str) -> bytes:
-        return store.files.read(git, by_path[path], limit_bytes=MAX_CARD_BYTES) if path in by_path else b""
+        with suppress(KeyError, NotFoundError):
+            return store.files.read(git, by_path[path], limit_bytes=MAX_CARD_BYTES)
+        return b""
 
-    is_model = repo.id.kind == "model"
+    is_model, is_dataset = repo.id.kind == "model", repo.id.kind == "dataset"
     return Profile(
         repo=repo,
         head=next(iter(git.log(commit))),
@@ -91,6 +104,9 @@ def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
         card=read_card(read("README.md").decode("utf-8", "replace")),
         config=parse_object(read("config.json")) if is_model else {},
         safetensors=_read_safetensors(store, git, files) if is_model else None,
+        benchmark_tasks=tuple(parse_benchmark(read("eval.yaml").decode("utf-8", "replace")) or ())
+        if is_dataset
+        else (),
     )
 
 
@@ -99,8 +115,19 @@ def _read_safetensors(store: Store, git: GitRepo, files: tuple[RepoFile, ...]) -
     headers = []
     for file in files:
         if file.path.endswith(".safetensors") and "/" not in file.path:
-            length = int.from_bytes(store.files.read(git, file.facts, limit_bytes=8), "little")
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes):
+            header = read_weights_header(store, git, file.facts)
+            if header is None:
                 return None
-            headers.append(store.files.read(git, file.facts, limit_bytes=8 + length)[8:])
+            headers.append(header)
     return count_parameters(headers)
+
+
+def read_weights_header(store: Store, git: GitRepo, facts: FileFacts) -> bytes | None:
+    """The JSON at the start of a safetensors file, None if there is none."""
+    try:
+        length = int.from_bytes(store.files.read(git, facts, limit_bytes=8), "little")
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, facts.size_bytes):
+            return None
+        return store.files.read(git, facts, limit_bytes=8 + length)[8:]
+    except NotFoundError:
+        return None

@@ -12,7 +12,7 @@ def create(call: Call) -> Response:
     """`POST /api/repos/create`. When the repo exists, the 409 carries its url: the client reads it."""
     fields = call.json()
     repo_id = _named_repo(call, fields)
-    is_private = fields.get("visibility") == "private" or fields.get("private") is True
+    is_private = _read_privacy(call, fields) or False
     sdk = call.text(fields, "sdk", "") or None
     try:
         repo = call.store.repos.create(repo_id, call.identity, private=is_private, sdk=sdk)
@@ -36,15 +36,24 @@ def move(call: Call) -> Response:
     return JSONResponse({"success": True, "url": call.repo_url(target)})
 
 
+def duplicate(call: Call) -> Response:
+    """`POST /api/{kind}s/{id}/duplicate`: a copy with its history, as private as the original unless told otherwise."""
+    source, fields = call.repo_to_read(), call.json()
+    target = _parse_id(source.id.kind, call.text(fields, "repository"))
+    is_private = _read_privacy(call, fields)
+    try:
+        repo = call.store.large_files.duplicate(
+            source, target, call.identity, private=source.private if is_private is None else is_private
+        )
+    except ConflictError as error:
+        return JSONResponse({"error": str(error), "url": call.repo_url(target)}, status_code=409)
+    return JSONResponse({"url": call.repo_url(repo.id), "filesCopyPending": False})
+
+
 def update_settings(call: Call) -> Response:
     """`PUT /api/{kind}s/{id}/settings`."""
     fields = call.json()
-    visibility = fields.get("visibility")
-    if visibility not in (None, "private", "public"):
-        raise InvalidInputError(f"visibility is 'public' or 'private'; got {visibility!r}.")
-    is_private = fields.get("private") if visibility is None else visibility == "private"
-    if not isinstance(is_private, bool | None):
-        raise InvalidInputError("'private' must be true or false.")
+    is_private = _read_privacy(call, fields)
     gated = fields.get("gated", "keep")
     call.store.repos.update(call.repo_id, call.identity, private=is_private, gated=gated)
     repo = call.repo()
@@ -103,6 +112,16 @@ def grant_access(call: Call) -> Response:
     return JSONResponse({"status": "accepted"})
 
 
+def _read_privacy(call: Call, fields: dict[str, object]) -> bool | None:
+    """Whether a repo is to be private, None if nothing is said. A Space's "protected" hides files, like "private"."""
+    visibility, is_private = fields.get("visibility"), fields.get("private")
+    if visibility not in (None, "private", "protected", "public"):
+        raise InvalidInputError(f"visibility is 'public' or 'private'; got {visibility!r}.")
+    if not isinstance(is_private, bool | None):
+        raise InvalidInputError("'private' must be true or false.")
+    return is_private if visibility is None else visibility != "public"
+
+
 def _gated_repo(call: Call) -> Repo:
     repo = call.repo_to_write()
     if not repo.gated:
@@ -137,6 +156,7 @@ ROUTES = [
     route("/api/repos/create", create, "POST"),
     route("/api/repos/delete", delete, "DELETE"),
     route("/api/repos/move", move, "POST"),
+    route(f"{_REPO}/duplicate", duplicate, "POST"),
     route(f"{_REPO}/settings", update_settings, "PUT"),
     route(f"{_REPO}/auth-check", check_auth),
     route(f"{_REPO}/auth-check/write", check_auth),

@@ -44,8 +44,9 @@ def test_a_repo_is_created_once_moved_and_deleted(api, repo_id):
         api.create_repo(repo_id)
     assert api.create_repo(repo_id, exist_ok=True).repo_id == repo_id
     api.move_repo(repo_id, f"{repo_id}-moved")
-    assert not api.repo_exists(repo_id)
+    assert api.repo_exists(repo_id)
     api.delete_repo(f"{repo_id}-moved")
+    assert not api.repo_exists(repo_id)
     with pytest.raises(RepositoryNotFoundError):
         api.model_info(f"{repo_id}-moved")
     api.delete_repo(f"{repo_id}-moved", missing_ok=True)

@@ -69,6 +69,11 @@ def test_any_readme_is_a_card_that_json_can_carry(text):
     find_tags("dataset", card, [], {})
 
 
+@pytest.mark.parametrize("text", ["a: !!int ''", "a: !!bool x", "a: !!timestamp x", "a: 0001-01-01T00:00:00-99:00"])
+def test_a_value_that_is_not_what_its_tag_says_is_an_error(text):
+    assert read_card(f"---\n{text}\n---\n").errors
+
+
 @given(json_values)
 def test_any_yaml_value_can_be_a_card(value):
     try:

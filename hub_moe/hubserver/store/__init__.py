@@ -1,9 +1,10 @@
 """Everything the embedded Hub keeps, in one folder on disk. Knows nothing of HTTP.
 
-hub.sqlite3     users, tokens (hashed), repo settings
+hub.sqlite3     users, tokens (hashed), repo settings, discussions
 secret          the key that signs upload links
 repos/UID.git   bare git repositories; a repo's folder keeps its name when the repo is renamed
 blobs/          large files by sha256
+attachments/    what people show in discussions
 xorbs/          what clients with hf_xet have sent
 incoming/       uploads that are not finished
 """
@@ -18,12 +19,15 @@ from types import TracebackType
 from ...errors import ConfigError
 from .. import extra  # noqa: F401 (says so when the extra `server` is missing)
 from .accounts import Accounts, Identity
+from .attachments import Attachments
 from .blobs import BlobStore, PartStore
 from .commits import Commits
 from .database import Database
 from .discussions import Discussions
 from .files import Files
 from .git import GitRepo
+from .large_files import LargeFiles
+from .likes import Likes
 from .merges import Merges
 from .names import RepoId
 from .repos import Repo, Repos
@@ -52,6 +56,9 @@ class Store:
         self.commits = Commits(self.database, self.repos, self.blobs)
         self.discussions = Discussions(self.database, self.repos)
         self.merges = Merges(self.repos, self.commits, self.discussions)
+        self.large_files = LargeFiles(self.database, self.blobs, self.repos, self.files, self.commits)
+        self.likes = Likes(self.database)
+        self.attachments = Attachments(root / "attachments", self.blobs)
         self.xet = XetStore(root / "xorbs", self.database, self.blobs, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:

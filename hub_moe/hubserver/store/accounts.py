@@ -86,6 +86,11 @@ class Accounts:
         rows = self._database.rows("SELECT org, role FROM members WHERE user = ? ORDER BY org", user)
         return [(row["org"], row["role"]) for row in rows]
 
+    def members(self, org: str) -> list[tuple[str, str]]:
+        """Name and full name of each member of an organisation."""
+        query = "SELECT name, fullname FROM members JOIN users ON name = user WHERE org = ? ORDER BY name"
+        return [(row["name"], row["fullname"]) for row in self._database.rows(query, org)]
+
     def role_in(self, owner: str, user: str) -> str | None:
         """`admin` in one's own namespace, the member's role in an organisation's, None elsewhere."""
         if owner.lower() == user.lower():

@@ -75,6 +75,8 @@ def _check_history(store: Store, repo: Repo, git: GitRepo, commit: str, seen: se
             if _git_hash(content) != item.oid:
                 yield f"{repo.id.kind} {repo.id}: the object {item.oid} ({item.path}) is damaged."
             pointer = parse_pointer(content)
+            if pointer and store.commits.was_deleted(repo, pointer[0]):
+                continue
             if pointer and store.blobs.size_bytes(pointer[0]) != pointer[1]:
                 yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) is missing or cut."
             if pointer and not store.commits.has_content(repo, pointer[0]):

@@ -155,6 +155,7 @@ class Commits:
             connection.execute(
                 "INSERT OR IGNORE INTO repo_blobs SELECT id, ? FROM repos WHERE id = ?", (sha256, repo_uid)
             )
+            connection.execute("DELETE FROM deleted_blobs WHERE repo = ? AND sha256 = ?", (repo_uid, sha256))
 
     def has_content(self, repo: Repo, sha256: str) -> bool:
         """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""
@@ -164,6 +165,11 @@ class Commits:
         """Whether a content was ever uploaded to a repo."""
         query = "SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?"
         return self._database.row(query, repo_uid, sha256) is not None
+
+    def was_deleted(self, repo: Repo, sha256: str) -> bool:
+        """Whether a content was deleted from a repo for good, although commits there may still name it."""
+        query = "SELECT 1 FROM deleted_blobs WHERE repo = ? AND sha256 = ?"
+        return self._database.row(query, repo.uid, sha256) is not None
 
     def _lock(self, repo: Repo) -> threading.Lock:
         return self._locks.setdefault(repo.uid, threading.Lock())

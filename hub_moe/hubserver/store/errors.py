@@ -16,6 +16,14 @@ class NotFoundError(StoreError, LookupError):
         """`repo`, `revision`, `entry`, `user` or `upload`."""
 
 
+class MovedError(NotFoundError):
+    """A repo is not at this name any more; `target` (a RepoId) is where it is now, and who asks may see it there."""
+
+    def __init__(self, message: str, target: object) -> None:
+        super().__init__("repo", message)
+        self.target = target
+
+
 class InvalidInputError(StoreError, ValueError):
     """A name, path, operation or content that cannot be stored."""
 

@@ -72,11 +72,14 @@ class Files:
         return listing
 
     def read(self, git: GitRepo, facts: FileFacts, *, limit_bytes: int = MAX_REGULAR_BYTES) -> bytes:
-        """The first `limit_bytes` of a file's real content."""
+        """The first `limit_bytes` of a file's real content; NotFoundError("entry") if it was deleted for good."""
         if facts.sha256 is None:
             return git.read_file(facts.oid)[:limit_bytes]
-        with self._blobs.path(facts.sha256).open("rb") as file:
-            return file.read(limit_bytes)
+        try:
+            with self._blobs.path(facts.sha256).open("rb") as file:
+                return file.read(limit_bytes)
+        except FileNotFoundError:
+            raise NotFoundError("entry", f"The large file {facts.sha256} was deleted.") from None
 
     def wants_large(self, git: GitRepo, commit: str, path: str, *, size_bytes: int, sample: bytes) -> bool:
         """Whether a new file belongs into the large-file store: by `.gitattributes`, by size, or by being binary."""

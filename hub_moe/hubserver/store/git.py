@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from dulwich.object_store import tree_lookup_path
 from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
+from dulwich.walk import ORDER_TOPO
 
 from .blobs import move_into_place, sync_folder
 from .errors import ConflictError, InvalidInputError, NotFoundError
@@ -25,6 +26,7 @@ FOLDER_MODE = 0o040000
 _POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (0|[1-9][0-9]{0,18})\n"
 )
+_SHORT_ID = re.compile(r"[0-9a-f]{7,39}")
 _PR_REF = re.compile(r"refs/pr/[1-9][0-9]{0,8}")
 
 
@@ -80,10 +82,14 @@ class GitRepo:
         self._repo.close()
 
     def resolve(self, revision: str) -> str:
-        """The commit id of a branch, tag, full ref or commit id; NotFoundError("revision") if there is none."""
+        """The commit id of a branch, tag, full ref or commit id; an id may be cut to 7 digits or more if it is unique.
+
+        Raises:
+            NotFoundError: If there is none; its `what` is "revision".
+        """
         oid = self.read_ref(self.find_ref(revision))
-        if oid is None and is_commit_id(revision):
-            oid = revision
+        if oid is None:
+            oid = revision if is_commit_id(revision) else self._find_commit(revision)
         commit = self._peel(oid) if oid else None
         if commit is None:
             raise NotFoundError("revision", f"Invalid rev id: {revision}")
@@ -173,6 +179,12 @@ class GitRepo:
         for entry in self._repo.get_walker(include=[ObjectID(commit.encode())]):
             yield _describe(entry.commit)
 
+    def history(self, heads: Iterable[str]) -> Iterator[str]:
+        """Every commit that the heads reach, each after its parents."""
+        include = [ObjectID(head.encode()) for head in heads]
+        for entry in self._repo.get_walker(include=include, order=ORDER_TOPO, reverse=True):
+            yield entry.commit.id.decode()
+
     def compare(self, old: str | None, new: str) -> dict[str, tuple[str | None, str | None]]:
         """The files that differ between two commits (old None: nothing), each with its oid before and after."""
         before = {entry.path: entry.oid for entry in self.walk(self.tree_of(old)) if not entry.is_folder} if old else {}
@@ -187,6 +199,12 @@ class GitRepo:
         found = self._objects[ObjectID(commit.encode())]
         assert isinstance(found, Commit)
         return [parent.decode() for parent in found.parents]
+
+    def date_of(self, commit: str) -> int:
+        """When a commit was made, in seconds since 1970."""
+        found = self._objects[ObjectID(commit.encode())]
+        assert isinstance(found, Commit)
+        return int(found.commit_time)
 
     def find_merge_base(self, one: str, other: str) -> str | None:
         """The newest commit that both histories share, None if they share none."""
@@ -219,6 +237,14 @@ class GitRepo:
                 _set_entry(tree, key, FILE_MODE, oid)
         return self._write(tree) if len(tree) else None
 
+    def replace_entries(self, tree: str, changes: Mapping[str, str | None]) -> str | None:
+        """A tree like `tree` in which files and folders directly inside have other contents, or are gone (None)."""
+        copy = self._tree(tree).copy()
+        assert isinstance(copy, Tree)
+        for name, oid in changes.items():
+            _set_entry(copy, name.encode(), copy[name.encode()][0], oid)
+        return self._write(copy) if len(copy) else None
+
     def write_commit(self, *, tree: str | None, parents: list[str], author: str, message: str) -> str:
         """Store a commit (`tree` None: without files); no ref points at it yet. `author` is `Name <email>`."""
         commit = Commit()
@@ -230,6 +256,23 @@ class GitRepo:
         commit.encoding = b"UTF-8"
         commit.message = message.encode()
         return self._write(commit)
+
+    def copy_commit(self, commit: str, *, tree: str | None, parents: list[str]) -> str:
+        """Store a commit like another one, its author, time and message included, with other files or parents."""
+        found = self._objects[ObjectID(commit.encode())].copy()
+        assert isinstance(found, Commit)
+        found.tree = ObjectID((tree or self._write(Tree())).encode())
+        found.parents = [ObjectID(parent.encode()) for parent in parents]
+        return self._write(found)
+
+    def copy_history(self, target: "GitRepo", refs: Mapping[str, str]) -> None:
+        """Give another repository these refs (full names and what they point at) with all that they reach."""
+        wanted = [ObjectID(oid.encode()) for oid in refs.values()]
+        target._objects.fsync_object_files = True
+        self._repo.fetch(target._repo, determine_wants=lambda *_: wanted)
+        sync_folder(target.path / "objects" / "pack")
+        for ref, oid in refs.items():
+            target.move_ref(ref, old=target.read_ref(ref), new=oid)
 
     def write_tag(self, *, name: str, commit: str, author: str, message: str) -> str:
         """Store an annotated tag; no ref points at it yet."""
@@ -256,6 +299,14 @@ class GitRepo:
         found = self._objects[ObjectID(oid.encode())]
         assert isinstance(found, Tree)
         return found
+
+    def _find_commit(self, start: str) -> str | None:
+        """The one commit whose id starts so, None if there is none or more than one."""
+        if not _SHORT_ID.fullmatch(start):
+            return None
+        found = {oid.decode() for oid in self._objects.iter_prefix(start.encode())}
+        commits = [oid for oid in found if isinstance(self._objects[ObjectID(oid.encode())], Commit)]
+        return commits[0] if len(commits) == 1 else None
 
     def _peel(self, oid: str) -> str | None:
         try:

@@ -3,18 +3,29 @@
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from dulwich.errors import NotGitRepository
+
 from .accounts import Accounts, Identity
 from .database import Database, now
-from .errors import ConflictError, ForbiddenError, GatedError, InvalidInputError, NotFoundError, UnauthenticatedError
+from .errors import (
+    ConflictError,
+    ForbiddenError,
+    GatedError,
+    InvalidInputError,
+    MovedError,
+    NotFoundError,
+    UnauthenticatedError,
+)
 from .git import GitRepo
 from .names import RepoId
 
 _FIRST_FILE = Path(__file__).parent / "gitattributes.txt"
+_SELECT = "SELECT *, (SELECT COUNT(*) FROM likes WHERE likes.repo = repos.id) AS likes FROM repos"
 _GATES = {"": "", False: "", None: "", "auto": "auto", "manual": "manual"}
 
 
@@ -28,6 +39,7 @@ class Repo:
     gated: str
     sdk: str | None
     downloads: int
+    likes: int
     created_at: str
     modified_at: str
 
@@ -43,21 +55,38 @@ class Repos:
 
     @contextmanager
     def open(self, repo: Repo) -> Iterator[GitRepo]:
-        """The git repository of a repo."""
-        with GitRepo(self.path(repo)) as git:
+        """The git repository of a repo; NotFoundError if the repo was deleted in the meantime."""
+        try:
+            git = GitRepo(self.path(repo))
+        except NotGitRepository:
+            raise NotFoundError("repo", "Repository not found") from None
+        with git:
             yield git
 
     def path(self, repo: Repo) -> Path:
         """The folder of a repo's git repository."""
         return self._folder / f"{repo.uid}.git"
 
-    def create(self, repo_id: RepoId, who: Identity, *, private: bool = False, sdk: str | None = None) -> Repo:
-        """A new repo with one commit that holds `.gitattributes`; ConflictError if there is one of this name."""
+    def create(
+        self,
+        repo_id: RepoId,
+        who: Identity,
+        *,
+        private: bool = False,
+        sdk: str | None = None,
+        fill: Callable[[GitRepo], Iterable[str]] | None = None,
+    ) -> Repo:
+        """A new repo with one commit that holds `.gitattributes`; ConflictError if there is one of this name.
+
+        With `fill` it has instead what that function writes, and the large files whose sha256 it returns.
+        """
         self._require_owner(repo_id.owner, who, {"admin", "write"})
         if self._row(repo_id) is not None:
             raise ConflictError(f"You already created this {repo_id.kind} repo")
         uid = uuid.uuid4().hex
-        self._write_first_commit(self._folder / f"{uid}.git", who)
+        GitRepo.create(path := self._folder / f"{uid}.git")
+        with GitRepo(path) as git:
+            sha256s = list(fill(git)) if fill else _write_first_commit(git, who)
         owner = self._accounts.find(repo_id.owner)["name"]
         try:
             with self._database.transaction() as connection:
@@ -66,17 +95,29 @@ class Repos:
                     "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now()),
                 )
+                values = [(uid, sha256) for sha256 in sha256s]
+                connection.executemany("INSERT INTO repo_blobs VALUES (?, ?)", values)
+                _forget_redirect(connection, repo_id)
         except sqlite3.IntegrityError:
-            shutil.rmtree(self._folder / f"{uid}.git")
+            shutil.rmtree(path)
             raise ConflictError(f"You already created this {repo_id.kind} repo") from None
         return self.find(repo_id, who)
 
     def find(self, repo_id: RepoId, who: Identity | None) -> Repo:
-        """A repo that `who` may see; a private one of others is as absent as one that does not exist."""
+        """A repo that `who` may see; a private one of others is as absent as one that does not exist.
+
+        Raises:
+            MovedError: If it has another name now.
+        """
         row = self._row(repo_id)
-        if row is None or (row["private"] and not self._is_member(row["owner"], who)):
+        moved = row is None and self._moved_row(repo_id)
+        found = row or moved
+        if not found or (found["private"] and not self._is_member(found["owner"], who)):
             raise NotFoundError("repo", "Repository not found")
-        return _repo(row)
+        repo = _repo(found)
+        if moved:
+            raise MovedError(f"{repo_id} has moved to {repo.id}.", repo.id)
+        return repo
 
     def find_to_read(self, repo_id: RepoId, who: Identity | None) -> Repo:
         """A repo whose files `who` may read; GatedError while the owner has not granted it."""
@@ -124,7 +165,7 @@ class Repos:
         shutil.rmtree(self.path(repo), ignore_errors=True)
 
     def move(self, source: RepoId, target: RepoId, who: Identity | None) -> None:
-        """Rename a repo, or give it to another namespace in which `who` may write."""
+        """Rename a repo, or give it to a namespace in which `who` may write; its old name leads to the new one."""
         repo = self.find_to_write(source, who)
         self._require_owner(target.owner, who, {"admin", "write"})
         if source.kind != target.kind:
@@ -136,8 +177,11 @@ class Repos:
                     "UPDATE repos SET owner = ?, name = ?, modified_at = ? WHERE id = ?",
                     (owner, target.name, now(), repo.uid),
                 )
+                values = (repo.id.kind, repo.id.owner, repo.id.name, repo.uid)
+                connection.execute("INSERT OR REPLACE INTO redirects VALUES (?, ?, ?, ?)", values)
+                _forget_redirect(connection, target)
         except sqlite3.IntegrityError:
-            raise ConflictError(f"There is already a {target.kind} named {target}.") from None
+            raise ConflictError(f"A {target.kind} repository called {target} already exists.") from None
 
     def update(self, repo_id: RepoId, who: Identity | None, *, private: bool | None, gated: object = "keep") -> None:
         """Change who may see a repo and who may read its files (`auto`, `manual` or False)."""
@@ -154,12 +198,12 @@ class Repos:
 
     def visible(self, kind: str, who: Identity | None) -> list[Repo]:
         """Every repo of a kind that `who` may see, the most recently changed first."""
-        rows = self._database.rows("SELECT * FROM repos WHERE kind = ? ORDER BY modified_at DESC, id", kind)
+        rows = self._database.rows(f"{_SELECT} WHERE kind = ? ORDER BY modified_at DESC, id", kind)
         return [_repo(row) for row in rows if not row["private"] or self._is_member(row["owner"], who)]
 
     def all(self) -> list[Repo]:
         """Every repo, for maintenance."""
-        return [_repo(row) for row in self._database.rows("SELECT * FROM repos ORDER BY kind, owner, name")]
+        return [_repo(row) for row in self._database.rows(f"{_SELECT} ORDER BY kind, owner, name")]
 
     def touch(self, repo: Repo) -> None:
         """Note that a repo has changed now."""
@@ -189,18 +233,14 @@ class Repos:
         )
         return [(row["user"], row["asked_at"]) for row in rows]
 
-    def _write_first_commit(self, path: Path, who: Identity) -> None:
-        GitRepo.create(path)
-        with GitRepo(path) as git:
-            tree = git.write_tree(None, {".gitattributes": git.write_file(_FIRST_FILE.read_bytes())})
-            author = f"{who.user} <{who.user}@users.noreply>"
-            commit = git.write_commit(tree=tree, parents=[], author=author, message="initial commit")
-            git.move_ref("refs/heads/main", old=None, new=commit)
-
     def _row(self, repo_id: RepoId) -> sqlite3.Row | None:
         return self._database.row(
-            "SELECT * FROM repos WHERE kind = ? AND owner = ? AND name = ?", repo_id.kind, repo_id.owner, repo_id.name
+            f"{_SELECT} WHERE kind = ? AND owner = ? AND name = ?", repo_id.kind, repo_id.owner, repo_id.name
         )
+
+    def _moved_row(self, repo_id: RepoId) -> sqlite3.Row | None:
+        where = "id = (SELECT repo FROM redirects WHERE kind = ? AND owner = ? AND name = ?)"
+        return self._database.row(f"{_SELECT} WHERE {where}", repo_id.kind, repo_id.owner, repo_id.name)
 
     def _is_member(self, owner: str, who: Identity | None) -> bool:
         return who is not None and self._accounts.role_in(owner, who.user) is not None
@@ -214,6 +254,17 @@ class Repos:
             raise ForbiddenError(f"You don't have the rights to write under the namespace {owner!r}.")
 
 
+def _write_first_commit(git: GitRepo, who: Identity) -> list[str]:
+    tree = git.write_tree(None, {".gitattributes": git.write_file(_FIRST_FILE.read_bytes())})
+    author = f"{who.user} <{who.user}@users.noreply>"
+    git.move_ref(
+        "refs/heads/main",
+        old=None,
+        new=git.write_commit(tree=tree, parents=[], author=author, message="initial commit"),
+    )
+    return []
+
+
 def _repo(row: sqlite3.Row) -> Repo:
     return Repo(
         uid=row["id"],
@@ -222,6 +273,13 @@ def _repo(row: sqlite3.Row) -> Repo:
         gated=row["gated"],
         sdk=row["sdk"],
         downloads=row["downloads"],
+        likes=row["likes"],
         created_at=row["created_at"],
         modified_at=row["modified_at"],
     )
+
+
+def _forget_redirect(connection: sqlite3.Connection, repo_id: RepoId) -> None:
+    """A name that is taken again leads nowhere else any more."""
+    query = "DELETE FROM redirects WHERE kind = ? AND owner = ? AND name = ?"
+    connection.execute(query, (repo_id.kind, repo_id.owner, repo_id.name))
