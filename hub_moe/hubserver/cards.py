@@ -15,8 +15,10 @@ _FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOT
 _ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/([0-9]{4}\.[0-9]{4,5})")
 _LISTS = ("tags", "datasets", "metrics", "language", "base_model")
 _TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")
-_DATASET_TAGS = ("task_categories", "task_ids", "size_categories", "language", "annotations_creators", "modality")
-_DATASET_TAGS += ("language_creators", "multilinguality", "source_datasets")
+_DATASET_TAGS = (
+    *("task_categories", "task_ids", "size_categories", "language", "annotations_creators", "modality"),
+    *("language_creators", "multilinguality", "source_datasets"),
+)
 _RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 
 
