@@ -1,10 +1,11 @@
 """The embedded Hub as an ASGI application."""
 
+import secrets
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import (
     account,
@@ -46,7 +47,10 @@ def _no_repo(call: Call) -> Any:
 
 
 class _RawPaths:
-    """Routes see the path as it was sent, so that a quoted slash in a branch or folder stays inside its part."""
+    """Routes see the path as it was sent, so that a quoted slash in a branch or folder stays inside its part.
+
+    Every answer has an `X-Request-Id`, which clients put into their messages.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -54,4 +58,11 @@ class _RawPaths:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             scope = dict(scope, path=scope["raw_path"].decode("latin-1"))
-        await self.app(scope, receive, send)
+        request_id = secrets.token_hex(12).encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self.app(scope, receive, send_with_id)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 MAX_CARD_BYTES = 1 << 20
-_FRONT_MATTER = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/([0-9]{4}\.[0-9]{4,5})")
 _LISTS = ("tags", "datasets", "metrics", "language", "base_model")
 _TEXTS = ("license", "library_name", "pipeline_tag", "license_name", "license_link")

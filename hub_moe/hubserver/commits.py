@@ -61,7 +61,7 @@ def _open_pull_request(call: Call) -> Response:
         target = git.find_writable_ref(revision)
         head = git.resolve(target)
     if header.parent is not None and not head.startswith(header.parent):
-        raise StaleParentError("A commit has happened since. Please refresh and try again.")
+        raise StaleParentError("The branch was updated since you opened this page. Please refresh and try again.")
     num = call.store.repos.next_number(repo)
     oid = call.store.commits.propose(
         repo,

@@ -131,7 +131,7 @@ def _gated_repo(call: Call) -> Repo:
 
 def _describe_user(call: Call, name: str) -> dict[str, object]:
     row = call.store.accounts.find(name)
-    return {"_id": name, "user": name, "fullname": row["fullname"], "email": row["email"], "isPro": False}
+    return {"_id": name, "user": name, "fullname": row["fullname"], "isPro": False}
 
 
 def _named_repo(call: Call, fields: dict[str, object]) -> RepoId:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfFileSystem
-from huggingface_hub.errors import BadRequestError, EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RevisionNotFoundError
 
 # The client's own way to send a large file over HTTP.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
@@ -140,6 +140,19 @@ def test_branches_tags_and_squash(api, repo_id):
         api.delete_branch(repo_id, branch="main")
 
 
+def test_a_folder_is_deleted_by_its_bare_path_and_a_pull_request_can_be_squashed(api, repo_id):
+    api.upload_file(path_or_fileobj=b"1", path_in_repo="a/x.txt", repo_id=repo_id)
+    operation = CommitOperationDelete("a", is_folder=False)
+    change = api.create_commit(repo_id, [operation], commit_message="Delete", create_pr=True)
+    assert api.list_repo_files(repo_id, revision=change.pr_revision) == [".gitattributes"]
+    api.super_squash_history(repo_id, branch=change.pr_revision)
+    assert len(api.list_repo_commits(repo_id, revision=change.pr_revision)) == 1
+    with pytest.raises(RevisionNotFoundError):
+        api.super_squash_history(repo_id, branch="missing")
+    with pytest.raises(RevisionNotFoundError):
+        api.create_tag(repo_id, tag="not a tag", revision="missing")
+
+
 def test_a_stale_parent_is_412_and_a_fresh_one_goes_through(api, repo_id):
     parent = api.repo_info(repo_id).sha
     add = [CommitOperationAdd("x.txt", b"1")]
@@ -180,7 +193,7 @@ def test_uploading_the_same_file_again_makes_no_commit(api, repo_id):
 def test_a_path_that_escapes_is_refused(api, repo_id):
     operation = CommitOperationAdd("x.txt", b"1")
     operation.path_in_repo = ".git/hooks/post-update"
-    with pytest.raises(BadRequestError):
+    with pytest.raises(HfHubHTTPError, match="422"):
         api.create_commit(repo_id, [operation], commit_message="escape")
 
 

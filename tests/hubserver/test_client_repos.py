@@ -157,6 +157,22 @@ def test_a_card_is_pushed_loaded_and_checked(api, hub, repo_id):
     assert "Invalid YAML" in answer.json()["errors"][0]["message"]
 
 
+def test_a_card_may_begin_with_empty_lines_and_is_checked_there_too(api, repo_id):
+    put(api, repo_id, "README.md", b"\n\n---\nlicense: mit\n---\n")
+    assert api.model_info(repo_id).card_data.license == "mit"
+    with pytest.raises(ValueError, match="Invalid metadata in README.md"):
+        put(api, repo_id, "README.md", b"\n---\nmodel-index: foo\n---\n")
+
+
+def test_every_answer_has_an_id_that_errors_show(api, hub):
+    ids = {
+        get_session().get(f"{hub.url}{path}").headers["x-request-id"] for path in ("/api/models", "/nothing", "/api/x")
+    }
+    assert len(ids) == 3
+    with pytest.raises(RepositoryNotFoundError, match=r"\(Request ID: [0-9a-f]{24}\)"):
+        api.model_info("alice/nothing")
+
+
 def test_a_repo_with_a_broken_card_and_weights_is_still_listed(api, repo_id):
     text = "---\na: &x [1]\nb: *x\nnan: .nan\n---\n"  # the client would refuse to send it
     file = {"path": "README.md", "content": text, "encoding": "utf-8"}

@@ -36,7 +36,7 @@ class AddLargeFile:
 
 @dataclass(frozen=True)
 class DeleteFile:
-    """Remove a file, or a folder when the path ends in a slash."""
+    """Remove a file or folder; a path that ends in a slash is a folder."""
 
     path: str
 
@@ -78,7 +78,9 @@ class Commits:
             with self._lock(repo):
                 head = git.resolve(ref)
                 if parent is not None and not head.startswith(parent):
-                    raise StaleParentError("A commit has happened since. Please refresh and try again.")
+                    raise StaleParentError(
+                        "The branch was updated since you opened this page. Please refresh and try again."
+                    )
                 tree = _build_tree(git, head, added, deleted)
                 if tree == git.tree_of(head):
                     return head
@@ -106,9 +108,9 @@ class Commits:
             yield git
 
     def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
-        """Replace a branch's history by one commit with the same files."""
+        """Replace the history of a branch or pull request by one commit with the same files."""
         with self._lock(repo), self._repos.open(repo) as git:
-            ref = f"refs/heads/{check_ref_name(branch)}"
+            ref = git.find_writable_ref(branch)
             head = git.resolve(ref)
             commit = git.write_commit(
                 tree=git.tree_of(head), parents=[], author=format_author(who), message=message or f"Squash {branch}"
@@ -123,14 +125,14 @@ class Commits:
         with self._lock(repo), self._repos.open(repo) as git:
             commit = git.resolve(start)
             if git.read_ref(ref):
-                raise ConflictError(f"Reference already exists: {ref}")
+                raise ConflictError(f"Reference {ref} already exists.")
             git.move_ref(ref, old=None, new=commit)
 
     def create_tag(self, repo: Repo, tag: str, *, at: str, who: Identity, message: str = "") -> None:
         """A new tag at a revision, annotated when it has a message; ConflictError if there is one of this name."""
-        ref = f"refs/tags/{check_ref_name(tag)}"
         with self._lock(repo), self._repos.open(repo) as git:
             oid = commit = git.resolve(at)
+            ref = f"refs/tags/{check_ref_name(tag)}"
             if git.read_ref(ref):
                 raise ConflictError(f"Tag reference exists already: {ref}")
             if message:
@@ -140,11 +142,11 @@ class Commits:
     def delete_ref(self, repo: Repo, ref: str) -> None:
         """Remove a branch or tag by its full name; `main` cannot be removed."""
         if ref == "refs/heads/main":
-            raise InvalidInputError("The branch main cannot be deleted.")
+            raise InvalidInputError("Cannot delete refs/heads/main: a repo always has it.")
         with self._lock(repo), self._repos.open(repo) as git:
             oid = git.read_ref(ref)
             if oid is None:
-                raise NotFoundError("revision", f"Reference does not exist: {ref}")
+                raise NotFoundError("revision", f"Invalid rev id: there is no {ref}.")
             git.move_ref(ref, old=oid, new=None)
 
     def register(self, repo_uid: str, sha256: str) -> None:
@@ -215,7 +217,7 @@ def format_author(who: Identity) -> str:
 def _build_tree(git: GitRepo, head: str, added: dict[str, str], deleted: list[DeleteFile]) -> str | None:
     for operation in deleted:
         entry = git.find_entry(head, operation.path.removesuffix("/"))
-        if entry is None or entry.is_folder != operation.path.endswith("/"):
+        if entry is None or (operation.path.endswith("/") and not entry.is_folder):
             raise NotFoundError("entry", f"A file with this name doesn't exist: {operation.path}")
     removals: dict[str, str | None] = {operation.path.removesuffix("/"): None for operation in deleted}
     kept = {path: oid for path, oid in removals.items() if not _is_below(path, removals)}

@@ -28,6 +28,10 @@ class InvalidInputError(StoreError, ValueError):
     """A name, path, operation or content that cannot be stored."""
 
 
+class InvalidPathError(InvalidInputError):
+    """A path that no file of a repo can have."""
+
+
 class TooLargeError(InvalidInputError):
     """More bytes than a limit of this server allows."""
 

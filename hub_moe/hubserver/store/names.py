@@ -4,7 +4,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from .errors import InvalidInputError
+from .errors import InvalidInputError, InvalidPathError
 
 KINDS = ("model", "dataset", "space")
 RESERVED_OWNERS = {"api", "datasets", "kernels", "lfs", "login", "models", "settings", "spaces", "uploads", "xet"}
@@ -49,14 +49,14 @@ def check_path(path: str) -> str:
     try:
         encoded = path.encode("utf-8")
     except UnicodeEncodeError:
-        raise InvalidInputError(f"The path {path!r} is not valid Unicode.") from None
+        raise InvalidPathError(f"The path {path!r} is not valid Unicode.") from None
     if not encoded or len(encoded) > MAX_PATH_BYTES:
-        raise InvalidInputError(f"A path has 1 to {MAX_PATH_BYTES} bytes; got {len(encoded)}.")
+        raise InvalidPathError(f"A path has 1 to {MAX_PATH_BYTES} bytes; got {len(encoded)}.")
     if "\\" in path or any(unicodedata.category(letter) == "Cc" for letter in path):
-        raise InvalidInputError(f"The path {path!r} holds a backslash or a control character.")
+        raise InvalidPathError(f"The path {path!r} holds a backslash or a control character.")
     for segment in path.split("/"):
         if segment in {"", ".", ".."} or len(segment.encode()) > MAX_SEGMENT_BYTES or _looks_like_git(segment):
-            raise InvalidInputError(f"The path {path!r} is not a valid path inside a repo.")
+            raise InvalidPathError(f"The path {path!r} is not a valid path inside a repo.")
     return path
 
 
