@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .output import print_text, say
+from .output import print_json, print_table, print_text, say
 
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the embedded Hub and look after it.")
 user = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="People and organisations of the embedded Hub.")
@@ -14,6 +14,7 @@ hub.add_typer(user, name="user")
 hub.add_typer(token, name="token")
 
 Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds everything.", envvar="HUB_MOE_HUB_ROOT")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _DEFAULT_ROOT = Path("hub")
 
 
@@ -70,6 +71,58 @@ def add_user(
             print_text(store.accounts.create_token(name))
 
 
+@user.command("join")
+def join_org(
+    name: Annotated[str, typer.Argument(metavar="USER", help="Who joins.")],
+    org: Annotated[str, typer.Argument(help="Which organisation.")],
+    root: Root = _DEFAULT_ROOT,
+    role: Annotated[str, typer.Option(help="admin, write or read; replaces an earlier one.")] = "write",
+) -> None:
+    """Make a user a member of an organisation.
+
+    \b
+    Examples:
+      hub-moe hub user join carol lab --role read
+    """
+    from ..hubserver.store import Store
+
+    with Store(root, create=False) as store:
+        store.accounts.add_member(org, name, role=role)
+    say(f"{name} is a member of {org} and may {role}.")
+
+
+@user.command("list")
+def list_users(root: Root = _DEFAULT_ROOT, as_json: AsJson = False) -> None:
+    """Show who is on this Hub.
+
+    \b
+    Examples:
+      hub-moe hub user list --root lab-hub
+    """
+    from ..hubserver.store import Store
+
+    with Store(root, create=False) as store:
+        _print_rows(store.accounts.list_all(), ("name", "kind", "created_at"), as_json=as_json)
+
+
+@token.command("list")
+def list_tokens(
+    user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose tokens.")],
+    root: Root = _DEFAULT_ROOT,
+    as_json: AsJson = False,
+) -> None:
+    """Show a user's tokens by name; a token itself is shown only when it is made.
+
+    \b
+    Examples:
+      hub-moe hub token list alice
+    """
+    from ..hubserver.store import Store
+
+    with Store(root, create=False) as store:
+        _print_rows(store.accounts.tokens(user_name), ("name", "role", "created_at"), as_json=as_json)
+
+
 @token.command("create")
 def create_token(
     user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose token.")],
@@ -85,7 +138,7 @@ def create_token(
     """
     from ..hubserver.store import Store
 
-    with Store(root) as store:
+    with Store(root, create=False) as store:
         print_text(store.accounts.create_token(user_name, name=name, role="read" if read_only else "write"))
 
 
@@ -103,7 +156,7 @@ def revoke_token(
     """
     from ..hubserver.store import Store
 
-    with Store(root) as store:
+    with Store(root, create=False) as store:
         store.accounts.revoke_token(user_name, name)
     say(f"Revoked the token {name!r} of {user_name}.")
 
@@ -124,7 +177,7 @@ def check(
     from ..hubserver.store import Store
     from ..hubserver.store.check import find_faults, find_orphans
 
-    with Store(root) as store:
+    with Store(root, create=False) as store:
         faults = list(find_faults(store, read_blobs=not quick))
         orphans = find_orphans(store)
     for fault in faults:
@@ -133,3 +186,10 @@ def check(
         say(f"{orphan} belongs to no repo; it only takes space.")
     say(f"{len(faults)} faults." if faults else "Everything is whole.")
     raise typer.Exit(1 if faults else 0)
+
+
+def _print_rows(rows: list[dict[str, str]], columns: tuple[str, ...], *, as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+    else:
+        print_table([column.removesuffix("_at") for column in columns], [[row[key] for key in columns] for row in rows])

@@ -26,7 +26,7 @@ def serve(
     """
     with Store(root, serve=True) as store:
         listener = _bind(host, port)
-        address = f"http://{host if ':' not in host else f'[{host}]'}:{listener.getsockname()[1]}"
+        address = f"http://{_name_for_others(host)}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
             build_app(store, part_bytes=part_bytes), log_level="warning", access_log=False, lifespan="off"
         )
@@ -43,6 +43,13 @@ def add_first_user(root: Path) -> str | None:
             return None
         store.accounts.add_user("admin")
         return store.accounts.create_token("admin")
+
+
+def _name_for_others(host: str) -> str:
+    """What clients call this machine; an address that means "every interface" is nobody's address."""
+    if host in {"0.0.0.0", "::"}:
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host
 
 
 def _bind(host: str, port: int) -> socket.socket:

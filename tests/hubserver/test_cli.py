@@ -1,5 +1,6 @@
 """`hub-moe hub`: its commands on a real folder, and the server as people start it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import sys
 import pytest
 
 pytest.importorskip("dulwich")
+
+from hub_moe.hubserver.store import Store
 
 COMMAND = [sys.executable, "-c", "from hub_moe.cli.hub import hub; hub()"]
 ASK = "import os, huggingface_hub as h; print(h.HfApi().whoami()['name'])"
@@ -23,6 +26,30 @@ def test_a_user_is_added_and_their_tokens_created_and_revoked(tmp_path):
     assert run("token", "create", "carol", "--name", "laptop", "--read-only", *root).stdout.startswith("hf_")
     assert "Revoked" in run("token", "revoke", "carol", "--name", "laptop", *root).stderr
     assert run("token", "revoke", "carol", "--name", "laptop", *root).returncode == 1
+
+
+def test_people_and_tokens_are_listed_and_join_organisations(tmp_path):
+    root = ("--root", tmp_path)
+    run("user", "add", "carol", *root)
+    run("user", "add", "lab", "--org", *root)
+    run("token", "create", "carol", "--name", "laptop", "--read-only", *root)
+    people = json.loads(run("user", "list", "--json", *root).stdout)
+    assert [(one["name"], one["kind"]) for one in people] == [("carol", "user"), ("lab", "org")]
+    tokens = json.loads(run("token", "list", "carol", "--json", *root).stdout)
+    assert [(one["name"], one["role"]) for one in tokens] == [("default", "write"), ("laptop", "read")]
+    assert "laptop" in run("token", "list", "carol", *root).stdout
+    assert "may read" in run("user", "join", "carol", "lab", "--role", "read", *root).stderr
+    with Store(tmp_path) as store:
+        assert store.accounts.role_in("lab", "carol") == "read"
+    assert "admin, write or read" in run("user", "join", "carol", "lab", "--role", "boss", *root).stderr
+
+
+@pytest.mark.parametrize("command", [["check"], ["user", "list"], ["token", "create", "carol"]])
+def test_a_mistyped_folder_is_an_error_and_not_a_new_hub(tmp_path, command):
+    done = run(*command, "--root", tmp_path / "absent")
+    assert done.returncode == 1
+    assert "There is no Hub in" in done.stderr
+    assert not (tmp_path / "absent").exists()
 
 
 def test_check_says_when_all_is_whole_and_fails_when_it_is_not(tmp_path):

@@ -35,18 +35,26 @@ from .xet import XetStore
 
 __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 
+DATABASE_NAME = "hub.sqlite3"
+
 
 class Store:
-    """The parts of a store. `serve=True` locks the folder for one server and clears what an earlier one left."""
+    """The parts of a store.
 
-    def __init__(self, root: Path, *, serve: bool = False) -> None:
+    `serve=True` locks the folder for one server and clears what an earlier one left; `create=False` refuses a folder
+    that holds no Hub yet.
+    """
+
+    def __init__(self, root: Path, *, serve: bool = False, create: bool = True) -> None:
         self.root = root
+        if not create and not (root / DATABASE_NAME).is_file():
+            raise ConfigError(f"There is no Hub in {root}; name its folder by --root, or start one there.")
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._stack = ExitStack()
         if serve:
             self._lock(root / "serving.lock")
         self.secret = _read_secret(root / "secret")
-        self.database = Database(root / "hub.sqlite3")
+        self.database = Database(root / DATABASE_NAME)
         self._stack.callback(self.database.close)
         self.blobs = BlobStore(root / "blobs", root / "incoming")
         self.parts = PartStore(self.blobs)

@@ -49,6 +49,8 @@ class Accounts:
         """Make a user a member of an organisation: `admin`, `write` or `read`."""
         self._require(org, "org")
         self._require(user, "user")
+        if role not in {"admin", "write", "read"}:
+            raise InvalidInputError(f"A member's role is admin, write or read; got {role!r}.")
         with self._database.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?)", (org, user, role))
 
@@ -97,6 +99,17 @@ class Accounts:
             return "admin"
         row = self._database.row("SELECT role FROM members WHERE org = ? AND user = ?", owner, user)
         return row["role"] if row else None
+
+    def list_all(self) -> list[dict[str, str]]:
+        """Every user and organisation: `name`, `kind` (`user`, `org`) and `created_at`."""
+        rows = self._database.rows("SELECT name, kind, created_at FROM users ORDER BY name")
+        return [dict(row) for row in rows]
+
+    def tokens(self, user: str) -> list[dict[str, str]]:
+        """A user's tokens: `name`, `role` (`read`, `write`) and `created_at`; nobody can read a token itself again."""
+        self._require(user, "user")
+        query = "SELECT name, role, created_at FROM tokens WHERE user = ? ORDER BY created_at"
+        return [dict(row) for row in self._database.rows(query, user)]
 
     def count(self) -> int:
         """How many users and organisations there are."""
