@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import account, commits, discussions, files, lfs, listing, refs, repos, xet
+from . import account, commits, discussions, files, git_http, lfs, listing, refs, repos, xet
 from .calls import Call, answer_http_error, answer_refusal, route
 from .store import Store
 from .store.errors import NotFoundError, StoreError
@@ -16,7 +16,7 @@ DEFAULT_PART_BYTES = 256 << 20
 
 def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
     """The Hub over a store. Large files over `part_bytes` are uploaded in parts of that size."""
-    modules = (account, repos, commits, discussions, lfs, refs, listing, files, xet)
+    modules = (account, repos, commits, discussions, git_http, lfs, refs, listing, files, xet)
     routes = [one for module in modules for one in module.ROUTES]
     routes += [route("/api/{kinds:kinds}/{rest:path}", _no_repo, "GET", "POST", "PUT", "DELETE", "HEAD")]
     routes += [route("/{name}/resolve/{rev}/{path:path}", _no_repo, "GET", "HEAD")]

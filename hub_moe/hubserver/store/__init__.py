@@ -26,6 +26,7 @@ from .files import Files
 from .git import GitRepo
 from .merges import Merges
 from .names import RepoId
+from .pushes import Pushes
 from .repos import Repo, Repos
 from .xet import XetStore
 
@@ -52,6 +53,7 @@ class Store:
         self.commits = Commits(self.database, self.repos, self.blobs)
         self.discussions = Discussions(self.database, self.repos)
         self.merges = Merges(self.repos, self.commits, self.discussions)
+        self.pushes = Pushes(self.repos, self.commits, self.discussions)
         self.xet = XetStore(root / "xorbs", self.database, self.blobs, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:
@@ -79,6 +81,9 @@ class Store:
             leftover.unlink()
         for leftover in self.root.glob("repos/*.git/objects/tmp_obj_*"):
             leftover.unlink()
+        for pack in self.root.glob("repos/*.git/objects/pack/*.pack"):
+            if not pack.with_suffix(".idx").exists():
+                pack.unlink()
 
 
 def _read_secret(path: Path) -> bytes:
