@@ -61,15 +61,22 @@ def _check_dates(thing: ShaFile) -> None:
 
 
 class Connectivity:
-    """Follows new history down to commits that the repo has already; what it met is `seen`."""
+    """Follows new history down to commits that the repo has already."""
 
     def __init__(self, git: GitRepo, known: set[str]) -> None:
         """`known`: commits whose whole history is in the repo."""
         self._git = git
         self._known = known
         self._older = self._list_older(set(known))
+        # one set for each type: what was met as a folder may still be named falsely as a file
         self._trees: dict[str, tuple[int, int]] = {}
-        self.seen: set[str] = set()
+        self._commits: set[str] = set()
+        self._tags: set[str] = set()
+        self._files: set[str] = set()
+
+    def has_met(self, oid: str) -> bool:
+        """Whether anything that was checked needs this object."""
+        return any(oid in met for met in (self._files, self._trees, self._commits, self._tags))
 
     def check_tip(self, oid: str, *, is_tag: bool) -> None:
         """InvalidInputError if anything that `oid` needs is missing, or if a ref may not point at it."""
@@ -79,7 +86,7 @@ class Connectivity:
                 break
             if not is_tag:
                 raise InvalidInputError("A branch or pull request points at a commit, not at a tag.")
-            self.seen.add(oid)
+            self._tags.add(oid)
             tag = ShaFile.from_raw_string(TAG, content)
             assert isinstance(tag, Tag)
             oid = tag.object[1].decode()
@@ -91,9 +98,9 @@ class Connectivity:
         waiting = [tip]
         while waiting:
             oid = waiting.pop()
-            if oid in self.seen or self._is_known(oid):
+            if oid in self._commits or self._is_known(oid):
                 continue
-            self.seen.add(oid)
+            self._commits.add(oid)
             commit = self._commit(oid)
             files, longest = self._check_tree(commit.tree.decode(), 0)
             if files > MAX_FILES or longest > MAX_PATH_BYTES:
@@ -111,7 +118,6 @@ class Connectivity:
         type_num, content = self._read(oid)
         if type_num != TREE:
             raise InvalidInputError(f"The object {oid} should be a folder and is not.")
-        self.seen.add(oid)
         is_new = self._git.objects.is_new(oid)  # what is stored was checked when it came
         files = longest = 0
         for name, mode, raw in parse_tree(content, 20):
@@ -126,14 +132,14 @@ class Connectivity:
         return files, longest
 
     def _check_file(self, oid: str) -> None:
-        if oid in self.seen:
+        if oid in self._files:
             return
         try:
             if self._git.objects.type_of(oid) != BLOB:
                 raise InvalidInputError(f"The object {oid} should be a file and is not.")
         except KeyError:
             raise InvalidInputError(f"The push misses the object {oid}, which is not in the repo either.") from None
-        self.seen.add(oid)
+        self._files.add(oid)
 
     def _is_known(self, oid: str) -> bool:
         """Whether a commit is part of the repo's history; reads back only as far as it must."""

@@ -146,7 +146,7 @@ def _check_connectivity(git: GitRepo, updates: Iterable[RefUpdate]) -> None:
     for update in updates:
         if update.new is not None:
             connectivity.check_tip(update.new, is_tag=update.ref.startswith("refs/tags/"))
-    unneeded = sum(1 for oid in git.objects.new() if oid not in connectivity.seen)
+    unneeded = sum(not connectivity.has_met(oid) for oid in git.objects.new())
     if unneeded:
         raise InvalidInputError(f"The pack holds {unneeded} objects that no pushed ref needs.")
 
