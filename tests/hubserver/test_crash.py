@@ -12,7 +12,7 @@ from hub_moe.hubserver.store import RepoId, Store
 from hub_moe.hubserver.store.check import find_faults
 
 from .client_over_http import Client
-from .git_client import Git
+from .git.git_client import Git
 
 ROUNDS = 12
 

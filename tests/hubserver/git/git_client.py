@@ -4,6 +4,9 @@ import os
 import shutil
 import subprocess
 
+from hub_moe.hubserver.store import Store
+from hub_moe.hubserver.store.check import find_faults
+
 
 class Git:
     """The git command as `user` (None: nobody), in a folder."""
@@ -54,3 +57,19 @@ class Git:
 def has_git_lfs():
     """Whether git-lfs is installed; where everything must be tested, its absence is an error later."""
     return shutil.which("git-lfs") is not None or bool(os.environ.get("HUB_MOE_TEST_EVERYTHING"))
+
+
+def assert_whole(hub):
+    """No fault anywhere in the Hub's folder."""
+    with Store(hub.root) as store:
+        assert list(find_faults(store)) == []
+
+
+def read(client, name, path, revision="main"):
+    """The answer with a file of a repo of alice's."""
+    return client.send("GET", f"/alice/{name}/resolve/{revision}/{path}")
+
+
+def head(client, name, revision="main"):
+    """The commit id of a revision of a repo of alice's."""
+    return client.send("GET", f"/api/models/alice/{name}/revision/{revision}").json()["sha"]

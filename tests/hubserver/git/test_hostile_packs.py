@@ -14,7 +14,7 @@ from hub_moe.hubserver.store import Store
 from hub_moe.hubserver.store.check import find_faults
 from hub_moe.hubserver.store.packs import object_header
 
-from .client_over_http import Client
+from ..client_over_http import Client
 
 NOTHING = "0" * 40
 FILE, LINK, FOLDER = 0o100644, 0o120000, 0o040000
