@@ -12,6 +12,7 @@ from . import (
     commits,
     discussions,
     files,
+    git_http,
     leaderboards,
     lfs,
     listing,
@@ -30,7 +31,21 @@ DEFAULT_PART_BYTES = 256 << 20
 
 def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
     """The Hub over a store. Large files over `part_bytes` are uploaded in parts of that size."""
-    modules = (account, repos, spaces, commits, discussions, lfs, refs, listing, leaderboards, weights, files, xet)
+    modules = (
+        account,
+        repos,
+        spaces,
+        commits,
+        discussions,
+        git_http,
+        lfs,
+        refs,
+        listing,
+        leaderboards,
+        weights,
+        files,
+        xet,
+    )
     routes = [one for module in modules for one in module.ROUTES]
     routes += [route("/api/{kinds:kinds}/{rest:path}", _no_repo, "GET", "POST", "PUT", "DELETE", "HEAD")]
     routes += [route("/{name}/resolve/{rev}/{path:path}", _no_repo, "GET", "HEAD")]

@@ -33,8 +33,8 @@ from .store.errors import (
 
 MAX_BODY_BYTES = 512 << 20
 MAX_JSON_BYTES = 64 << 20
-_ANONYMOUS_BYTES = 1 << 20
-_SPOOL_BYTES = 4 << 20
+ANONYMOUS_BYTES = 1 << 20
+SPOOL_BYTES = 4 << 20
 _STATUSES = (
     (GatedError, 403),
     (ForbiddenError, 403),
@@ -202,17 +202,18 @@ def route(
     """A route whose handler runs in a thread, after `identify` let the caller in and the body was read to a file."""
 
     async def endpoint(request: Request) -> Response:
-        with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as body:
+        with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as body:
             who = await run_in_threadpool(identify, request)
-            await _read_body(
-                request, body, most=MAX_BODY_BYTES if "authorization" in request.headers else _ANONYMOUS_BYTES
+            await read_body(
+                request, body, most=MAX_BODY_BYTES if "authorization" in request.headers else ANONYMOUS_BYTES
             )
             return await run_in_threadpool(handler, Call(request, request.app.state.store, who, body))
 
     return Route(path, endpoint, methods=list(methods or ("GET",)))
 
 
-async def _read_body(request: Request, body: IO[bytes], *, most: int) -> None:
+async def read_body(request: Request, body: IO[bytes], *, most: int) -> None:
+    """Copy the body of a request to a file; TooLargeError as soon as it has more than `most` bytes."""
     size_bytes = 0
     try:
         async for chunk in request.stream():

@@ -1,6 +1,8 @@
 """Large files over git-lfs' batch protocol. Uploads go to signed links, because the client sends them no token."""
 
 import secrets
+from collections.abc import Iterator
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -9,12 +11,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from .calls import Call, route
+from .calls import MAX_JSON_BYTES, Call, refuse, route
 from .downloads import BlobResponse
+from .git_http import challenge, git_route
 from .signing import read_signed, sign
 from .store import Repo, RepoId, Store
 from .store.blobs import IncomingFile
-from .store.errors import InvalidInputError, NotFoundError, TooLargeError
+from .store.errors import InvalidInputError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
 from .store.names import check_sha256
 
 MAX_FILE_BYTES = 1 << 40
@@ -32,15 +35,23 @@ def batch(call: Call) -> Response:
     repo = call.repo_to_contribute() if is_upload else call.repo_to_read()
     transfers = fields.get("transfers") or ["basic"]
     wanted = [_read_object(one) for one in objects]
-    if is_upload and "multipart" not in transfers and any(size > _part_bytes(call) for _, size in wanted):
-        raise InvalidInputError(f"Files over {_part_bytes(call)} bytes go by the transfer 'multipart'.")
-    is_multipart = is_upload and any(size > _part_bytes(call) for _, size in wanted)
-    plan = _plan_upload if is_upload else _plan_download
+    most = max((size for _, size in wanted), default=0)
+    is_multipart = is_upload and "multipart" in transfers and most > _part_bytes(call)  # git-lfs cannot
+    plan = (
+        partial(_plan_upload, part_bytes=_part_bytes(call) if is_multipart else most) if is_upload else _plan_download
+    )
     answer = {
         "transfer": "multipart" if is_multipart else "basic",
         "objects": [{"oid": oid, "size": size} | plan(call, repo, oid, size) for oid, size in wanted],
+        "hash_algo": "sha256",
     }
     return JSONResponse(answer, media_type=_MEDIA_TYPE)
+
+
+def answer_locks(call: Call) -> Response:
+    """`{id}.git/info/lfs/locks[/verify]`: there are no file locks here; at a 501 git-lfs stops asking for them."""
+    call.repo_to_read()
+    return JSONResponse({"message": "This Hub has no file locks."}, 501, media_type=_MEDIA_TYPE)
 
 
 def duplicate(call: Call) -> Response:
@@ -161,12 +172,11 @@ def _part_bytes(call: Call) -> int:
     return part_bytes
 
 
-def _plan_upload(call: Call, repo: Repo, oid: str, size: int) -> dict[str, Any]:
+def _plan_upload(call: Call, repo: Repo, oid: str, size: int, *, part_bytes: int) -> dict[str, Any]:
     """No actions for what this repo has already: the client then sends nothing."""
     if call.store.commits.has_content(repo, oid):
         return {}
     fields: dict[str, Any] = {"repo": repo.uid, "oid": oid, "size": size}
-    part_bytes = _part_bytes(call)
     if size <= part_bytes:
         link = sign(call.store.secret, "upload", fields)
         upload_action: dict[str, Any] = {"href": f"{call.base_url}/lfs/upload/{link}"}
@@ -179,20 +189,43 @@ def _plan_upload(call: Call, repo: Repo, oid: str, size: int) -> dict[str, Any]:
             part = {"part": number, "part_size": min(part_bytes, size - (number - 1) * part_bytes)}
             headers[str(number)] = f"{call.base_url}/lfs/upload/{sign(call.store.secret, 'upload', fields | part)}"
         upload_action = {"href": f"{call.base_url}/lfs/upload/{link}", "header": headers}
-    return {"actions": {"upload": upload_action, "verify": {"href": f"{call.base_url}/lfs/verify/{link}"}}}
+    actions = {"upload": upload_action, "verify": {"href": f"{call.base_url}/lfs/verify/{link}"}}
+    return {"authenticated": True, "actions": actions}
 
 
 def _plan_download(call: Call, repo: Repo, oid: str, size: int) -> dict[str, Any]:
     if not call.store.commits.has_content(repo, oid):
         return {"error": {"code": 404, "message": "Object does not exist"}}
     link = sign(call.store.secret, "download", {"oid": oid})
-    return {"actions": {"download": {"href": f"{call.base_url}/lfs/download/{link}"}}}
+    return {"authenticated": True, "actions": {"download": {"href": f"{call.base_url}/lfs/download/{link}"}}}
 
 
-_BATCH = "{owner}/{name}.git/info/lfs/objects/batch"
+def _answer_error(request: Request, error: StoreError) -> Response:
+    """git-lfs reads `message`, the client of the Hub `error` and its codes."""
+    headers = challenge(error)
+    if isinstance(error, UnauthenticatedError) and "authorization" not in request.headers:
+        headers["X-Error-Code"] = "RepoNotFound"
+    answer = refuse(error, headers)
+    if request.headers.get("user-agent", "").startswith("git-lfs"):
+        return JSONResponse({"message": str(error)}, answer.status_code, headers, media_type=_MEDIA_TYPE)
+    return answer
+
+
+def _repo_routes() -> Iterator[Route]:
+    for repo in ("/{owner}/{name}.git", "/{kinds:kinds}/{owner}/{name}.git"):
+        for path, handler, method in (
+            ("objects/batch", batch, "POST"),
+            ("locks", answer_locks, "GET"),
+            ("locks", answer_locks, "POST"),
+            ("locks/verify", answer_locks, "POST"),
+        ):
+            yield git_route(
+                f"{repo}/info/lfs/{path}", handler, method, most_bytes=MAX_JSON_BYTES, answer_error=_answer_error
+            )
+
+
 ROUTES = [
-    route(f"/{_BATCH}", batch, "POST"),
-    route(f"/{{kinds:kinds}}/{_BATCH}", batch, "POST"),
+    *_repo_routes(),
     route("/api/{kinds:kinds}/{owner}/{name}/lfs-files/duplicate", duplicate, "POST"),
     route("/api/{kinds:kinds}/{owner}/{name}/lfs-files", list_files),
     route("/api/{kinds:kinds}/{owner}/{name}/lfs-files/batch", delete_files, "POST"),

@@ -12,6 +12,7 @@ from hub_moe.hubserver.store import RepoId, Store
 from hub_moe.hubserver.store.check import find_faults
 
 from .client_over_http import Client
+from .git.git_client import Git
 
 ROUNDS = 12
 
@@ -61,6 +62,51 @@ def _commit_until_killed(hub, round_number, acknowledged, started):
             if answer.status_code == 200:
                 commit = answer.json().get("commitOid") or answer.json()["mergeCommitId"]
                 acknowledged[path] = (commit, content)
+
+
+def test_what_was_pushed_or_committed_as_one_pack_survives_a_kill_and_the_rest_leaves_no_trace(tmp_path):
+    hub = create_hub(tmp_path / "hub")
+    chance = random.Random(1)
+    acknowledged = []
+    hub.start()
+    with Client(hub) as client:
+        client.create("m")
+    for round_number in range(6):
+        started = threading.Event()
+        worker = threading.Thread(target=_push_until_killed, args=(hub, tmp_path / "home", acknowledged, started))
+        worker.start()
+        started.wait()
+        worker.join(timeout=chance.uniform(0.3, 1.2))
+        hub.kill()
+        worker.join()
+        with Store(hub.root) as store:
+            assert list(find_faults(store)) == [], round_number
+        hub.start()
+        assert not list(hub.root.glob("repos/*/objects/tmp_*"))
+    with Client(hub) as client:
+        history = client.send("GET", "/api/models/alice/m/commits/main?limit=1000").json()
+    hub.stop()
+    assert len(acknowledged) > 6
+    assert set(acknowledged) <= {one["id"] for one in history}
+
+
+def _push_until_killed(hub, home, acknowledged, started):
+    git = Git(hub, home)
+    folder = home / f"{len(acknowledged)}-{hub.url.rpartition(':')[2]}"
+    with Client(hub) as client, suppress(client.broken, AssertionError):
+        git.clone("alice/m", folder)
+        started.set()
+        for number in count():
+            files = {f"{folder.name}/{number}/{one}": b"%d" % one for one in range(100)}
+            if number % 2:
+                answer = client.commit("m", files)
+                if answer.status_code == 200:
+                    acknowledged.append(answer.json()["commitOid"])
+            else:
+                git.run("pull", "-q", cwd=folder)
+                oid = git.commit(folder, files)
+                git.run("push", "-q", cwd=folder)
+                acknowledged.append(oid)
 
 
 @pytest.mark.parametrize("folder", ["blobs", "repos", "incoming"])

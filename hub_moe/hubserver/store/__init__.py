@@ -30,6 +30,7 @@ from .large_files import LargeFiles
 from .likes import Likes
 from .merges import Merges
 from .names import RepoId
+from .pushes import Pushes
 from .repos import Repo, Repos
 from .xet import XetStore
 
@@ -67,6 +68,7 @@ class Store:
         self.large_files = LargeFiles(self.database, self.blobs, self.repos, self.files, self.commits)
         self.likes = Likes(self.database)
         self.attachments = Attachments(root / "attachments", self.blobs)
+        self.pushes = Pushes(self.repos, self.commits, self.discussions)
         self.xet = XetStore(root / "xorbs", self.database, self.blobs, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:
@@ -94,6 +96,9 @@ class Store:
             leftover.unlink()
         for leftover in self.root.glob("repos/*.git/objects/tmp_obj_*"):
             leftover.unlink()
+        for pack in self.root.glob("repos/*.git/objects/pack/*.pack"):
+            if not pack.with_suffix(".idx").exists():
+                pack.unlink()
 
 
 def _read_secret(path: Path) -> bytes:

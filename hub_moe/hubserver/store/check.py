@@ -9,7 +9,8 @@ from dulwich.errors import ChecksumMismatch, ObjectFormatException
 from . import Store
 from .blobs import COPY_BYTES
 from .errors import NotFoundError
-from .git import GitRepo, parse_pointer
+from .git import GitRepo, TreeEntry, parse_pointer
+from .packs import hash_object
 from .repos import Repo
 
 _BROKEN = (KeyError, AssertionError, ObjectFormatException, ChecksumMismatch, NotFoundError, zlib.error, ValueError)
@@ -67,21 +68,28 @@ def _check_history(store: Store, repo: Repo, git: GitRepo, commit: str, seen: se
         if entry.oid in seen:
             continue
         seen.add(entry.oid)
+        if not _is_sound(git, entry.oid):
+            yield f"{repo.id.kind} {repo.id}: the commit {entry.oid} is damaged."
         for item in git.walk(git.tree_of(entry.oid)):
-            if item.is_folder or item.oid in seen:
+            if item.oid in seen:
                 continue
             seen.add(item.oid)
-            content = git.read_file(item.oid)
-            if _git_hash(content) != item.oid:
+            if not _is_sound(git, item.oid):
                 yield f"{repo.id.kind} {repo.id}: the object {item.oid} ({item.path}) is damaged."
-            pointer = parse_pointer(content)
-            if pointer and store.commits.was_deleted(repo, pointer[0]):
+            if item.is_folder:
                 continue
-            if pointer and store.blobs.size_bytes(pointer[0]) != pointer[1]:
-                yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) is missing or cut."
-            if pointer and not store.commits.has_content(repo, pointer[0]):
-                yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) was not uploaded to it."
+            yield from _check_content(store, repo, git, item)
 
 
-def _git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+def _check_content(store: Store, repo: Repo, git: GitRepo, item: TreeEntry) -> Iterator[str]:
+    pointer = parse_pointer(git.read_file(item.oid))
+    if pointer is None or store.commits.was_deleted(repo, pointer[0]):
+        return
+    if store.blobs.size_bytes(pointer[0]) != pointer[1]:
+        yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) is missing or cut."
+    if not store.commits.has_content(repo, pointer[0]):
+        yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) was not uploaded to it."
+
+
+def _is_sound(git: GitRepo, oid: str) -> bool:
+    return hash_object(*git.objects.read(oid)) == oid

@@ -107,6 +107,12 @@ class Commits:
         with self._lock(repo), self._repos.open(repo) as git:
             yield git
 
+    @contextmanager
+    def exclusively(self, repo: Repo) -> Iterator[None]:
+        """While this is held, nobody else changes the refs of a repo."""
+        with self._lock(repo):
+            yield
+
     def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
         """Replace the history of a branch or pull request by one commit with the same files."""
         with self._lock(repo), self._repos.open(repo) as git:
@@ -163,6 +169,10 @@ class Commits:
         """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""
         return self.has_uploaded(repo.uid, sha256) and self._blobs.size_bytes(sha256) is not None
 
+    def may_point(self, repo: Repo, sha256: str, size_bytes: int) -> bool:
+        """Whether a pointer to this content may be put into this repo."""
+        return self.has_content(repo, sha256) and self._blobs.size_bytes(sha256) == size_bytes
+
     def has_uploaded(self, repo_uid: str, sha256: str) -> bool:
         """Whether a content was ever uploaded to a repo."""
         query = "SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?"
@@ -197,7 +207,7 @@ class Commits:
         if len(operation.content) > MAX_INLINE_BYTES:
             raise TooLargeError(f"{operation.path} has more than {MAX_INLINE_BYTES} bytes; upload it as a large file.")
         pointer = parse_pointer(operation.content)
-        if pointer and not (self.has_content(repo, pointer[0]) and self._blobs.size_bytes(pointer[0]) == pointer[1]):
+        if pointer and not self.may_point(repo, *pointer):
             raise InvalidInputError(f"{operation.path} points at a large file that was never uploaded to this repo.")
 
     def _pointer(self, repo: Repo, operation: AddLargeFile) -> bytes:

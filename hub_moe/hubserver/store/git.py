@@ -1,8 +1,6 @@
 """Git on disk through dulwich: revisions, trees, objects, refs. Paths and names come checked."""
 
-import os
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,17 +9,20 @@ from types import TracebackType
 
 from dulwich.errors import NotTreeError
 from dulwich.graph import find_merge_base
-from dulwich.object_store import tree_lookup_path
-from dulwich.objects import Blob, Commit, ObjectID, ShaFile, Tag, Tree
+from dulwich.object_store import DiskObjectStore, tree_lookup_path
+from dulwich.objects import Commit, ObjectID, ShaFile, Tag, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo
 from dulwich.walk import ORDER_TOPO
 
-from .blobs import move_into_place, sync_folder
+from .blobs import sync_folder
 from .errors import ConflictError, InvalidInputError, NotFoundError
 from .names import check_ref_name, is_commit_id
+from .objects import Objects
+from .packs import BLOB
 
 FILE_MODE = 0o100644
+EXECUTABLE_MODE = 0o100755
 FOLDER_MODE = 0o040000
 _POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (0|[1-9][0-9]{0,18})\n"
@@ -37,6 +38,7 @@ class TreeEntry:
     path: str
     oid: str
     is_folder: bool
+    is_executable: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class GitRepo:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._repo = Repo(str(path))
-        self._objects = self._repo.object_store
-        self._unsynced: set[Path] = set()
+        assert isinstance(self._repo.object_store, DiskObjectStore)
+        self.objects = Objects(path / "objects", self._repo.object_store)
 
     @staticmethod
     def create(path: Path) -> None:
@@ -79,6 +81,7 @@ class GitRepo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.objects.discard()
         self._repo.close()
 
     def resolve(self, revision: str) -> str:
@@ -125,9 +128,11 @@ class GitRepo:
         return found
 
     def move_ref(self, ref: str, *, old: str | None, new: str | None) -> None:
-        """Compare-and-swap of a ref; None means absent. ConflictError if it is not `old` any more."""
-        while self._unsynced:
-            sync_folder(self._unsynced.pop())
+        """Compare-and-swap of a ref; None means absent. ConflictError if it is not `old` any more.
+
+        Objects that were written before become part of the repo; those of a `with` block that moves no ref do not.
+        """
+        self.objects.flush()
         name = Ref(ref.encode())
         try:
             if new is None:
@@ -145,7 +150,7 @@ class GitRepo:
 
     def tree_of(self, commit: str) -> str:
         """The root tree of a commit."""
-        found = self._objects[ObjectID(commit.encode())]
+        found = self._read(commit)
         assert isinstance(found, Commit)
         return str(found.tree.decode())
 
@@ -155,28 +160,33 @@ class GitRepo:
         if not path:
             return TreeEntry("", tree.decode(), is_folder=True)
         try:
-            mode, oid = tree_lookup_path(self._objects.__getitem__, tree, path.encode())
+            mode, oid = tree_lookup_path(lambda oid: self._read(oid.decode()), tree, path.encode())
         except (KeyError, NotTreeError):
             return None
-        return TreeEntry(path, oid.decode(), is_folder=mode == FOLDER_MODE)
+        return _entry(path, mode, oid)
 
     def walk(self, tree: str, *, prefix: str = "", recursive: bool = True) -> Iterator[TreeEntry]:
         """The entries of a tree in git's order, each folder before what is inside it."""
         for name, mode, oid in self._tree(tree).iteritems():
-            entry = TreeEntry(prefix + name.decode(), oid.decode(), is_folder=mode == FOLDER_MODE)
+            entry = _entry(prefix + name.decode(), mode, oid)
             yield entry
             if entry.is_folder and recursive:
                 yield from self.walk(entry.oid, prefix=f"{entry.path}/", recursive=True)
 
     def read_file(self, oid: str) -> bytes:
         """The content of a git blob (for a large file: its pointer)."""
-        found = self._objects[ObjectID(oid.encode())]
-        assert isinstance(found, Blob)
-        return found.as_raw_string()
+        type_num, content = self.objects.read(oid)
+        assert type_num == BLOB
+        return content
 
-    def log(self, commit: str) -> Iterator[LogEntry]:
-        """The history of a commit, newest first."""
-        for entry in self._repo.get_walker(include=[ObjectID(commit.encode())]):
+    def log(self, commit: str, *, without: str | None = None, limit: int | None = None) -> Iterator[LogEntry]:
+        """The history of a commit, newest first; `without` leaves out what that commit's history has too."""
+        return self.log_many([commit], without=[without] if without else [], limit=limit)
+
+    def log_many(self, commits: list[str], *, without: list[str], limit: int | None = None) -> Iterator[LogEntry]:
+        """Like `log`, for the histories of several commits together."""
+        include, exclude = ([ObjectID(oid.encode()) for oid in oids] for oids in (commits, without))
+        for entry in self._repo.get_walker(include=include, exclude=exclude, max_entries=limit):
             yield _describe(entry.commit)
 
     def history(self, heads: Iterable[str]) -> Iterator[str]:
@@ -194,15 +204,20 @@ class GitRepo:
         paths = sorted({*before, *after})
         return {path: (before.get(path), after.get(path)) for path in paths if before.get(path) != after.get(path)}
 
+    def executables(self, commit: str | None) -> set[str]:
+        """The files of a commit (None: none) that git marks as executable."""
+        entries = self.walk(self.tree_of(commit)) if commit else ()
+        return {entry.path for entry in entries if entry.is_executable}
+
     def parents(self, commit: str) -> list[str]:
         """The commits that a commit was made on; for a merge the target's first."""
-        found = self._objects[ObjectID(commit.encode())]
+        found = self._read(commit)
         assert isinstance(found, Commit)
         return [parent.decode() for parent in found.parents]
 
     def date_of(self, commit: str) -> int:
         """When a commit was made, in seconds since 1970."""
-        found = self._objects[ObjectID(commit.encode())]
+        found = self._read(commit)
         assert isinstance(found, Commit)
         return int(found.commit_time)
 
@@ -213,28 +228,33 @@ class GitRepo:
 
     def write_file(self, content: bytes) -> str:
         """Store a git blob; it belongs to no commit yet."""
-        return self._write(Blob.from_string(content))
+        return self.objects.write(BLOB, content)
 
-    def write_tree(self, base: str | None, changes: Mapping[str, str | None]) -> str | None:
+    def write_tree(
+        self, base: str | None, changes: Mapping[str, str | None], *, modes: Mapping[str, int] | None = None
+    ) -> str | None:
         """A tree like `base` with files put at paths (oid) or entries removed (None); None if nothing is left.
+
+        A file that was executable stays so unless `modes` says otherwise.
 
         Raises:
             InvalidInputError: If a path is a file and a folder at once.
         """
         tree = self._tree(base).copy() if base else Tree()
         assert isinstance(tree, Tree)
+        modes_inside = _group_modes(modes or {})
         for name, (oid, inside) in _group_by_first_segment(changes).items():
             key = name.encode()
             mode, old = tree[key] if key in tree else (0, None)  # noqa: SIM401 (Tree has no get)
             if inside:
-                if mode == FILE_MODE or oid:
+                if mode not in {0, FOLDER_MODE} or oid:
                     raise InvalidInputError(f"{name!r} cannot be a file and a folder at once.")
-                subtree = self.write_tree(old.decode() if old else None, inside)
+                subtree = self.write_tree(old.decode() if old else None, inside, modes=modes_inside.get(name))
                 _set_entry(tree, key, FOLDER_MODE, subtree)
             elif oid and mode == FOLDER_MODE:
                 raise InvalidInputError(f"{name!r} is a folder; delete it before putting a file there.")
             else:
-                _set_entry(tree, key, FILE_MODE, oid)
+                _set_entry(tree, key, (modes or {}).get(name, mode or FILE_MODE), oid)
         return self._write(tree) if len(tree) else None
 
     def replace_entries(self, tree: str, changes: Mapping[str, str | None]) -> str | None:
@@ -259,7 +279,7 @@ class GitRepo:
 
     def copy_commit(self, commit: str, *, tree: str | None, parents: list[str]) -> str:
         """Store a commit like another one, its author, time and message included, with other files or parents."""
-        found = self._objects[ObjectID(commit.encode())].copy()
+        found = self._read(commit)
         assert isinstance(found, Commit)
         found.tree = ObjectID((tree or self._write(Tree())).encode())
         found.parents = [ObjectID(parent.encode()) for parent in parents]
@@ -268,7 +288,7 @@ class GitRepo:
     def copy_history(self, target: "GitRepo", refs: Mapping[str, str]) -> None:
         """Give another repository these refs (full names and what they point at) with all that they reach."""
         wanted = [ObjectID(oid.encode()) for oid in refs.values()]
-        target._objects.fsync_object_files = True
+        target._repo.object_store.fsync_object_files = True
         self._repo.fetch(target._repo, determine_wants=lambda *_: wanted)
         sync_folder(target.path / "objects" / "pack")
         for ref, oid in refs.items():
@@ -283,20 +303,14 @@ class GitRepo:
         return self._write(tag)
 
     def _write(self, thing: ShaFile) -> str:
-        """A loose object by a temporary name: unlike dulwich's lock files, nothing stays locked after a kill."""
-        oid = thing.id.decode()
-        path = self.path / "objects" / oid[:2] / oid[2:]
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=self.path / "objects", prefix="tmp_obj_")
-            file = os.fdopen(descriptor, "wb")
-            file.write(thing.as_legacy_object())
-            move_into_place(file, Path(name), path)
-            self._unsynced.add(path.parent)
-        return oid
+        return self.objects.write(thing.type_num, thing.as_raw_string())
+
+    def _read(self, oid: str) -> ShaFile:
+        type_num, content = self.objects.read(oid)
+        return ShaFile.from_raw_string(type_num, content)
 
     def _tree(self, oid: str) -> Tree:
-        found = self._objects[ObjectID(oid.encode())]
+        found = self._read(oid)
         assert isinstance(found, Tree)
         return found
 
@@ -304,13 +318,13 @@ class GitRepo:
         """The one commit whose id starts so, None if there is none or more than one."""
         if not _SHORT_ID.fullmatch(start):
             return None
-        found = {oid.decode() for oid in self._objects.iter_prefix(start.encode())}
-        commits = [oid for oid in found if isinstance(self._objects[ObjectID(oid.encode())], Commit)]
+        found = {oid.decode() for oid in self._repo.object_store.iter_prefix(start.encode())}
+        commits = [oid for oid in found if isinstance(self._read(oid), Commit)]
         return commits[0] if len(commits) == 1 else None
 
     def _peel(self, oid: str) -> str | None:
         try:
-            found = self._objects[ObjectID(oid.encode())]
+            found = self._read(oid)
         except KeyError:
             return None
         if isinstance(found, Tag):
@@ -329,6 +343,19 @@ def _is_safe_ref(ref: str) -> bool:
                 return False
             return True
     return False
+
+
+def _entry(path: str, mode: int, oid: bytes) -> TreeEntry:
+    return TreeEntry(path, oid.decode(), is_folder=mode == FOLDER_MODE, is_executable=mode == EXECUTABLE_MODE)
+
+
+def _group_modes(modes: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    groups: dict[str, dict[str, int]] = {}
+    for path, mode in modes.items():
+        name, slash, rest = path.partition("/")
+        if slash:
+            groups.setdefault(name, {})[rest] = mode
+    return groups
 
 
 def _group_by_first_segment(changes: Mapping[str, str | None]) -> dict[str, tuple[str | None, dict[str, str | None]]]:

@@ -6,7 +6,7 @@ from .accounts import Identity
 from .commits import Commits, format_author
 from .discussions import Discussion, Discussions
 from .errors import ConflictError, InvalidInputError
-from .git import GitRepo
+from .git import EXECUTABLE_MODE, FILE_MODE, GitRepo
 from .repos import Repo, Repos
 
 _MAX_DIFFED_BYTES = 200_000
@@ -76,9 +76,16 @@ def _write_merge(git: GitRepo, base: str | None, target: str, head: str, who: Id
     tree: str | None = git.tree_of(target)
     tree = git.write_tree(tree, removed) if removed else tree
     added = {path: new for path, new in changes.items() if new}
-    tree = git.write_tree(tree, added) if added else tree
+    modes = _changed_modes(git, base, head)
+    added |= {path: entry.oid for path in modes if path not in changes and (entry := git.find_entry(target, path))}
+    tree = git.write_tree(tree, added, modes=modes) if added else tree
     message = f"{discussion.title} (#{discussion.num})"
     return git.write_commit(tree=tree, parents=[target, head], author=format_author(who), message=message)
+
+
+def _changed_modes(git: GitRepo, base: str | None, head: str) -> dict[str, int]:
+    before, after = git.executables(base), git.executables(head)
+    return {path: EXECUTABLE_MODE if path in after else FILE_MODE for path in before ^ after}
 
 
 def _conflicts(git: GitRepo, base: str | None, target: str, head: str) -> list[str]:

@@ -147,6 +147,10 @@ class Repos:
             raise ForbiddenError("You have read access but not the required permissions: this token cannot write.")
         return self.find_to_read(repo.id, who)
 
+    def require_write(self, repo: Repo, who: Identity | None) -> None:
+        """Refuse who may not commit to a repo."""
+        self._require_owner(repo.id.owner, who, {"admin", "write"})
+
     def may_write(self, repo: Repo, who: Identity) -> bool:
         """Whether `who` may commit to a repo."""
         return who.can_write and self._accounts.role_in(repo.id.owner, who.user) in {"admin", "write"}

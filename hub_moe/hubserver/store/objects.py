@@ -1,0 +1,128 @@
+"""The git objects of one repository. What is written stays with its writer until `flush` makes it part of the repo."""
+
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dulwich.object_store import DiskObjectStore
+from dulwich.objects import ObjectID
+
+from .blobs import move_into_place, sync_folder
+from .packs import TYPE_NAMES, PackWriter, hash_object
+
+_LOOSE_OBJECTS = 64
+_LOOSE_BYTES = 4 << 20
+_TYPES = {name: number for number, name in TYPE_NAMES.items()}
+
+
+class Objects:
+    """Reads objects wherever they are; writes few of them as loose files and many as one pack."""
+
+    def __init__(self, path: Path, stored: DiskObjectStore) -> None:
+        self._path = path
+        self._stored = stored
+        self._waiting: dict[str, tuple[int, bytes]] = {}
+        self._waiting_bytes = 0
+        self._pack: PackWriter | None = None
+
+    def __contains__(self, oid: str) -> bool:
+        return self.is_new(oid) or self.is_stored(oid)
+
+    def is_new(self, oid: str) -> bool:
+        """Whether an object was written here and not flushed yet."""
+        return oid in self._waiting or (self._pack is not None and oid in self._pack)
+
+    def new(self) -> Iterator[str]:
+        """Every object that was written here and not flushed yet."""
+        yield from self._waiting
+        yield from self._pack or ()
+
+    def is_stored(self, oid: str) -> bool:
+        """Whether an object is part of the repository."""
+        return self._loose(oid).exists() or self._stored.contains_packed(ObjectID(oid.encode()))
+
+    def read(self, oid: str) -> tuple[int, bytes]:
+        """The type and content of an object; KeyError if there is none."""
+        found = self._waiting.get(oid) or (self._pack and self._pack.read(oid))
+        if found:
+            return found
+        try:
+            return _parse_loose(self._loose(oid).read_bytes())
+        except FileNotFoundError:
+            return self._stored.get_raw(ObjectID(oid.encode()))
+
+    def type_of(self, oid: str) -> int:
+        """The type of an object; KeyError if there is none. Reads no more than it must."""
+        if oid in self._waiting:
+            return self._waiting[oid][0]
+        if self._pack is not None and (found := self._pack.type_of(oid)):
+            return found
+        try:
+            with self._loose(oid).open("rb") as file:
+                head = zlib.decompressobj().decompress(file.read(64), 16)
+        except FileNotFoundError:
+            return self._stored.get_raw(ObjectID(oid.encode()))[0]
+        return _TYPES[head.partition(b" ")[0]]
+
+    def write(self, type_num: int, content: bytes, *, compressed: bytes | None = None) -> str:
+        """Add an object; its id. `compressed` is its content as a zlib stream, where that exists already."""
+        oid = hash_object(type_num, content)
+        if oid in self:
+            return oid
+        if self._pack is None and (len(self._waiting) >= _LOOSE_OBJECTS or self._waiting_bytes > _LOOSE_BYTES):
+            self._pack = PackWriter(self._path)
+            for waiting, (waiting_type, waiting_content) in self._waiting.items():
+                self._pack.add(waiting, waiting_type, waiting_content)
+            self._waiting.clear()
+        if self._pack is None:
+            self._waiting[oid] = (type_num, content)
+            self._waiting_bytes += len(content)
+        else:
+            self._pack.add(oid, type_num, content, compressed=compressed)
+        return oid
+
+    def flush(self) -> None:
+        """Make everything that was written part of the repository, for good: it survives a kill and a power cut."""
+        if self._pack is not None:
+            self._pack.finish()
+            self._pack = None
+        folders = {self._write_loose(oid, *thing) for oid, thing in self._waiting.items()}
+        for folder in folders:
+            sync_folder(folder)
+        if folders:
+            sync_folder(self._path)
+        self._forget_waiting()
+
+    def discard(self) -> None:
+        """Forget what was written and not flushed."""
+        if self._pack is not None:
+            self._pack.discard()
+            self._pack = None
+        self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def _write_loose(self, oid: str, type_num: int, content: bytes) -> Path:
+        """By a temporary name: unlike dulwich's lock files, nothing stays locked after a kill."""
+        path = self._loose(oid)
+        path.parent.mkdir(exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=self._path, prefix="tmp_obj_")
+        file = os.fdopen(descriptor, "wb")
+        file.write(zlib.compress(b"%s %d\0" % (TYPE_NAMES[type_num], len(content)) + content))
+        move_into_place(file, Path(name), path)
+        return path.parent
+
+    def _loose(self, oid: str) -> Path:
+        return self._path / oid[:2] / oid[2:]
+
+
+def _parse_loose(stream: bytes) -> tuple[int, bytes]:
+    header, _, content = zlib.decompress(stream).partition(b"\0")
+    name, _, size = header.partition(b" ")
+    if name not in _TYPES or size != b"%d" % len(content):
+        raise ValueError("A loose object is damaged.")
+    return _TYPES[name], content
