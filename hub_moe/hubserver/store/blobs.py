@@ -58,6 +58,32 @@ class BlobStore:
         self.incoming.mkdir(parents=True, exist_ok=True)
 
 
+class NewFile:
+    """A file without a name yet, in `folder`; deleted on close unless it was published."""
+
+    def __init__(self, folder: Path) -> None:
+        descriptor, name = tempfile.mkstemp(dir=folder)
+        self._file = os.fdopen(descriptor, "r+b")
+        self._path = Path(name)
+        self.write = self._file.write
+
+    def truncate(self, size_bytes: int) -> None:
+        """Cut what lies behind the first `size_bytes`; the next write goes there."""
+        self._file.truncate(size_bytes)
+        self._file.seek(size_bytes)
+
+    def publish(self, target: Path) -> None:
+        """Give the file its name for good, in place of what has it now."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        move_into_place(self._file, self._path, target)
+        sync_folder(target.parent)
+
+    def close(self) -> None:
+        """Delete the file unless it was published."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
 class IncomingFile:
     """A file on its way in, counted and hashed as it is written; deleted unless finished."""
 
@@ -67,9 +93,7 @@ class IncomingFile:
         self._sha256 = sha256
         self._hash = hashlib.sha256()
         self._written_bytes = 0
-        descriptor, name = tempfile.mkstemp(dir=folder)
-        self._file = os.fdopen(descriptor, "wb")
-        self._path = Path(name)
+        self._file = NewFile(folder)
 
     def write(self, chunk: bytes) -> None:
         """Append a chunk; TooLargeError as soon as there is more than was promised."""
@@ -86,16 +110,13 @@ class IncomingFile:
             raise InvalidInputError(f"Got {self._written_bytes} bytes of the {self._size_bytes} that were announced.")
         if self._sha256 and self._hash.hexdigest() != self._sha256:
             raise InvalidInputError(f"The content's sha256 is {self._hash.hexdigest()}, not {self._sha256}.")
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        move_into_place(self._file, self._path, self._target)
-        sync_folder(self._target.parent)
+        self._file.publish(self._target)
 
     def __enter__(self) -> "IncomingFile":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._file.close()
-        self._path.unlink(missing_ok=True)
 
 
 class PartStore:

@@ -1,0 +1,77 @@
+"""Large contents by their sha256, whatever they are kept as: one whole file, or a recipe over xorbs."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .blobs import COPY_BYTES, BlobStore, IncomingFile
+from .errors import NotFoundError
+from .recipes import Recipes
+
+
+class Contents:
+    """Every large content of a store."""
+
+    def __init__(self, blobs: BlobStore, recipes: Recipes) -> None:
+        self.blobs = blobs
+        self.recipes = recipes
+
+    def size_bytes(self, sha256: str) -> int | None:
+        """The size of a stored content, None if it is not here."""
+        size_bytes = self.blobs.size_bytes(sha256)
+        if size_bytes is None and (recipe := self.recipes.find(sha256)):
+            return recipe.size_bytes
+        return size_bytes
+
+    def find_file(self, sha256: str) -> Path | None:
+        """The file that holds a whole content, None if it is kept otherwise or not at all."""
+        path = self.blobs.path(sha256)
+        return path if path.is_file() else None
+
+    def read(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The bytes `start` to `end` of a content (None: its end), in pieces of about 1 MiB.
+
+        Raises:
+            NotFoundError: If the content is not here, or is deleted meanwhile.
+            InvalidInputError: If it is damaged.
+        """
+        if self.find_file(sha256):
+            yield from self.blobs.read(sha256, start, end)
+            return
+        recipe = self.recipes.find(sha256)
+        if recipe is None:
+            raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.")
+        last = recipe.size_bytes if end is None else min(end, recipe.size_bytes)
+        if start < last:
+            yield from _gather(self.recipes.read(recipe, start, last))
+
+    def receive(self, *, sha256: str, size_bytes: int) -> IncomingFile:
+        """A place to write a content into; `finish` keeps it, if it is what was promised and not here yet."""
+        if self.recipes.find(sha256):
+            return IncomingFile(self.blobs.incoming, None, size_bytes=size_bytes, sha256=sha256)
+        return self.blobs.receive(sha256=sha256, size_bytes=size_bytes)
+
+    def store(self, chunks: Iterable[bytes], *, sha256: str, size_bytes: int) -> None:
+        """Write a whole content; InvalidInputError if its sha256 or size differ from what was promised."""
+        with self.receive(sha256=sha256, size_bytes=size_bytes) as incoming:
+            for chunk in chunks:
+                incoming.write(chunk)
+            incoming.finish()
+
+    def all(self) -> Iterator[str]:
+        """The sha256 of every stored content."""
+        yield from self.blobs.all()
+        yield from (sha256 for sha256 in self.recipes.all() if not self.find_file(sha256))
+
+
+def _gather(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    waiting: list[bytes | memoryview] = []
+    size_bytes = 0
+    for chunk in chunks:
+        waiting.append(chunk)
+        size_bytes += len(chunk)
+        if size_bytes >= COPY_BYTES:
+            yield b"".join(waiting)
+            waiting.clear()
+            size_bytes = 0
+    if waiting:
+        yield b"".join(waiting)

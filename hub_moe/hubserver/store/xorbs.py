@@ -1,0 +1,143 @@
+"""Xorbs on disk: each under its verified name, whole or absent, with an index that finds any chunk at once."""
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import BinaryIO
+
+from .blobs import NewFile
+from .errors import InvalidInputError, NotFoundError, TooLargeError
+from .xet_hashes import check_name, format_hash, hash_xorb
+from .xorb_format import TRAILER_BYTES, XorbIndex, XorbReader, count_index_bytes, unpack_index, unpack_run
+
+MAX_XORB_BYTES = 80 << 20
+_READ_BYTES = 1 << 20
+_MAX_CACHED_CHUNKS = 1 << 19
+
+
+class XorbStore:
+    """Xorbs under `root`, each at `ab/cd/<name>`."""
+
+    def __init__(self, root: Path, incoming: Path) -> None:
+        self.root = root
+        self._incoming = incoming
+        self._indexes: OrderedDict[str, XorbIndex] = OrderedDict()
+        self._cached_chunks = 0
+        self._lock = Lock()
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Where the xorb of this name lies, or would lie."""
+        check_name(name)
+        return self.root / name[:2] / name[2:4] / name
+
+    def receive(self, name: str) -> "IncomingXorb":
+        """A place to write a xorb into; it becomes visible by `finish` if its name is true."""
+        return IncomingXorb(self._incoming, self.path(name), name)
+
+    def index(self, name: str) -> XorbIndex:
+        """The index of a stored xorb; NotFoundError("upload") if it is not here."""
+        with self._lock:
+            index = self._indexes.get(name)
+            if index is not None:
+                self._indexes.move_to_end(name)
+                return index
+        index = self._read_index(name)
+        with self._lock:
+            if name not in self._indexes:
+                self._indexes[name] = index
+                self._cached_chunks += len(index)
+            while self._cached_chunks > _MAX_CACHED_CHUNKS:
+                self._cached_chunks -= len(self._indexes.popitem(last=False)[1])
+        return index
+
+    def read(self, name: str, first: int, end: int) -> Iterator[bytes | memoryview]:
+        """The unpacked chunks `first` to `end` (exclusive), about 1 MiB read at a time."""
+        ends = self.index(name).ends
+        with self._open(name) as file:
+            while first < end:
+                last = first + 1
+                while last < end and ends[last + 1] - ends[first] <= _READ_BYTES:
+                    last += 1
+                yield from unpack_run(os.pread(file.fileno(), ends[last] - ends[first], ends[first]))
+                first = last
+
+    def is_true(self, name: str) -> bool:
+        """Whether a stored xorb still is what its name says; reads it through."""
+        reader = XorbReader()
+        try:
+            index = self._read_index(name)
+            with self._open(name) as file:
+                for start in range(0, index.ends[-1], _READ_BYTES):
+                    reader.feed(os.pread(file.fileno(), min(_READ_BYTES, index.ends[-1] - start), start))
+            reader.finish()
+        except InvalidInputError:
+            return False
+        return reader.index == index and format_hash(hash_xorb(index.nodes())) == name
+
+    def all(self) -> Iterator[str]:
+        """The name of every stored xorb."""
+        for path in self.root.glob("??/??/*"):
+            yield path.name
+
+    def delete(self, name: str) -> int:
+        """Remove a xorb; the bytes that this freed."""
+        path = self.path(name)
+        size_bytes = path.stat().st_size
+        path.unlink()
+        with self._lock:
+            index = self._indexes.pop(name, None)
+            self._cached_chunks -= len(index) if index else 0
+        return size_bytes
+
+    def _read_index(self, name: str) -> XorbIndex:
+        with self._open(name) as file:
+            size_bytes = file.seek(0, os.SEEK_END)
+            trailer = os.pread(file.fileno(), TRAILER_BYTES, max(0, size_bytes - TRAILER_BYTES))
+            length = min(count_index_bytes(trailer), size_bytes)
+            return unpack_index(os.pread(file.fileno(), length, size_bytes - length))
+
+    def _open(self, name: str) -> BinaryIO:
+        try:
+            return self.path(name).open("rb")
+        except FileNotFoundError:
+            raise NotFoundError("upload", f"The xorb {name} has not been uploaded.") from None
+
+
+class IncomingXorb:
+    """A xorb on its way in, unpacked and hashed as it is written; deleted unless finished."""
+
+    def __init__(self, folder: Path, target: Path, name: str) -> None:
+        self._target = target
+        self._name = name
+        self._reader = XorbReader()
+        self._written_bytes = 0
+        self._file = NewFile(folder)
+
+    def write(self, data: bytes) -> None:
+        """Append bytes; InvalidInputError as soon as a chunk is malformed."""
+        self._written_bytes += len(data)
+        if self._written_bytes > MAX_XORB_BYTES:
+            raise TooLargeError(f"A xorb has at most {MAX_XORB_BYTES} bytes.")
+        self._reader.feed(data)
+        self._file.write(data)
+
+    def finish(self) -> None:
+        """Give the xorb its name; InvalidInputError if its chunks have another."""
+        self._reader.finish()
+        index = self._reader.index
+        name = format_hash(hash_xorb(index.nodes()))
+        if name != self._name:
+            raise InvalidInputError(f"The chunks of this xorb have the hash {name}, not {self._name}.")
+        self._file.truncate(index.ends[-1])
+        self._file.write(index.pack())
+        self._file.publish(self._target)
+
+    def __enter__(self) -> "IncomingXorb":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
