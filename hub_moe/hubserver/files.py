@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, quote
 from starlette.responses import JSONResponse, Response
 
 from .calls import Call, refuse, route
-from .downloads import BlobResponse, answer_bytes
+from .downloads import answer_bytes, answer_content
 from .refs import format_date
 from .store.errors import InvalidInputError, NotFoundError
 from .store.files import FileFacts, find_last_commits
@@ -41,11 +41,11 @@ def resolve(call: Call) -> Response:
     if facts.sha256 is None:
         return answer_bytes(content, range_header=call.request.headers.get("range"), headers=headers)
     headers |= {"X-Linked-Size": str(facts.size_bytes), "X-Linked-Etag": f'"{facts.sha256}"'}
-    xet_name = call.store.xet.names([facts.sha256]).get(facts.sha256)
+    xet_name = call.store.contents.recipes.names([facts.sha256]).get(facts.sha256)
     if xet_name:
         route = f"{call.base_url}/api/{repo.id.kind}s/{repo.id}/xet-read-token/{commit}"
         headers |= {"X-Xet-Hash": xet_name, "X-Xet-Refresh-Route": route}
-    return BlobResponse(call.store.blobs.path(facts.sha256), headers=headers)
+    return answer_content(call.store.contents, facts.sha256, request=call.request, headers=headers)
 
 
 def list_tree(call: Call) -> Response:
@@ -81,7 +81,7 @@ def describe_entries(
 ) -> list[dict[str, Any]]:
     """Files and folders as the Hub's API shows them; `is_expanded` adds the last commit of each."""
     facts = call.store.files.facts(git, [entry.oid for entry in entries if not entry.is_folder])
-    xet_names = call.store.xet.names(one.sha256 for one in facts.values() if one.sha256)
+    xet_names = call.store.contents.recipes.names(one.sha256 for one in facts.values() if one.sha256)
     last = find_last_commits(git, commit, [entry.path for entry in entries]) if is_expanded else {}
     shown = []
     for entry in entries:

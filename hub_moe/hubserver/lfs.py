@@ -7,22 +7,21 @@ from math import ceil
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .calls import MAX_JSON_BYTES, Call, refuse, route
-from .downloads import BlobResponse
+from .downloads import answer_content
 from .git_http import challenge, git_route
+from .receiving import receive
 from .signing import read_signed, sign
 from .store import Repo, RepoId, Store
-from .store.blobs import IncomingFile
 from .store.errors import InvalidInputError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
 from .store.names import check_sha256
 
 MAX_FILE_BYTES = 1 << 40
 _MAX_OBJECTS = 1000
-_WRITE_BYTES = 1 << 20
 _MEDIA_TYPE = "application/vnd.git-lfs+json"
 
 
@@ -106,7 +105,7 @@ def delete_files(call: Call) -> Response:
 def verify(call: Call) -> Response:
     """`POST /lfs/verify/{link}`: whether an upload arrived."""
     fields = read_signed(call.store.secret, "upload", call.param("link"))
-    if call.store.blobs.size_bytes(fields["oid"]) != fields["size"]:
+    if call.store.contents.size_bytes(fields["oid"]) != fields["size"]:
         raise NotFoundError("upload", f"The content {fields['oid']} has not been uploaded.")
     return Response(status_code=200)
 
@@ -118,7 +117,7 @@ def complete(call: Call) -> Response:
     if not isinstance(parts, list) or len(parts) != fields["parts"]:
         raise InvalidInputError(f"Expected a list of {fields['parts']} parts.")
     sha256, size = fields["oid"], fields["size"]
-    if call.store.blobs.size_bytes(sha256) != size:
+    if call.store.contents.size_bytes(sha256) != size:
         call.store.parts.complete(fields["upload"], parts=fields["parts"], sha256=sha256, size_bytes=size)
     call.store.commits.register(fields["repo"], sha256)
     return JSONResponse({"success": True})
@@ -129,11 +128,11 @@ async def upload(request: Request) -> Response:
     store: Store = request.app.state.store
     fields = read_signed(store.secret, "upload", request.path_params["link"])
     if "part" in fields:
-        await _receive(request, store.parts.receive(fields["upload"], fields["part"], size_bytes=fields["part_size"]))
+        await receive(request, store.parts.receive(fields["upload"], fields["part"], size_bytes=fields["part_size"]))
     elif "parts" in fields:
         raise InvalidInputError("This upload goes in parts.")
     else:
-        await _receive(request, store.blobs.receive(sha256=fields["oid"], size_bytes=fields["size"]))
+        await receive(request, store.contents.receive(sha256=fields["oid"], size_bytes=fields["size"]))
         await run_in_threadpool(store.commits.register, fields["repo"], fields["oid"])
     return Response(status_code=200, headers={"ETag": f'"{fields["oid"]}-{fields.get("part", 0)}"'})
 
@@ -141,22 +140,8 @@ async def upload(request: Request) -> Response:
 def download(call: Call) -> Response:
     """`GET /lfs/download/{link}`."""
     fields = read_signed(call.store.secret, "download", call.param("link"))
-    return BlobResponse(call.store.blobs.path(fields["oid"]), headers={"ETag": f'"{fields["oid"]}"'})
-
-
-async def _receive(request: Request, incoming: IncomingFile) -> None:
-    waiting = bytearray()
-    with incoming:
-        try:
-            async for chunk in request.stream():
-                waiting += chunk
-                if len(waiting) >= _WRITE_BYTES:
-                    await run_in_threadpool(incoming.write, bytes(waiting))
-                    waiting.clear()
-        except ClientDisconnect:
-            raise InvalidInputError("The upload was cut short.") from None
-        await run_in_threadpool(incoming.write, bytes(waiting))
-        await run_in_threadpool(incoming.finish)
+    oid = fields["oid"]
+    return answer_content(call.store.contents, oid, request=call.request, headers={"ETag": f'"{oid}"'})
 
 
 def _read_object(one: object) -> tuple[str, int]:

@@ -12,6 +12,10 @@ from .store.errors import ForbiddenError
 DEFAULT_LIFE_S = 24 * 3600
 
 
+class LinkExpiredError(ForbiddenError):
+    """A link or token that was good once."""
+
+
 def sign(secret: bytes, purpose: str, fields: dict[str, Any], *, life_s: float = DEFAULT_LIFE_S) -> str:
     """A URL-safe token that says `fields` and expires after `life_s` seconds."""
     payload = json.dumps({"for": purpose, "until": time.time() + life_s, **fields}, separators=(",", ":")).encode()
@@ -28,7 +32,7 @@ def read_signed(secret: bytes, purpose: str, token: str) -> dict[str, Any]:
     if fields["for"] != purpose:
         raise ForbiddenError(f"This link is not for {purpose}.")
     if fields["until"] < time.time():
-        raise ForbiddenError("This link has expired; ask for a new one.")
+        raise LinkExpiredError("This link has expired; ask for a new one.")
     return fields
 
 

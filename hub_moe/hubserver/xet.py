@@ -1,22 +1,30 @@
-"""The Xet protocol, by which clients with hf_xet send and fetch large files.
+"""The Xet protocol, by which clients with hf_xet send and fetch large files (hub-docs, docs/xet/api.md).
 
-What came by Xet can be fetched by Xet; everything can be fetched over plain HTTP. The routes of version 2, the global
-search for chunks and xorb grants answer 404; the client then does without.
+What came by Xet can be fetched by Xet; everything can be fetched over plain HTTP. The global search for chunks answers
+404: it would tell strangers what private repos hold. So do grants for xorbs that this repo does not have; the client
+then sends them here.
 """
 
+import json
 import re
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from .calls import Call, route
-from .downloads import BlobResponse
-from .signing import read_signed, sign
-from .store.errors import TooLargeError, UnauthenticatedError
+from .downloads import answer_part
+from .receiving import discard, receive
+from .signing import LinkExpiredError, read_signed, sign
+from .store import Store
+from .store.errors import ForbiddenError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
+from .store.recipes import Recipe
 from .store.repos import Repo
-from .store.xet import MAX_SHARD_BYTES, ShardFile, Term
+from .store.shards import MAX_SHARD_BYTES, ShardFile, Term, parse_shard
 
 _LIFE_S = 3600
 _RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
@@ -40,52 +48,111 @@ def _give_token(call: Call, repo: Repo, purpose: str) -> Response:
     return JSONResponse({"casUrl": url, "accessToken": token, "exp": until}, headers=headers)
 
 
-def add_xorb(call: Call) -> Response:
-    """`POST /xet/v1/xorbs/{prefix}/{hash}`."""
-    return JSONResponse({"was_inserted": call.store.xet.add_xorb(call.param("hash"), call.body)})
+def grant_xorb(call: Call) -> Response:
+    """`POST /xet/v1/xorb-grants/{prefix}/{hash}`: 200 when this repo has the xorb already."""
+    fields = _read_token(call.request, "xet-write")
+    if not call.store.xet.has_xorb(fields["repo"], call.param("hash")):
+        raise NotFoundError("upload", "Send the xorb to /v1/xorbs.")
+    return JSONResponse({})
+
+
+async def add_xorb(request: Request) -> Response:
+    """`POST /xet/v1/xorbs/{prefix}/{hash}`. The answer does not tell whether somebody else has the xorb."""
+    store: Store = request.app.state.store
+    _read_token(request, "xet-write")
+    if await run_in_threadpool(store.xet.renew_xorb, request.path_params["hash"]):
+        await discard(request)
+    else:
+        await receive(request, store.xorbs.receive(request.path_params["hash"]))
+    return JSONResponse({"was_inserted": True})
 
 
 def add_shard(call: Call) -> Response:
-    """`POST /xet/v1/shards`: when this answers, every file of the shard is whole and can be committed."""
+    """`POST /xet/v1/shards`: when this answers, every file of the shard can be committed."""
     fields = _read_token(call.request, "xet-write")
+    for file in _read_shard(call):
+        for _ in call.store.xet.add_file(fields["repo"], file):
+            pass
+    return JSONResponse({"result": 1})
+
+
+def add_shard_with_progress(call: Call) -> Response:
+    """`POST /xet/v2/shards`: the same, with a line of JSON now and then; the last one is `result` or `error`."""
+    fields = _read_token(call.request, "xet-write")
+    events = _report(call.store, fields["repo"], _read_shard(call))
+    lines = (json.dumps(event) + "\n" for event in events)
+    return StreamingResponse(lines, media_type="application/x-ndjson")
+
+
+def _report(store: Store, repo_uid: str, files: list[ShardFile]) -> Iterator[dict[str, Any]]:
+    total, verified = sum(len(file.terms) for file in files), 0
+    try:
+        for file in files:
+            for _ in store.xet.add_file(repo_uid, file):
+                verified += 1
+                yield {"type": "validating", "verified": verified, "total": total}
+        yield {"type": "result"}
+    except StoreError as error:
+        yield {"type": "error", "message": str(error), "retryable": False}
+
+
+def _read_shard(call: Call) -> list[ShardFile]:
     shard = call.body.read(MAX_SHARD_BYTES + 1)
     if len(shard) > MAX_SHARD_BYTES:
         raise TooLargeError(f"A shard has at most {MAX_SHARD_BYTES} bytes.")
-    call.store.xet.add_shard(fields["repo"], shard)
-    return JSONResponse({"result": 1})
+    return parse_shard(shard)
 
 
 def reconstruct(call: Call) -> Response:
     """`GET /xet/v1/reconstructions/{name}`: which parts of which xorbs make up a file, or a range of it."""
-    fields = _read_token(call.request, "xet-read")
-    file = call.store.xet.find_file(fields["repo"], call.param("file"))
-    match = _RANGE.fullmatch(call.request.headers.get("range", ""))
-    first, last = (int(match[1]), int(match[2])) if match else (0, file.size_bytes - 1)
-    if match and first >= file.size_bytes:
-        return Response(status_code=416, headers={"Content-Range": f"bytes */{file.size_bytes}"})
-    terms, offset = _select(file, first, last)
-    shown = [{"hash": t.xorb, "unpacked_length": t.size_bytes, "range": _range(t.first, t.end)} for t in terms]
-    fetch = {xorb: [_describe_part(call, xorb, *run) for run in _join(terms, xorb)] for xorb in {t.xorb for t in terms}}
-    return JSONResponse({"offset_into_first_range": offset, "terms": shown, "fetch_info": fetch})
+
+    def describe(link: str, chunks: dict[str, int], place: dict[str, int]) -> dict[str, Any]:
+        return {"range": chunks, "url": link, "url_range": place}
+
+    return _reconstruct(call, "fetch_info", describe)
+
+
+def reconstruct_by_url(call: Call) -> Response:
+    """`GET /xet/v2/reconstructions/{name}`: the same, said another way."""
+
+    def describe(link: str, chunks: dict[str, int], place: dict[str, int]) -> dict[str, Any]:
+        return {"url": link, "ranges": [{"chunks": chunks, "bytes": place}]}
+
+    return _reconstruct(call, "xorbs", describe)
 
 
 def give_xorb(call: Call) -> Response:
-    """`GET /xet/xorb/{link}`, always with a Range."""
+    """`GET /xet/xorb/{link}`: the bytes that the link was signed for, or a part of them; never more."""
     fields = read_signed(call.store.secret, "xorb", call.param("link"))
-    return BlobResponse(call.store.xet.xorb_path(fields["xorb"]), headers={})
+    match = _RANGE.fullmatch(call.request.headers.get("range", ""))
+    if not match or not fields["first"] <= int(match[1]) <= int(match[2]) <= fields["last"]:
+        raise ForbiddenError(f"This link is good for the range bytes={fields['first']}-{fields['last']} only.")
+    return answer_part(call.store.xorbs.open(fields["xorb"]), int(match[1]), int(match[2]))
 
 
-def _select(file: ShardFile, first: int, last: int) -> tuple[list[Term], int]:
-    """The terms that hold the bytes `first` to `last`, and where in them the bytes begin."""
-    selected: list[Term] = []
-    start = offset = 0
-    for term in file.terms:
-        end = start + term.size_bytes
-        if start <= last and end > first:
-            offset = offset if selected else first - start
-            selected.append(term)
-        start = end
-    return selected, offset
+def _reconstruct(call: Call, key: str, describe: Callable[[str, dict[str, int], dict[str, int]], Any]) -> Response:
+    fields = _read_token(call.request, "xet-read")
+    recipe = call.store.xet.find_file(fields["repo"], call.param("file"))
+    match = _RANGE.fullmatch(call.request.headers.get("range", ""))
+    start, end = (int(match[1]), int(match[2]) + 1) if match else (0, recipe.size_bytes)
+    if match and not start < min(end, recipe.size_bytes):
+        return Response(status_code=416, headers={"Content-Range": f"bytes */{recipe.size_bytes}"})
+    terms, offset = _select(call, recipe, start, min(end, recipe.size_bytes))
+    shown = [{"hash": t.xorb, "unpacked_length": t.size_bytes, "range": _range(t.first, t.end)} for t in terms]
+    parts: dict[str, list[Any]] = {}
+    for xorb in dict.fromkeys(term.xorb for term in terms):
+        parts[xorb] = []
+        for first, last in _join(terms, xorb):
+            place = call.store.xet.locate(xorb, first, last)
+            link = sign(call.store.secret, "xorb", {"xorb": xorb, "first": place[0], "last": place[1]}, life_s=_LIFE_S)
+            parts[xorb].append(describe(f"{call.base_url}/xet/xorb/{link}", _range(first, last), _range(*place)))
+    return JSONResponse({"offset_into_first_range": offset, "terms": shown, key: parts})
+
+
+def _select(call: Call, recipe: Recipe, start: int, end: int) -> tuple[list[Term], int]:
+    """The terms that hold the bytes `start` to `end`, and where in them the bytes begin."""
+    placed = list(call.store.contents.recipes.terms(recipe, start, end))
+    return [term for _, term in placed], start - placed[0][0] if placed else 0
 
 
 def _join(terms: list[Term], xorb: str) -> list[tuple[int, int]]:
@@ -97,12 +164,6 @@ def _join(terms: list[Term], xorb: str) -> list[tuple[int, int]]:
         else:
             runs.append((first, end))
     return runs
-
-
-def _describe_part(call: Call, xorb: str, first: int, end: int) -> dict[str, Any]:
-    link = sign(call.store.secret, "xorb", {"xorb": xorb}, life_s=_LIFE_S)
-    url = f"{call.base_url}/xet/xorb/{link}"
-    return {"range": _range(first, end), "url": url, "url_range": _range(*call.store.xet.locate(xorb, first, end))}
 
 
 def _range(start: int, end: int) -> dict[str, int]:
@@ -122,17 +183,24 @@ def _check_nothing(_: Request) -> None:
 
 
 def _read_token(request: Request, purpose: str) -> dict[str, Any]:
+    """What a token says. 401 makes the client fetch a new one, 403 means that a new one would not help."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise UnauthenticatedError(f"This needs a token from {purpose}-token.")
-    return read_signed(request.app.state.store.secret, purpose, token.strip())
+    try:
+        return read_signed(request.app.state.store.secret, purpose, token.strip())
+    except LinkExpiredError as error:
+        raise UnauthenticatedError(str(error)) from None
 
 
 ROUTES = [
     route("/api/{kinds:kinds}/{owner}/{name}/xet-write-token/{rev}", give_write_token),
     route("/api/{kinds:kinds}/{owner}/{name}/xet-read-token/{rev}", give_read_token),
     route("/xet/v1/reconstructions/{file}", reconstruct, identify=_check_read_token),
+    route("/xet/v2/reconstructions/{file}", reconstruct_by_url, identify=_check_read_token),
     route("/xet/xorb/{link}", give_xorb, identify=_check_nothing),
-    route("/xet/v1/xorbs/{prefix}/{hash}", add_xorb, "POST", identify=_check_write_token),
+    route("/xet/v1/xorb-grants/{prefix}/{hash}", grant_xorb, "POST", identify=_check_write_token),
+    Route("/xet/v1/xorbs/{prefix}/{hash}", add_xorb, methods=["POST"]),
     route("/xet/v1/shards", add_shard, "POST", identify=_check_write_token),
+    route("/xet/v2/shards", add_shard_with_progress, "POST", identify=_check_write_token),
 ]

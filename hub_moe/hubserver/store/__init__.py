@@ -3,9 +3,9 @@
 hub.sqlite3     users, tokens (hashed), repo settings, discussions
 secret          the key that signs upload links
 repos/UID.git   bare git repositories; a repo's folder keeps its name when the repo is renamed
-blobs/          large files by sha256
+blobs/          large contents by sha256, those that are kept whole
+xorbs/          what clients with hf_xet have sent; the database says which contents are made of it
 attachments/    what people show in discussions
-xorbs/          what clients with hf_xet have sent
 incoming/       uploads that are not finished
 """
 
@@ -20,8 +20,9 @@ from ...errors import ConfigError
 from .. import extra  # noqa: F401 (says so when the extra `server` is missing)
 from .accounts import Accounts, Identity
 from .attachments import Attachments
-from .blobs import BlobStore, PartStore
+from .blobs import BlobStore
 from .commits import Commits
+from .contents import Contents
 from .database import Database
 from .discussions import Discussions
 from .files import Files
@@ -30,9 +31,12 @@ from .large_files import LargeFiles
 from .likes import Likes
 from .merges import Merges
 from .names import RepoId
+from .parts import PartStore
 from .pushes import Pushes
+from .recipes import Recipes
 from .repos import Repo, Repos
 from .xet import XetStore
+from .xorbs import XorbStore
 
 __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 
@@ -57,19 +61,21 @@ class Store:
         self.secret = _read_secret(root / "secret")
         self.database = Database(root / DATABASE_NAME)
         self._stack.callback(self.database.close)
-        self.blobs = BlobStore(root / "blobs", root / "incoming")
-        self.parts = PartStore(self.blobs)
+        blobs = BlobStore(root / "blobs", root / "incoming")
+        self.xorbs = XorbStore(root / "xorbs", blobs.incoming)
+        self.contents = Contents(blobs, Recipes(self.database, self.xorbs))
+        self.parts = PartStore(self.contents, blobs.incoming)
         self.accounts = Accounts(self.database)
         self.repos = Repos(self.database, self.accounts, root / "repos")
-        self.files = Files(self.database, self.blobs)
-        self.commits = Commits(self.database, self.repos, self.blobs)
+        self.files = Files(self.database, self.contents)
+        self.commits = Commits(self.database, self.repos, self.contents)
         self.discussions = Discussions(self.database, self.repos)
         self.merges = Merges(self.repos, self.commits, self.discussions)
-        self.large_files = LargeFiles(self.database, self.blobs, self.repos, self.files, self.commits)
+        self.large_files = LargeFiles(self.database, self.contents, self.repos, self.files, self.commits)
         self.likes = Likes(self.database)
-        self.attachments = Attachments(root / "attachments", self.blobs)
+        self.attachments = Attachments(root / "attachments", blobs)
         self.pushes = Pushes(self.repos, self.commits, self.discussions)
-        self.xet = XetStore(root / "xorbs", self.database, self.blobs, self.commits)
+        self.xet = XetStore(self.database, self.xorbs, self.contents, self.commits)
         self.profiles: dict[tuple[str, str], object] = {}
         if serve:
             self._clear_leftovers()
@@ -91,7 +97,7 @@ class Store:
 
     def _clear_leftovers(self) -> None:
         """What a killed server left: half uploads, git's lock files (which would block a ref for ever)."""
-        self.blobs.clear_incoming()
+        self.contents.blobs.clear_incoming()
         for leftover in [*self.root.glob("repos/*.git/refs/**/*.lock"), *self.root.glob("repos/*.git/*.lock")]:
             leftover.unlink()
         for leftover in self.root.glob("repos/*.git/objects/tmp_obj_*"):

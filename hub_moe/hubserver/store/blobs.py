@@ -4,12 +4,12 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, BinaryIO
 
-from .errors import InvalidInputError, NotFoundError, TooLargeError
+from .errors import InvalidInputError, TooLargeError
 from .names import check_sha256
 
 COPY_BYTES = 1 << 20
@@ -40,12 +40,11 @@ class BlobStore:
         """A place to write a content into; it becomes visible by `finish` if it is what was promised."""
         return IncomingFile(self.incoming, self.path(sha256), size_bytes=size_bytes, sha256=sha256)
 
-    def store(self, chunks: Iterable[bytes], *, sha256: str, size_bytes: int) -> None:
-        """Write a whole content; InvalidInputError if its sha256 or size differ from what was promised."""
-        with self.receive(sha256=sha256, size_bytes=size_bytes) as incoming:
-            for chunk in chunks:
-                incoming.write(chunk)
-            incoming.finish()
+    def delete(self, sha256: str) -> int:
+        """Remove a content, if it is here; the bytes that this freed."""
+        size_bytes = self.size_bytes(sha256) or 0
+        self.path(sha256).unlink(missing_ok=True)
+        return size_bytes
 
     def all(self) -> Iterator[str]:
         """The sha256 of every stored content."""
@@ -87,7 +86,7 @@ class NewFile:
 class IncomingFile:
     """A file on its way in, counted and hashed as it is written; deleted unless finished."""
 
-    def __init__(self, folder: Path, target: Path, *, size_bytes: int, sha256: str | None = None) -> None:
+    def __init__(self, folder: Path, target: Path | None, *, size_bytes: int, sha256: str | None = None) -> None:
         self._target = target
         self._size_bytes = size_bytes
         self._sha256 = sha256
@@ -105,12 +104,13 @@ class IncomingFile:
         self._file.write(chunk)
 
     def finish(self) -> None:
-        """Give the file its name; InvalidInputError if size or sha256 are not what was promised."""
+        """Give the file its name, if it gets one; InvalidInputError if size or sha256 are not what was promised."""
         if self._written_bytes != self._size_bytes:
             raise InvalidInputError(f"Got {self._written_bytes} bytes of the {self._size_bytes} that were announced.")
         if self._sha256 and self._hash.hexdigest() != self._sha256:
             raise InvalidInputError(f"The content's sha256 is {self._hash.hexdigest()}, not {self._sha256}.")
-        self._file.publish(self._target)
+        if self._target:
+            self._file.publish(self._target)
 
     def __enter__(self) -> "IncomingFile":
         return self
@@ -119,37 +119,13 @@ class IncomingFile:
         self._file.close()
 
 
-class PartStore:
-    """The parts of multipart uploads, kept until the upload is completed or the server restarts."""
-
-    def __init__(self, blobs: BlobStore) -> None:
-        self._blobs = blobs
-
-    def receive(self, upload: str, number: int, *, size_bytes: int) -> IncomingFile:
-        """A place to write part `number` (from 1) of an upload into; a second one replaces the first."""
-        folder = self._folder(upload)
-        folder.mkdir(exist_ok=True)
-        return IncomingFile(folder, folder / str(number), size_bytes=size_bytes)
-
-    def complete(self, upload: str, *, parts: int, sha256: str, size_bytes: int) -> None:
-        """Join the parts 1 to `parts` into a stored content and forget them."""
-        folder = self._folder(upload)
-        paths = [folder / str(number) for number in range(1, parts + 1)]
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise NotFoundError("upload", f"Part {missing[0]} of {parts} has not been uploaded.")
-        self._blobs.store(_read_all(paths), sha256=sha256, size_bytes=size_bytes)
-        shutil.rmtree(folder, ignore_errors=True)
-
-    def _folder(self, upload: str) -> Path:
-        return self._blobs.incoming / f"parts-{check_sha256(upload)}"
-
-
-def _read_all(paths: list[Path]) -> Iterator[bytes]:
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(COPY_BYTES):
-                yield chunk
+def read_file(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    """The bytes `start` to `end` of an open file, in pieces of 1 MiB; closes it."""
+    with file:
+        file.seek(start)
+        while start < end and (piece := file.read(min(COPY_BYTES, end - start))):
+            start += len(piece)
+            yield piece
 
 
 def move_into_place(file: IO[bytes], path: Path, target: Path) -> None:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dulwich.errors import ChecksumMismatch, ObjectFormatException
 
 from . import Store
-from .blobs import COPY_BYTES
-from .errors import NotFoundError
+from .errors import InvalidInputError, NotFoundError
 from .git import GitRepo, TreeEntry, parse_pointer
 from .packs import hash_object
 from .repos import Repo
@@ -35,11 +34,17 @@ def find_orphans(store: Store) -> list[str]:
 
 
 def _check_blobs(store: Store) -> Iterator[str]:
-    for sha256 in store.blobs.all():
+    for name in store.xorbs.all():
+        if not store.xorbs.is_true(name):
+            yield f"xorb {name}: it is damaged."
+    for sha256 in store.contents.all():
         digest = hashlib.sha256()
-        with store.blobs.path(sha256).open("rb") as file:
-            while chunk := file.read(COPY_BYTES):
-                digest.update(chunk)
+        try:
+            for piece in store.contents.read(sha256):
+                digest.update(piece)
+        except (NotFoundError, InvalidInputError) as error:
+            yield f"large file {sha256}: {error}"
+            continue
         if digest.hexdigest() != sha256:
             yield f"large file {sha256}: its content has the sha256 {digest.hexdigest()}."
 
@@ -85,7 +90,7 @@ def _check_content(store: Store, repo: Repo, git: GitRepo, item: TreeEntry) -> I
     pointer = parse_pointer(git.read_file(item.oid))
     if pointer is None or store.commits.was_deleted(repo, pointer[0]):
         return
-    if store.blobs.size_bytes(pointer[0]) != pointer[1]:
+    if store.contents.size_bytes(pointer[0]) != pointer[1]:
         yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) is missing or cut."
     if not store.commits.has_content(repo, pointer[0]):
         yield f"{repo.id.kind} {repo.id}: the large file {pointer[0]} ({item.path}) was not uploaded to it."

@@ -1,12 +1,13 @@
 """Commits: all their changes or none, on top of exactly the commit that was the head."""
 
+import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .accounts import Identity
-from .blobs import BlobStore
+from .contents import Contents
 from .database import Database
 from .errors import ConflictError, InvalidInputError, NotFoundError, StaleParentError, TooLargeError
 from .files import MAX_REGULAR_BYTES
@@ -47,10 +48,10 @@ Operation = AddFile | AddLargeFile | DeleteFile
 class Commits:
     """Changes the history of repos, one change at a time for each repo."""
 
-    def __init__(self, database: Database, repos: Repos, blobs: BlobStore) -> None:
+    def __init__(self, database: Database, repos: Repos, contents: Contents) -> None:
         self._database = database
         self._repos = repos
-        self._blobs = blobs
+        self._contents = contents
         self._locks: dict[str, threading.Lock] = {}
 
     def commit(
@@ -157,21 +158,24 @@ class Commits:
 
     def register(self, repo_uid: str, sha256: str) -> None:
         """Note that a stored content was uploaded to a repo, so that commits there may name it."""
-        if self._blobs.size_bytes(sha256) is None:
-            raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.")
         with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT OR IGNORE INTO repo_blobs SELECT id, ? FROM repos WHERE id = ?", (sha256, repo_uid)
-            )
-            connection.execute("DELETE FROM deleted_blobs WHERE repo = ? AND sha256 = ?", (repo_uid, sha256))
+            self.note(connection, repo_uid, sha256)
+
+    def note(self, connection: sqlite3.Connection, repo_uid: str, sha256: str) -> None:
+        """Like `register`, inside a transaction: `hub gc` deletes a content in one too, so it is here and stays."""
+        if self._contents.size_bytes(sha256) is None:
+            raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.")
+        query = "INSERT OR REPLACE INTO repo_blobs (repo, sha256) SELECT id, ? FROM repos WHERE id = ?"
+        connection.execute(query, (sha256, repo_uid))
+        connection.execute("DELETE FROM deleted_blobs WHERE repo = ? AND sha256 = ?", (repo_uid, sha256))
 
     def has_content(self, repo: Repo, sha256: str) -> bool:
         """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""
-        return self.has_uploaded(repo.uid, sha256) and self._blobs.size_bytes(sha256) is not None
+        return self.has_uploaded(repo.uid, sha256) and self._contents.size_bytes(sha256) is not None
 
     def may_point(self, repo: Repo, sha256: str, size_bytes: int) -> bool:
         """Whether a pointer to this content may be put into this repo."""
-        return self.has_content(repo, sha256) and self._blobs.size_bytes(sha256) == size_bytes
+        return self.has_content(repo, sha256) and self._contents.size_bytes(sha256) == size_bytes
 
     def has_uploaded(self, repo_uid: str, sha256: str) -> bool:
         """Whether a content was ever uploaded to a repo."""
@@ -211,7 +215,7 @@ class Commits:
             raise InvalidInputError(f"{operation.path} points at a large file that was never uploaded to this repo.")
 
     def _pointer(self, repo: Repo, operation: AddLargeFile) -> bytes:
-        size_bytes = self._blobs.size_bytes(check_sha256(operation.sha256))
+        size_bytes = self._contents.size_bytes(check_sha256(operation.sha256))
         if size_bytes is None or not self.has_content(repo, operation.sha256):
             raise InvalidInputError(
                 f"{operation.path} names the large file {operation.sha256}, which was never uploaded to this repo."

@@ -1,9 +1,12 @@
-"""Large contents by their sha256, whatever they are kept as: one whole file, or a recipe over xorbs."""
+"""Large contents by their sha256, whatever they are kept as: one whole file, or a recipe over xorbs.
 
+A content has a recipe if it ever came by Xet; the file that another way of upload had left is then deleted.
+"""
+
+import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from .blobs import COPY_BYTES, BlobStore, IncomingFile
+from .blobs import COPY_BYTES, BlobStore, IncomingFile, read_file
 from .errors import NotFoundError
 from .recipes import Recipes
 
@@ -17,32 +20,25 @@ class Contents:
 
     def size_bytes(self, sha256: str) -> int | None:
         """The size of a stored content, None if it is not here."""
-        size_bytes = self.blobs.size_bytes(sha256)
-        if size_bytes is None and (recipe := self.recipes.find(sha256)):
-            return recipe.size_bytes
-        return size_bytes
-
-    def find_file(self, sha256: str) -> Path | None:
-        """The file that holds a whole content, None if it is kept otherwise or not at all."""
-        path = self.blobs.path(sha256)
-        return path if path.is_file() else None
+        recipe = self.recipes.find(sha256)
+        return recipe.size_bytes if recipe else self.blobs.size_bytes(sha256)
 
     def read(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """The bytes `start` to `end` of a content (None: its end), in pieces of about 1 MiB.
 
         Raises:
-            NotFoundError: If the content is not here, or is deleted meanwhile.
-            InvalidInputError: If it is damaged.
+            NotFoundError: If the content is not here; or later, when xorbs of it are deleted while it is read.
+            InvalidInputError: Later, if it is damaged.
         """
-        if self.find_file(sha256):
-            yield from self.blobs.read(sha256, start, end)
-            return
         recipe = self.recipes.find(sha256)
-        if recipe is None:
-            raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.")
-        last = recipe.size_bytes if end is None else min(end, recipe.size_bytes)
-        if start < last:
-            yield from _gather(self.recipes.read(recipe, start, last))
+        if recipe:
+            end = recipe.size_bytes if end is None else min(end, recipe.size_bytes)
+            return _gather(self.recipes.read(recipe, start, end)) if start < end else iter(())
+        try:
+            file = self.blobs.path(sha256).open("rb")
+        except FileNotFoundError:
+            raise NotFoundError("upload", f"No content with the sha256 {sha256} has been uploaded.") from None
+        return read_file(file, start, os.fstat(file.fileno()).st_size if end is None else end)
 
     def receive(self, *, sha256: str, size_bytes: int) -> IncomingFile:
         """A place to write a content into; `finish` keeps it, if it is what was promised and not here yet."""
@@ -60,7 +56,7 @@ class Contents:
     def all(self) -> Iterator[str]:
         """The sha256 of every stored content."""
         yield from self.blobs.all()
-        yield from (sha256 for sha256 in self.recipes.all() if not self.find_file(sha256))
+        yield from (sha256 for sha256 in self.recipes.all() if self.blobs.size_bytes(sha256) is None)
 
 
 def _gather(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:

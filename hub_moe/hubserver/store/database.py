@@ -72,8 +72,10 @@ CREATE TABLE IF NOT EXISTS grants (
 CREATE TABLE IF NOT EXISTS repo_blobs (
     repo TEXT NOT NULL REFERENCES repos (id) ON DELETE CASCADE,
     sha256 TEXT NOT NULL,
+    noted_at_s INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER)),
     PRIMARY KEY (repo, sha256)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS repo_blobs_by_sha256 ON repo_blobs (sha256);
 CREATE TABLE IF NOT EXISTS discussions (
     repo TEXT NOT NULL REFERENCES repos (id) ON DELETE CASCADE,
     num INTEGER NOT NULL,
@@ -97,11 +99,22 @@ CREATE TABLE IF NOT EXISTS events (
     FOREIGN KEY (repo, num) REFERENCES discussions (repo, num) ON DELETE CASCADE
 ) STRICT;
 CREATE INDEX IF NOT EXISTS events_by_discussion ON events (repo, num);
-CREATE TABLE IF NOT EXISTS xet_files (
-    sha256 TEXT PRIMARY KEY,
+CREATE TABLE IF NOT EXISTS recipes (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    sha256 TEXT NOT NULL UNIQUE,
     name TEXT NOT NULL UNIQUE,
-    terms TEXT NOT NULL
+    size_bytes INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS recipe_terms (
+    recipe INTEGER NOT NULL REFERENCES recipes (id) ON DELETE CASCADE,
+    start INTEGER NOT NULL,
+    xorb TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    first INTEGER NOT NULL,
+    end INTEGER NOT NULL,
+    PRIMARY KEY (recipe, start)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS recipe_terms_by_xorb ON recipe_terms (xorb);
 CREATE TABLE IF NOT EXISTS file_facts (
     oid TEXT PRIMARY KEY,
     size_bytes INTEGER NOT NULL,

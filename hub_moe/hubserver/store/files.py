@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .blobs import BlobStore
+from .contents import Contents
 from .database import Database
 from .errors import NotFoundError
 from .git import GitRepo, LogEntry, TreeEntry, format_pointer, parse_pointer
@@ -32,9 +32,9 @@ class FileFacts:
 class Files:
     """Reads trees and files; remembers the facts of every git blob, which can never change."""
 
-    def __init__(self, database: Database, blobs: BlobStore) -> None:
+    def __init__(self, database: Database, contents: Contents) -> None:
         self._database = database
-        self._blobs = blobs
+        self._contents = contents
         self._listings: dict[tuple[str, str, str, bool], list[TreeEntry]] = {}
 
     def facts(self, git: GitRepo, oids: Iterable[str]) -> dict[str, FileFacts]:
@@ -76,9 +76,8 @@ class Files:
         if facts.sha256 is None:
             return git.read_file(facts.oid)[:limit_bytes]
         try:
-            with self._blobs.path(facts.sha256).open("rb") as file:
-                return file.read(limit_bytes)
-        except FileNotFoundError:
+            return b"".join(self._contents.read(facts.sha256, 0, limit_bytes))
+        except NotFoundError:
             raise NotFoundError("entry", f"The large file {facts.sha256} was deleted.") from None
 
     def wants_large(self, git: GitRepo, commit: str, path: str, *, size_bytes: int, sample: bytes) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from .accounts import Identity
-from .blobs import BlobStore
+from .contents import Contents
 from .commits import Commits
 from .database import Database
 from .files import FileFacts, Files
@@ -30,9 +30,9 @@ class StoredFile:
 class LargeFiles:
     """The large files of repos, as far as they take up room there."""
 
-    def __init__(self, database: Database, blobs: BlobStore, repos: Repos, files: Files, commits: Commits) -> None:
+    def __init__(self, database: Database, contents: Contents, repos: Repos, files: Files, commits: Commits) -> None:
         self._database = database
-        self._blobs = blobs
+        self._contents = contents
         self._repos = repos
         self._files = files
         self._commits = commits
@@ -44,7 +44,7 @@ class LargeFiles:
         rows = self._database.rows("SELECT sha256 FROM repo_blobs WHERE repo = ? ORDER BY sha256", repo.uid)
         found = []
         for sha256 in [row["sha256"] for row in rows]:
-            size_bytes = self._blobs.size_bytes(sha256)
+            size_bytes = self._contents.size_bytes(sha256)
             if size_bytes is not None:
                 found.append(named.get(sha256) or StoredFile(sha256, size_bytes, repo.modified_at))
         return found
@@ -52,7 +52,7 @@ class LargeFiles:
     def stored_bytes(self, repo: Repo) -> int:
         """The size of all large files of a repo, used by a commit or not."""
         rows = self._database.rows("SELECT sha256 FROM repo_blobs WHERE repo = ?", repo.uid)
-        return sum(self._blobs.size_bytes(row["sha256"]) or 0 for row in rows)
+        return sum(self._contents.size_bytes(row["sha256"]) or 0 for row in rows)
 
     def duplicate(self, source: Repo, target: RepoId, who: Identity, *, private: bool) -> Repo:
         """A new repo with the branches, tags and large files of another one, without its pull requests."""

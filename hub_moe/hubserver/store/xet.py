@@ -1,6 +1,7 @@
 """The Xet side of large contents: a shard's files are verified once, then kept as recipes over the xorbs."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 
 from .commits import Commits
@@ -8,8 +9,9 @@ from .contents import Contents
 from .database import Database
 from .errors import InvalidInputError, NotFoundError, TooLargeError
 from .recipes import Recipe
-from .shards import ShardFile, Term
+from .shards import ShardFile
 from .xet_hashes import check_name, format_hash, hash_file, hash_term
+from .xorb_format import XorbIndex
 from .xorbs import XorbStore
 
 _MAX_FILE_BYTES = 1 << 40
@@ -40,6 +42,22 @@ class XetStore:
             raise InvalidInputError(f"The content's sha256 is {known.sha256}, not {file.sha256}.")
         self._keep(repo_uid, file)
 
+    def has_xorb(self, repo_uid: str, name: str) -> bool:
+        """Whether a content of this repo is made of a xorb, so that its name tells the repo's writers nothing new."""
+        query = (
+            "SELECT 1 FROM recipe_terms JOIN recipes ON recipes.id = recipe "
+            "JOIN repo_blobs ON repo_blobs.sha256 = recipes.sha256 WHERE xorb = ? AND repo = ? LIMIT 1"
+        )
+        return self._database.row(query, check_name(name), repo_uid) is not None and self.xorbs.has(name)
+
+    def renew_xorb(self, name: str) -> bool:
+        """Whether a xorb is here; if so, `hub gc` takes it for a new one."""
+        with self._database.transaction():  # `hub gc` deletes xorbs in one
+            is_here = self.xorbs.has(name)
+            if is_here:
+                os.utime(self.xorbs.path(name))
+        return is_here
+
     def find_file(self, repo_uid: str, name: str) -> Recipe:
         """A file of a repo by its Xet name."""
         recipe = self._contents.recipes.find_by_name(check_name(name))
@@ -60,14 +78,16 @@ class XetStore:
                 raise InvalidInputError(f"The xorb {term.xorb} has no chunks {term.first} to {term.end}.")
             size_bytes = index.size_bytes(term.first, term.end)
             if size_bytes != term.size_bytes:
-                raise InvalidInputError(f"A term of the xorb {term.xorb} has {size_bytes} bytes, not {term.size_bytes}.")
+                raise InvalidInputError(
+                    f"A term of the xorb {term.xorb} has {size_bytes} bytes, not {term.size_bytes}."
+                )
             if hash_term(index.hashes_of(term.first, term.end)) != proof:
                 raise InvalidInputError(f"A verification entry for the xorb {term.xorb} is wrong.")
         name = format_hash(hash_file(node for t in file.terms for node in self._index(t.xorb).nodes(t.first, t.end)))
         if name != file.name:
             raise InvalidInputError(f"The file has the Xet hash {name}, not {file.name}.")
 
-    def _index(self, xorb: str):
+    def _index(self, xorb: str) -> XorbIndex:
         try:
             return self.xorbs.index(xorb)
         except NotFoundError:
@@ -84,9 +104,9 @@ class XetStore:
 
     def _keep(self, repo_uid: str, file: ShardFile) -> None:
         with self._database.transaction() as connection:
-            if not self._contents.find_file(file.sha256):
-                self._contents.recipes.add(connection, file)
-            self._commits.register(repo_uid, file.sha256)
+            self._contents.recipes.add(connection, file)
+            self._commits.note(connection, repo_uid, file.sha256)
+        self._contents.blobs.delete(file.sha256)
 
 
 _MISSING = (

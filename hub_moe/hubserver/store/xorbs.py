@@ -34,6 +34,17 @@ class XorbStore:
         check_name(name)
         return self.root / name[:2] / name[2:4] / name
 
+    def has(self, name: str) -> bool:
+        """Whether a xorb is here."""
+        return self.path(name).is_file()
+
+    def open(self, name: str) -> BinaryIO:
+        """The file of a stored xorb; NotFoundError("upload") if it is not here."""
+        try:
+            return self.path(name).open("rb")
+        except FileNotFoundError:
+            raise NotFoundError("upload", f"The xorb {name} has not been uploaded.") from None
+
     def receive(self, name: str) -> "IncomingXorb":
         """A place to write a xorb into; it becomes visible by `finish` if its name is true."""
         return IncomingXorb(self._incoming, self.path(name), name)
@@ -57,7 +68,7 @@ class XorbStore:
     def read(self, name: str, first: int, end: int) -> Iterator[bytes | memoryview]:
         """The unpacked chunks `first` to `end` (exclusive), about 1 MiB read at a time."""
         ends = self.index(name).ends
-        with self._open(name) as file:
+        with self.open(name) as file:
             while first < end:
                 last = first + 1
                 while last < end and ends[last + 1] - ends[first] <= _READ_BYTES:
@@ -70,7 +81,7 @@ class XorbStore:
         reader = XorbReader()
         try:
             index = self._read_index(name)
-            with self._open(name) as file:
+            with self.open(name) as file:
                 for start in range(0, index.ends[-1], _READ_BYTES):
                     reader.feed(os.pread(file.fileno(), min(_READ_BYTES, index.ends[-1] - start), start))
             reader.finish()
@@ -94,17 +105,11 @@ class XorbStore:
         return size_bytes
 
     def _read_index(self, name: str) -> XorbIndex:
-        with self._open(name) as file:
+        with self.open(name) as file:
             size_bytes = file.seek(0, os.SEEK_END)
             trailer = os.pread(file.fileno(), TRAILER_BYTES, max(0, size_bytes - TRAILER_BYTES))
             length = min(count_index_bytes(trailer), size_bytes)
             return unpack_index(os.pread(file.fileno(), length, size_bytes - length))
-
-    def _open(self, name: str) -> BinaryIO:
-        try:
-            return self.path(name).open("rb")
-        except FileNotFoundError:
-            raise NotFoundError("upload", f"The xorb {name} has not been uploaded.") from None
 
 
 class IncomingXorb:

@@ -36,7 +36,7 @@ def paths(store, repo, revision="main"):
 
 def upload(store, repo, content):
     sha256 = hashlib.sha256(content).hexdigest()
-    store.blobs.store([content], sha256=sha256, size_bytes=len(content))
+    store.contents.store([content], sha256=sha256, size_bytes=len(content))
     store.commits.register(repo.uid, sha256)
     return sha256
 
@@ -128,9 +128,9 @@ def test_knowing_the_sha256_of_anothers_file_does_not_give_its_content(store, re
 def test_content_is_refused_unless_its_size_and_sha256_are_as_promised(store, content):
     sha256 = hashlib.sha256(b"right").hexdigest()
     with pytest.raises(InvalidInputError):
-        store.blobs.store([content], sha256=sha256, size_bytes=5)
-    assert store.blobs.size_bytes(sha256) is None
-    assert list(store.blobs.incoming.iterdir()) == []
+        store.contents.store([content], sha256=sha256, size_bytes=5)
+    assert store.contents.blobs.size_bytes(sha256) is None
+    assert list(store.contents.blobs.incoming.iterdir()) == []
 
 
 def test_a_stream_longer_than_promised_is_cut_at_once(store):
@@ -139,7 +139,7 @@ def test_a_stream_longer_than_promised_is_cut_at_once(store):
             yield b"x" * 100
 
     with pytest.raises(TooLargeError):
-        store.blobs.store(endless(), sha256="0" * 64, size_bytes=1000)
+        store.contents.store(endless(), sha256="0" * 64, size_bytes=1000)
 
 
 def test_branches_and_tags(store, repo, alice):
@@ -240,10 +240,10 @@ def test_a_server_clears_what_a_killed_one_left(store, repo, alice, tmp_path):
     git = store.repos.path(repo)
     (git / "refs/heads/main.lock").touch()
     (git / "objects/tmp_obj_x").touch()
-    (store.blobs.incoming / "half").touch()
+    (store.contents.blobs.incoming / "half").touch()
     with Store(store.root, serve=True) as again:
         commit(again, repo, alice, AddFile("x", b"1"))
-        assert list(again.blobs.incoming.iterdir()) == []
+        assert list(again.contents.blobs.incoming.iterdir()) == []
     assert not list(git.glob("objects/tmp_obj_*"))
 
 
@@ -251,9 +251,9 @@ def test_check_finds_a_damaged_object_a_missing_file_and_a_false_sha256(store, r
     sha256 = upload(store, repo, b"large")
     head = commit(store, repo, alice, AddFile("x", b"1"), AddLargeFile("y", sha256))
     assert list(find_faults(store)) == []
-    store.blobs.path(sha256).write_bytes(b"LARGE")
+    store.contents.blobs.path(sha256).write_bytes(b"LARGE")
     assert len(list(find_faults(store))) == 1
-    store.blobs.path(sha256).unlink()
+    store.contents.blobs.path(sha256).unlink()
     assert len(list(find_faults(store))) == 2
     with store.repos.open(repo) as git:
         oid = store.files.find(git, head, "x").oid
