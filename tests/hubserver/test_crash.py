@@ -11,8 +11,8 @@ from hub_moe.hubserver.pytest_plugin import create_hub
 from hub_moe.hubserver.store import RepoId, Store
 from hub_moe.hubserver.store.check import find_faults
 
-from .client_over_http import Client
 from .git.git_client import Git
+from .xet_by_hand import XetClient as Client
 
 ROUNDS = 12
 
@@ -55,7 +55,9 @@ def _commit_until_killed(hub, round_number, acknowledged, started):
             path = f"{round_number}/{number}"
             content = f"{path} ".encode() * (60_000 if number % 2 else 1)
             started.set()
-            if number % 3 == 2:
+            if number % 4 == 3:
+                answer = client.commit_by_xet("m", path, content)
+            elif number % 3 == 2:
                 answer = client.propose_and_merge("m", {path: content})
             else:
                 answer = client.commit("m", {path: content}, as_large=number % 2 == 1)

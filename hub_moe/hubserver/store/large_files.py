@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from .accounts import Identity
-from .contents import Contents
 from .commits import Commits
+from .contents import Contents
 from .database import Database
 from .files import FileFacts, Files
 from .git import GitRepo

@@ -139,13 +139,15 @@ def unpack_run(data: bytes) -> Iterator[bytes | memoryview]:
 
 def unpack_chunk(data: memoryview, *, scheme: int, size_bytes: int) -> bytes | memoryview:
     """A chunk's bytes. Scheme 0 is plain, 1 an LZ4 frame, 2 an LZ4 frame of the bytes grouped by position modulo 4."""
-    chunk: bytes | memoryview = data
+    chunk, is_whole = data, True
     if scheme != _PLAIN:
+        frame = lz4.frame.LZ4FrameDecompressor()
         try:
-            chunk = lz4.frame.LZ4FrameDecompressor().decompress(data, max_length=size_bytes + 1)
+            chunk = frame.decompress(data, max_length=size_bytes + 1)
         except RuntimeError as error:
             raise InvalidInputError(f"A chunk is not valid LZ4: {error}") from None
-    if len(chunk) != size_bytes:
+        is_whole = frame.eof and not frame.unused_data
+    if len(chunk) != size_bytes or not is_whole:
         raise InvalidInputError(f"A chunk has not the {size_bytes} bytes that its header says.")
     return _ungroup(chunk) if scheme == _GROUPED_LZ4 else chunk
 
