@@ -96,7 +96,7 @@ class Repos:
                     (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now()),
                 )
                 values = [(uid, sha256) for sha256 in sha256s]
-                connection.executemany("INSERT INTO repo_blobs VALUES (?, ?)", values)
+                connection.executemany("INSERT INTO repo_blobs (repo, sha256) VALUES (?, ?)", values)
                 _forget_redirect(connection, repo_id)
         except sqlite3.IntegrityError:
             shutil.rmtree(path)
