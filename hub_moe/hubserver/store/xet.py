@@ -100,10 +100,9 @@ class XetStore:
             raise InvalidInputError(f"The file has the Xet hash {name}, not {file.name}.")
 
     def _index(self, xorb: str) -> XorbIndex:
-        try:
-            return self.xorbs.index(xorb)
-        except NotFoundError:
-            raise InvalidInputError(_MISSING.format(xorb)) from None
+        if not self.xorbs.has(xorb):  # its index may still be remembered
+            raise InvalidInputError(_MISSING.format(xorb))
+        return self.xorbs.index(xorb)
 
     def _check_content(self, file: ShardFile) -> Iterator[int]:
         digest = hashlib.sha256()
