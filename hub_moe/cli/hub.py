@@ -1,10 +1,11 @@
 """`hub-moe hub`: run the embedded Hub and look after it."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .hub_options import DEFAULT_ROOT, AsJson, Root
+from .hub_storage import backup, check, gc, restore
 from .output import print_json, print_table, print_text, say
 
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the embedded Hub and look after it.")
@@ -13,14 +14,13 @@ token = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tokens by
 hub.add_typer(user, name="user")
 hub.add_typer(token, name="token")
 
-Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds everything.", envvar="HUB_MOE_HUB_ROOT")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_DEFAULT_ROOT = Path("hub")
+for _command in (check, gc, backup, restore):
+    hub.command()(_command)
 
 
 @hub.command()
 def serve(
-    root: Root = _DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = 7860,
     host: Annotated[str, typer.Option(help="Who can reach it; 127.0.0.1 is this machine only.")] = "127.0.0.1",
 ) -> None:
@@ -48,7 +48,7 @@ def serve(
 @user.command("add")
 def add_user(
     name: Annotated[str, typer.Argument(help="Letters, digits, '-', '_' and '.'.")],
-    root: Root = _DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     org: Annotated[bool, typer.Option("--org", help="Make an organisation instead.")] = False,
     member: Annotated[
         list[str] | None, typer.Option(metavar="USER", help="A member of the organisation; may be repeated.")
@@ -75,7 +75,7 @@ def add_user(
 def join_org(
     name: Annotated[str, typer.Argument(metavar="USER", help="Who joins.")],
     org: Annotated[str, typer.Argument(help="Which organisation.")],
-    root: Root = _DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     role: Annotated[str, typer.Option(help="admin, write or read; replaces an earlier one.")] = "write",
 ) -> None:
     """Make a user a member of an organisation.
@@ -92,7 +92,7 @@ def join_org(
 
 
 @user.command("list")
-def list_users(root: Root = _DEFAULT_ROOT, as_json: AsJson = False) -> None:
+def list_users(root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
     """Show who is on this Hub.
 
     \b
@@ -108,7 +108,7 @@ def list_users(root: Root = _DEFAULT_ROOT, as_json: AsJson = False) -> None:
 @token.command("list")
 def list_tokens(
     user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose tokens.")],
-    root: Root = _DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     as_json: AsJson = False,
 ) -> None:
     """Show a user's tokens by name; a token itself is shown only when it is made.
@@ -126,7 +126,7 @@ def list_tokens(
 @token.command("create")
 def create_token(
     user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose token.")],
-    root: Root = _DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     name: Annotated[str, typer.Option(help="A token of the same name is replaced.")] = "default",
     read_only: Annotated[bool, typer.Option("--read-only", help="The token cannot change anything.")] = False,
 ) -> None:
@@ -145,7 +145,7 @@ def create_token(
 @token.command("revoke")
 def revoke_token(
     user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose token.")],
-    root: Root = _DEFAULT_ROOT,
+    root: Root = DEFAULT_ROOT,
     name: Annotated[str, typer.Option(help="Which token.")] = "default",
 ) -> None:
     """Make a token worthless at once.
@@ -159,33 +159,6 @@ def revoke_token(
     with Store(root, create=False) as store:
         store.accounts.revoke_token(user_name, name)
     say(f"Revoked the token {name!r} of {user_name}.")
-
-
-@hub.command()
-def check(
-    root: Root = _DEFAULT_ROOT,
-    quick: Annotated[bool, typer.Option("--quick", help="Do not read the large files through.")] = False,
-) -> None:
-    """Prove that nothing is lost: every object reachable, every sha256 right.
-
-    Prints one line for each fault; exit code 1 if there is one. May run while the Hub serves.
-
-    \b
-    Examples:
-      hub-moe hub check --root lab-hub
-    """
-    from ..hubserver.store import Store
-    from ..hubserver.store.check import find_faults, find_orphans
-
-    with Store(root, create=False) as store:
-        faults = list(find_faults(store, read_blobs=not quick))
-        orphans = find_orphans(store)
-    for fault in faults:
-        print_text(fault)
-    for orphan in orphans:
-        say(f"{orphan} belongs to no repo; it only takes space.")
-    say(f"{len(faults)} faults." if faults else "Everything is whole.")
-    raise typer.Exit(1 if faults else 0)
 
 
 def _print_rows(rows: list[dict[str, str]], columns: tuple[str, ...], *, as_json: bool) -> None:

@@ -1,5 +1,8 @@
 """The Xet protocol, by which clients with hf_xet send and fetch large files (hub-docs, docs/xet/api.md).
 
+hf_xet remembers by address which xorbs a server has, and sends them no more. So the address that goes with a token
+holds a number, which changes when `hub gc` has deleted xorbs.
+
 What came by Xet can be fetched by Xet; everything can be fetched over plain HTTP. The global search for chunks answers
 404: it would tell strangers what private repos hold. So do grants for xorbs that this repo does not have; the client
 then sends them here.
@@ -43,13 +46,13 @@ def give_read_token(call: Call) -> Response:
 def _give_token(call: Call, repo: Repo, purpose: str) -> Response:
     until = int(time.time()) + _LIFE_S
     token = sign(call.store.secret, purpose, {"repo": repo.uid}, life_s=_LIFE_S)
-    url = f"{call.base_url}/xet"
+    url = f"{call.base_url}/xet/{call.store.xet.generation()}"
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(until)}
     return JSONResponse({"casUrl": url, "accessToken": token, "exp": until}, headers=headers)
 
 
 def grant_xorb(call: Call) -> Response:
-    """`POST /xet/v1/xorb-grants/{prefix}/{hash}`: 200 when this repo has the xorb already."""
+    """`POST {address}/v1/xorb-grants/{prefix}/{hash}`: 200 when this repo has the xorb already."""
     fields = _read_token(call.request, "xet-write")
     if not call.store.xet.has_xorb(fields["repo"], call.param("hash")):
         raise NotFoundError("upload", "Send the xorb to /v1/xorbs.")
@@ -57,7 +60,7 @@ def grant_xorb(call: Call) -> Response:
 
 
 async def add_xorb(request: Request) -> Response:
-    """`POST /xet/v1/xorbs/{prefix}/{hash}`. The answer does not tell whether somebody else has the xorb."""
+    """`POST {address}/v1/xorbs/{prefix}/{hash}`. The answer does not tell whether somebody else has the xorb."""
     store: Store = request.app.state.store
     _read_token(request, "xet-write")
     if await run_in_threadpool(store.xet.renew_xorb, request.path_params["hash"]):
@@ -68,7 +71,7 @@ async def add_xorb(request: Request) -> Response:
 
 
 def add_shard(call: Call) -> Response:
-    """`POST /xet/v1/shards`: when this answers, every file of the shard can be committed."""
+    """`POST {address}/v1/shards`: when this answers, every file of the shard can be committed."""
     fields = _read_token(call.request, "xet-write")
     for file in _read_shard(call):
         for _ in call.store.xet.add_file(fields["repo"], file):
@@ -77,7 +80,7 @@ def add_shard(call: Call) -> Response:
 
 
 def add_shard_with_progress(call: Call) -> Response:
-    """`POST /xet/v2/shards`: the same, with a line of JSON now and then; the last one is `result` or `error`."""
+    """`POST {address}/v2/shards`: the same, with a line of JSON now and then; the last one is `result` or `error`."""
     fields = _read_token(call.request, "xet-write")
     events = _report(call.store, fields["repo"], _read_shard(call))
     lines = (json.dumps(event) + "\n" for event in events)
@@ -104,7 +107,7 @@ def _read_shard(call: Call) -> list[ShardFile]:
 
 
 def reconstruct(call: Call) -> Response:
-    """`GET /xet/v1/reconstructions/{name}`: which parts of which xorbs make up a file, or a range of it."""
+    """`GET {address}/v1/reconstructions/{name}`: which parts of which xorbs make up a file, or a range of it."""
 
     def describe(link: str, chunks: dict[str, int], place: dict[str, int]) -> dict[str, Any]:
         return {"range": chunks, "url": link, "url_range": place}
@@ -113,7 +116,7 @@ def reconstruct(call: Call) -> Response:
 
 
 def reconstruct_by_url(call: Call) -> Response:
-    """`GET /xet/v2/reconstructions/{name}`: the same, said another way."""
+    """`GET {address}/v2/reconstructions/{name}`: the same, said another way."""
 
     def describe(link: str, chunks: dict[str, int], place: dict[str, int]) -> dict[str, Any]:
         return {"url": link, "ranges": [{"chunks": chunks, "bytes": place}]}
@@ -193,14 +196,15 @@ def _read_token(request: Request, purpose: str) -> dict[str, Any]:
         raise UnauthenticatedError(str(error)) from None
 
 
+_CAS = "/xet/{generation}"
 ROUTES = [
     route("/api/{kinds:kinds}/{owner}/{name}/xet-write-token/{rev}", give_write_token),
     route("/api/{kinds:kinds}/{owner}/{name}/xet-read-token/{rev}", give_read_token),
-    route("/xet/v1/reconstructions/{file}", reconstruct, identify=_check_read_token),
-    route("/xet/v2/reconstructions/{file}", reconstruct_by_url, identify=_check_read_token),
+    route(f"{_CAS}/v1/reconstructions/{{file}}", reconstruct, identify=_check_read_token),
+    route(f"{_CAS}/v2/reconstructions/{{file}}", reconstruct_by_url, identify=_check_read_token),
     route("/xet/xorb/{link}", give_xorb, identify=_check_nothing),
-    route("/xet/v1/xorb-grants/{prefix}/{hash}", grant_xorb, "POST", identify=_check_write_token),
-    Route("/xet/v1/xorbs/{prefix}/{hash}", add_xorb, methods=["POST"]),
-    route("/xet/v1/shards", add_shard, "POST", identify=_check_write_token),
-    route("/xet/v2/shards", add_shard_with_progress, "POST", identify=_check_write_token),
+    route(f"{_CAS}/v1/xorb-grants/{{prefix}}/{{hash}}", grant_xorb, "POST", identify=_check_write_token),
+    Route(f"{_CAS}/v1/xorbs/{{prefix}}/{{hash}}", add_xorb, methods=["POST"]),
+    route(f"{_CAS}/v1/shards", add_shard, "POST", identify=_check_write_token),
+    route(f"{_CAS}/v2/shards", add_shard_with_progress, "POST", identify=_check_write_token),
 ]

@@ -86,3 +86,22 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
         taken.listen()
         done = run("serve", "--root", tmp_path, "--port", taken.getsockname()[1])
     assert "choose another --port" in done.stderr
+
+
+def test_gc_backup_and_restore_say_what_they_did(tmp_path):
+    root = ("--root", tmp_path / "hub")
+    run("user", "add", "carol", *root)
+    blob = tmp_path / "hub/blobs/00/00" / ("0" * 64)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(bytes(5000))
+    assert run("gc", *root).stderr == "Freed 0 B.\n"
+    os.utime(blob, (0, 0))
+    assert "Would free 5.00 kB" in run("gc", "--dry-run", *root).stderr
+    done = run("gc", "--json", *root)
+    assert (json.loads(done.stdout)["sizes_bytes"], done.stderr) == ({"large files": 5000}, "Freed 5.00 kB.\n")
+    done = run("backup", tmp_path / "b.tar", "--json", *root)
+    assert (json.loads(done.stdout)["repos"], done.returncode) == (0, 0)
+    assert "exists already" in run("backup", tmp_path / "b.tar", *root).stderr
+    assert "everything is whole" in run("restore", tmp_path / "b.tar", "--root", tmp_path / "again").stderr
+    assert json.loads(run("check", "--json", "--root", tmp_path / "again").stdout) == {"faults": [], "orphans": []}
+    assert run("restore", tmp_path / "nothing", "--root", tmp_path / "third").returncode == 1

@@ -1,7 +1,10 @@
 """Killed at any moment, a Hub loses nothing that it acknowledged, and serves again."""
 
 import random
+import subprocess
+import sys
 import threading
+import time
 from contextlib import suppress
 from itertools import count
 
@@ -10,6 +13,7 @@ import pytest
 from hub_moe.hubserver.pytest_plugin import create_hub
 from hub_moe.hubserver.store import RepoId, Store
 from hub_moe.hubserver.store.check import find_faults
+from hub_moe.hubserver.store.gc import collect
 
 from .git.git_client import Git
 from .xet_by_hand import XetClient as Client
@@ -121,3 +125,64 @@ def test_a_server_starts_on_a_folder_whose_leftovers_it_can_clear(tmp_path, fold
     with Client(hub) as client:
         assert client.create("m").status_code == 200
     hub.stop()
+
+
+UPLOAD_FOR_EVER = """
+import itertools, random
+from huggingface_hub import HfApi
+api, shared = HfApi(), random.Random(0).randbytes(300_000)
+for number in itertools.count():
+    path, content = f"{round_number}/{{number}}.bin", random.Random(f"{round_number} {{number}}").randbytes(200_000)
+    info = api.upload_file(path_or_fileobj=shared + content, path_in_repo=path, repo_id="alice/m")
+    print(number, info.oid, flush=True)
+"""
+CLEAN_FOR_EVER = """
+import sys
+from pathlib import Path
+from hub_moe.hubserver.store import Store
+from hub_moe.hubserver.store.gc import collect
+with Store(Path(sys.argv[1])) as store:
+    while True:
+        collect(store, older_than_s=5)
+        print("cleaned", flush=True)
+"""
+
+
+def test_hf_xet_gc_and_the_server_killed_at_any_moment_lose_nothing_that_was_acknowledged(tmp_path):
+    hub, chance, acknowledged = create_hub(tmp_path / "hub"), random.Random(2), {}
+    hub.start()
+    with Client(hub) as client:
+        client.create("m")
+    for round_number in range(4):
+        environment = hub.environment(xet=True)
+        clean = [sys.executable, "-c", CLEAN_FOR_EVER, str(hub.root)]
+        upload = [sys.executable, "-c", UPLOAD_FOR_EVER.format(round_number=round_number)]
+        with (
+            subprocess.Popen(clean, stdout=subprocess.PIPE, text=True) as cleaner,
+            subprocess.Popen(upload, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one,
+        ):
+            lines = [one.stdout.readline(), cleaner.stdout.readline()]
+            assert all(lines), one.stderr.read()
+            time.sleep(chance.uniform(0.05, 0.8))
+            victims = [hub.kill, cleaner.kill, one.kill]
+            chance.shuffle(victims)
+            for kill in victims:
+                kill()
+                time.sleep(chance.uniform(0, 0.1))
+            for line in [lines[0], *one.stdout]:
+                if line.endswith("\n"):
+                    number, oid = line.split()
+                    acknowledged[f"{round_number}/{number}.bin"] = oid
+        with Store(hub.root) as store:
+            assert list(find_faults(store)) == []
+            assert collect(store, older_than_s=-5).skipped == []
+            assert list(find_faults(store)) == []
+        hub.start()
+    shared = random.Random(0).randbytes(300_000)
+    with Client(hub) as client:
+        for path, oid in acknowledged.items():
+            content = shared + random.Random(path.removesuffix(".bin").replace("/", " ")).randbytes(200_000)
+            for revision in ("main", oid):
+                assert client.send("GET", f"/alice/m/resolve/{revision}/{path}").content == content
+    hub.stop()
+    assert len(acknowledged) >= 4

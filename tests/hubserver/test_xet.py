@@ -7,7 +7,10 @@ import random
 import httpx2
 import pytest
 
+from hub_moe.hubserver.pytest_plugin import create_hub
 from hub_moe.hubserver.signing import sign
+from hub_moe.hubserver.store import RepoId, Store
+from hub_moe.hubserver.store.gc import collect
 from hub_moe.hubserver.store.xet_hashes import hash_chunk, hash_term
 
 from .xet_by_hand import File, XetClient, Xorb, pack_shard
@@ -140,7 +143,7 @@ def test_a_token_is_good_for_one_repo_and_one_purpose(alice, bob, xorb):
     assert alice.cas("POST", "/v2/shards", read, content=pack_shard(file)).status_code == 403
     assert alice.cas("POST", f"/v1/xorbs/default/{xorb.name}", read, content=xorb.body).status_code == 403
     assert alice.cas("GET", path, alice.hub.tokens["alice"]).status_code == 403
-    assert httpx2.get(f"{alice.hub.url}/xet{path}").status_code == 401
+    assert httpx2.get(f"{alice.hub.url}/xet/0{path}").status_code == 401
 
 
 def test_an_expired_token_is_401_so_that_the_client_fetches_another(alice, xorb):
@@ -228,3 +231,25 @@ if not {first}:
     whole, patch = sizes[1] - sizes[0], sizes[2] - sizes[1]
     assert 16_000_000 <= whole < 16_500_000
     assert 2_000_000 <= patch < 3_200_000
+
+
+@pytest.mark.parametrize("is_cleaned", [False, True])
+def test_a_client_that_remembers_xorbs_can_upload_again_after_gc(tmp_path, is_cleaned):
+    code = """
+import random, sys
+from huggingface_hub import HfApi
+api, repo = HfApi(), HfApi().create_repo("alice/m", exist_ok=True).repo_id
+content = random.Random(9).randbytes(500_000)
+api.upload_file(path_or_fileobj=content, path_in_repo="w.bin", repo_id=repo)
+with open(api.hf_hub_download(repo, "w.bin", force_download=True), "rb") as file:
+    assert file.read() == content
+"""
+    hub = create_hub(tmp_path / "hub")
+    with hub.running():
+        hub.run_python(code, xet=True)
+        with Store(hub.root) as store:
+            alice = store.accounts.identify(hub.tokens["alice"])
+            store.repos.delete(RepoId("model", "alice", "m"), alice)
+            if is_cleaned:
+                assert collect(store, older_than_s=-5).counts == {"recipes": 1, "xorbs": 1}
+        hub.run_python(code, xet=True)

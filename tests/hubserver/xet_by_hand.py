@@ -105,7 +105,7 @@ class XetClient(Client):
 
     def cas(self, method, path, token, **options):
         options.setdefault("headers", {})["authorization"] = f"Bearer {token}"
-        return self.client.request(method, f"{self.hub.url}/xet{path}", **options)
+        return self.client.request(method, f"{self.hub.url}/xet/0{path}", **options)
 
     def add(self, repo, *files):
         """Send every xorb of some files, then the shard; the answer to that."""

@@ -2,7 +2,8 @@
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 from dulwich.errors import ChecksumMismatch, ObjectFormatException
 
@@ -15,16 +16,25 @@ from .repos import Repo
 _BROKEN = (KeyError, AssertionError, ObjectFormatException, ChecksumMismatch, NotFoundError, zlib.error, ValueError)
 
 
-def find_faults(store: Store, *, read_blobs: bool = True) -> Iterator[str]:
-    """One sentence for each fault. `read_blobs=False` trusts the content of large files and checks only their size."""
-    if read_blobs:
-        yield from _check_blobs(store)
-    for repo in store.repos.all():
-        if not store.repos.path(repo).is_dir():
-            yield f"{repo.id.kind} {repo.id}: its git repository is missing."
-            continue
-        with store.repos.open(repo) as git:
-            yield from _check_repo(store, repo, git)
+OnProgress = Callable[[int, int], None]
+
+
+def find_faults(store: Store, *, read_blobs: bool = True, on_progress: OnProgress | None = None) -> Iterator[str]:
+    """One sentence for each fault. `read_blobs=False` trusts the content of large files and checks only their size.
+
+    `on_progress` gets how many files and repos are checked, and how many there are in all.
+    """
+    repos, contents = store.repos.all(), sorted(store.contents.all()) if read_blobs else []
+    xorbs = sorted({*store.xorbs.all(), *store.contents.recipes.xorbs()})
+    checks = [
+        *(partial(_check_xorb, store, name, read=read_blobs) for name in xorbs),
+        *(partial(_check_content, store, sha256) for sha256 in contents),
+        *(partial(_check_repo, store, repo) for repo in repos),
+    ]
+    for number, check in enumerate(checks, start=1):
+        yield from check()
+        if on_progress:
+            on_progress(number, len(checks))
 
 
 def find_orphans(store: Store) -> list[str]:
@@ -33,23 +43,36 @@ def find_orphans(store: Store) -> list[str]:
     return sorted(path.name for path in (store.root / "repos").iterdir() if path.name not in known)
 
 
-def _check_blobs(store: Store) -> Iterator[str]:
-    for name in store.xorbs.all():
-        if not store.xorbs.is_true(name):
-            yield f"xorb {name}: it is damaged."
-    for sha256 in store.contents.all():
-        digest = hashlib.sha256()
-        try:
-            for piece in store.contents.read(sha256):
-                digest.update(piece)
-        except (NotFoundError, InvalidInputError) as error:
+def _check_xorb(store: Store, name: str, *, read: bool) -> Iterator[str]:
+    if not store.xorbs.has(name):
+        if store.contents.recipes.users(name):
+            yield f"xorb {name}: it is missing."
+    elif read and not store.xorbs.is_true(name):
+        yield f"xorb {name}: it is damaged."
+
+
+def _check_content(store: Store, sha256: str) -> Iterator[str]:
+    digest = hashlib.sha256()
+    try:
+        for piece in store.contents.read(sha256):
+            digest.update(piece)
+    except (NotFoundError, InvalidInputError) as error:
+        if store.contents.size_bytes(sha256) is not None:  # else `hub gc` has deleted it meanwhile
             yield f"large file {sha256}: {error}"
-            continue
-        if digest.hexdigest() != sha256:
-            yield f"large file {sha256}: its content has the sha256 {digest.hexdigest()}."
+        return
+    if digest.hexdigest() != sha256:
+        yield f"large file {sha256}: its content has the sha256 {digest.hexdigest()}."
 
 
-def _check_repo(store: Store, repo: Repo, git: GitRepo) -> Iterator[str]:
+def _check_repo(store: Store, repo: Repo) -> Iterator[str]:
+    if not store.repos.path(repo).is_dir():
+        yield f"{repo.id.kind} {repo.id}: its git repository is missing."
+        return
+    with store.repos.open(repo) as git:
+        yield from _check_refs(store, repo, git)
+
+
+def _check_refs(store: Store, repo: Repo, git: GitRepo) -> Iterator[str]:
     name = f"{repo.id.kind} {repo.id}"
     for discussion in store.discussions.list_all(repo, is_pull_request=True):
         if git.read_ref(discussion.ref) is None:
@@ -83,10 +106,10 @@ def _check_history(store: Store, repo: Repo, git: GitRepo, commit: str, seen: se
                 yield f"{repo.id.kind} {repo.id}: the object {item.oid} ({item.path}) is damaged."
             if item.is_folder:
                 continue
-            yield from _check_content(store, repo, git, item)
+            yield from _check_pointer(store, repo, git, item)
 
 
-def _check_content(store: Store, repo: Repo, git: GitRepo, item: TreeEntry) -> Iterator[str]:
+def _check_pointer(store: Store, repo: Repo, git: GitRepo, item: TreeEntry) -> Iterator[str]:
     pointer = parse_pointer(git.read_file(item.oid))
     if pointer is None or store.commits.was_deleted(repo, pointer[0]):
         return

@@ -12,6 +12,7 @@ from .database import Database
 from .errors import ConflictError, InvalidInputError, NotFoundError, StaleParentError, TooLargeError
 from .files import MAX_REGULAR_BYTES
 from .git import GitRepo, format_pointer, parse_pointer
+from .locks import share
 from .names import check_path, check_ref_name, check_sha256
 from .repos import Repo, Repos
 
@@ -99,7 +100,8 @@ class Commits:
             added, deleted = self._store(repo, git, operations)
             tree = _build_tree(git, head, added, deleted)
             commit = git.write_commit(tree=tree, parents=[head], author=format_author(who), message=message)
-            git.move_ref(ref, old=None, new=commit)
+            with self._lock(repo):
+                git.move_ref(ref, old=None, new=commit)
         return commit
 
     @contextmanager
@@ -187,8 +189,11 @@ class Commits:
         query = "SELECT 1 FROM deleted_blobs WHERE repo = ? AND sha256 = ?"
         return self._database.row(query, repo.uid, sha256) is not None
 
-    def _lock(self, repo: Repo) -> threading.Lock:
-        return self._locks.setdefault(repo.uid, threading.Lock())
+    @contextmanager
+    def _lock(self, repo: Repo) -> Iterator[None]:
+        """One change of a repo's refs at a time, and none while a backup notes what the refs and rows are."""
+        with self._locks.setdefault(repo.uid, threading.Lock()), share(self._repos.changing_lock):
+            yield
 
     def _store(
         self, repo: Repo, git: GitRepo, operations: Iterable[Operation]

@@ -1,6 +1,6 @@
 """Large contents by their sha256, whatever they are kept as: one whole file, or a recipe over xorbs.
 
-A content has a recipe if it ever came by Xet; the file that another way of upload had left is then deleted.
+A content has a recipe if it ever came by Xet; a file that another way of upload left before is deleted by `hub gc`.
 """
 
 import os

@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,16 @@ CREATE TABLE IF NOT EXISTS events (
     FOREIGN KEY (repo, num) REFERENCES discussions (repo, num) ON DELETE CASCADE
 ) STRICT;
 CREATE INDEX IF NOT EXISTS events_by_discussion ON events (repo, num);
+CREATE TABLE IF NOT EXISTS counters (
+    name TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT;
 CREATE TABLE IF NOT EXISTS recipes (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     sha256 TEXT NOT NULL UNIQUE,
     name TEXT NOT NULL UNIQUE,
-    size_bytes INTEGER NOT NULL
+    size_bytes INTEGER NOT NULL,
+    added_at_s INTEGER NOT NULL DEFAULT (CAST(strftime('%s', 'now') AS INTEGER))
 ) STRICT;
 CREATE TABLE IF NOT EXISTS recipe_terms (
     recipe INTEGER NOT NULL REFERENCES recipes (id) ON DELETE CASCADE,
@@ -156,6 +161,12 @@ class Database:
         """The first row that a SELECT finds."""
         found = self.rows(query, *values)
         return found[0] if found else None
+
+    def copy(self, path: Path) -> None:
+        """Write the database as it is at one moment into a new file."""
+        with closing(sqlite3.connect(path)) as target:
+            self._connection.backup(target)
+            target.execute("PRAGMA journal_mode = DELETE")
 
     def close(self) -> None:
         """Close the connection; the object is of no use afterwards."""

@@ -61,7 +61,7 @@ class Objects:
             return found
         try:
             with self._loose(oid).open("rb") as file:
-                head = zlib.decompressobj().decompress(file.read(64), 16)
+                head = zlib.decompressobj().decompress(file.read(1024), 16)  # a Huffman table may come first
         except FileNotFoundError:
             return self._stored.get_raw(ObjectID(oid.encode()))[0]
         return _TYPES[head.partition(b" ")[0]]

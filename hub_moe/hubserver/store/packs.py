@@ -70,8 +70,8 @@ class PackWriter:
         place = self._places.get(bytes.fromhex(oid))
         return place.type_num if place else None
 
-    def finish(self) -> None:
-        """Make the objects part of the repository, so that a crash leaves all of them or none."""
+    def finish(self) -> Path:
+        """Make the objects part of the repository, so that a crash leaves all of them or none; the new pack."""
         self._file.seek(0)
         self._file.write(pack_header(len(self._places)))
         checksum = self._hash()
@@ -83,6 +83,7 @@ class PackWriter:
         move_into_place(self._file, self._path, target)
         os.replace(index, target.with_suffix(".idx"))
         sync_folder(self._folder)
+        return target
 
     def discard(self) -> None:
         """Forget everything that was added and not finished."""

@@ -109,10 +109,14 @@ class Recipes:
         """Forget a recipe inside a transaction; its xorbs stay."""
         connection.execute("DELETE FROM recipes WHERE sha256 = ?", (sha256,))
 
-    def uses(self, connection: sqlite3.Connection, xorb: str) -> bool:
-        """Whether a recipe needs a xorb."""
-        query = "SELECT 1 FROM recipe_terms WHERE xorb = ? LIMIT 1"
-        return connection.execute(query, (xorb,)).fetchone() is not None
+    def xorbs(self) -> list[str]:
+        """The name of every xorb that a recipe needs."""
+        return [row["xorb"] for row in self._database.rows("SELECT DISTINCT xorb FROM recipe_terms")]
+
+    def users(self, xorb: str) -> list[str]:
+        """The sha256 of every content that a xorb is part of."""
+        query = "SELECT DISTINCT sha256 FROM recipe_terms JOIN recipes ON id = recipe WHERE xorb = ?"
+        return [row["sha256"] for row in self._database.rows(query, xorb)]
 
 
 def _place(recipe: int, terms: Iterable[Term]) -> Iterator[tuple[int, int, str, int, int, int]]:

@@ -4,7 +4,7 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +22,16 @@ from .errors import (
     UnauthenticatedError,
 )
 from .git import GitRepo
+from .locks import share, take
 from .names import RepoId
 
+IN_USE = "in-use"
+"""The lock in a repository's folder that everybody shares who works in it."""
 _FIRST_FILE = Path(__file__).parent / "gitattributes.txt"
 _SELECT = "SELECT *, (SELECT COUNT(*) FROM likes WHERE likes.repo = repos.id) AS likes FROM repos"
+_INSERT = (
+    "INSERT INTO repos (id, kind, owner, name, private, sdk, created_at, modified_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+)
 _GATES = {"": "", False: "", None: "", "auto": "auto", "manual": "manual"}
 
 
@@ -51,16 +57,23 @@ class Repos:
         self._database = database
         self._accounts = accounts
         self._folder = folder
+        self.cleaning_lock = folder.parent / "cleaning.lock"
+        self.changing_lock = folder.parent / "changing.lock"
         folder.mkdir(parents=True, exist_ok=True)
 
     @contextmanager
     def open(self, repo: Repo) -> Iterator[GitRepo]:
-        """The git repository of a repo; NotFoundError if the repo was deleted in the meantime."""
-        try:
-            git = GitRepo(self.path(repo))
-        except NotGitRepository:
-            raise NotFoundError("repo", "Repository not found") from None
-        with git:
+        """The git repository of a repo, of which `hub gc` deletes nothing as long as it is open.
+
+        Raises:
+            NotFoundError: If the repo was deleted in the meantime.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(share(self.path(repo) / IN_USE))
+                git = stack.enter_context(GitRepo(self.path(repo)))
+            except (NotGitRepository, FileNotFoundError):
+                raise NotFoundError("repo", "Repository not found") from None
             yield git
 
     def path(self, repo: Repo) -> Path:
@@ -85,22 +98,19 @@ class Repos:
             raise ConflictError(f"You already created this {repo_id.kind} repo")
         uid = uuid.uuid4().hex
         GitRepo.create(path := self._folder / f"{uid}.git")
-        with GitRepo(path) as git:
+        with share(path / IN_USE), GitRepo(path) as git:
             sha256s = list(fill(git)) if fill else _write_first_commit(git, who)
-        owner = self._accounts.find(repo_id.owner)["name"]
-        try:
-            with self._database.transaction() as connection:
-                connection.execute(
-                    "INSERT INTO repos (id, kind, owner, name, private, sdk, created_at, modified_at) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now()),
-                )
-                values = [(uid, sha256) for sha256 in sha256s]
-                connection.executemany("INSERT INTO repo_blobs (repo, sha256) VALUES (?, ?)", values)
-                _forget_redirect(connection, repo_id)
-        except sqlite3.IntegrityError:
-            shutil.rmtree(path)
-            raise ConflictError(f"You already created this {repo_id.kind} repo") from None
+            owner = self._accounts.find(repo_id.owner)["name"]
+            try:
+                with self._database.transaction() as connection:
+                    values = (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now())
+                    connection.execute(_INSERT, values)
+                    rows = [(uid, sha256) for sha256 in sha256s]
+                    connection.executemany("INSERT INTO repo_blobs (repo, sha256) VALUES (?, ?)", rows)
+                    _forget_redirect(connection, repo_id)
+            except sqlite3.IntegrityError:
+                shutil.rmtree(path)
+                raise ConflictError(f"You already created this {repo_id.kind} repo") from None
         return self.find(repo_id, who)
 
     def find(self, repo_id: RepoId, who: Identity | None) -> Repo:
@@ -162,11 +172,13 @@ class Repos:
             return int(connection.execute(query, (repo.uid,)).fetchall()[0][0])
 
     def delete(self, repo_id: RepoId, who: Identity | None) -> None:
-        """Forget a repo and its history."""
+        """Forget a repo and its history; `hub gc` frees the room that its large files take."""
         repo = self.find_to_write(repo_id, who)
         with self._database.transaction() as connection:
             connection.execute("DELETE FROM repos WHERE id = ?", (repo.uid,))
-        shutil.rmtree(self.path(repo), ignore_errors=True)
+        with take(self.cleaning_lock, alone=False) as is_held:
+            if is_held:  # else a backup copies the folder, and a later `hub gc` deletes it
+                shutil.rmtree(self.path(repo), ignore_errors=True)
 
     def move(self, source: RepoId, target: RepoId, who: Identity | None) -> None:
         """Rename a repo, or give it to a namespace in which `who` may write; its old name leads to the new one."""

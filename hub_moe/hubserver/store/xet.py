@@ -65,6 +65,18 @@ class XetStore:
             raise NotFoundError("upload", f"This repo has no file with the Xet name {name}.")
         return recipe
 
+    def generation(self) -> int:
+        """A number that changes when xorbs are deleted."""
+        row = self._database.row("SELECT value FROM counters WHERE name = 'xet generation'")
+        return int(row["value"]) if row else 0
+
+    def start_generation(self) -> None:
+        """Xorbs will be deleted: clients that fetch a token from now on shall not count on xorbs they know."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO counters VALUES ('xet generation', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1"
+            )
+
     def locate(self, xorb: str, first: int, end: int) -> tuple[int, int]:
         """The first and last byte of a run of chunks inside a xorb."""
         ends = self.xorbs.index(xorb).ends
@@ -88,10 +100,9 @@ class XetStore:
             raise InvalidInputError(f"The file has the Xet hash {name}, not {file.name}.")
 
     def _index(self, xorb: str) -> XorbIndex:
-        try:
-            return self.xorbs.index(xorb)
-        except NotFoundError:
-            raise InvalidInputError(_MISSING.format(xorb)) from None
+        if not self.xorbs.has(xorb):  # its index may still be remembered
+            raise InvalidInputError(_MISSING.format(xorb))
+        return self.xorbs.index(xorb)
 
     def _check_content(self, file: ShardFile) -> Iterator[int]:
         digest = hashlib.sha256()
@@ -106,7 +117,6 @@ class XetStore:
         with self._database.transaction() as connection:
             self._contents.recipes.add(connection, file)
             self._commits.note(connection, repo_uid, file.sha256)
-        self._contents.blobs.delete(file.sha256)
 
 
 _MISSING = (

@@ -11,6 +11,7 @@ from hub_moe.hubserver.store import Store, xorbs
 from hub_moe.hubserver.store.check import find_faults
 from hub_moe.hubserver.store.commits import AddLargeFile
 from hub_moe.hubserver.store.errors import InvalidInputError, NotFoundError, TooLargeError
+from hub_moe.hubserver.store.gc import collect
 from hub_moe.hubserver.store.shards import parse_shard
 from hub_moe.hubserver.store.xorb_format import MAX_CHUNK_BYTES, XorbReader, unpack_run
 
@@ -73,13 +74,16 @@ def test_an_empty_file_has_a_recipe_without_terms(store, repo):
     assert b"".join(store.contents.read(sha256_of(b""))) == b""
 
 
-def test_what_came_both_ways_is_kept_once(kept, repo):
+def test_what_came_both_ways_is_kept_once(kept, repo, alice):
     sha256 = sha256_of(FILE.content)
     kept.contents.store([FILE.content], sha256=sha256, size_bytes=len(FILE.content))
     assert list(kept.contents.blobs.all()) == []
     other = File([(ONE, 1, 4)])
     kept.contents.store([other.content], sha256=sha256_of(other.content), size_bytes=len(other.content))
     add_shard(kept, repo, pack_shard(other))
+    large = AddLargeFile("other.bin", sha256_of(other.content))
+    kept.commits.commit(repo, [large], revision="main", who=alice, message="m")
+    collect(kept, older_than_s=-1)
     assert list(kept.contents.blobs.all()) == []
     assert b"".join(kept.contents.read(sha256_of(other.content))) == other.content
 
