@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from .mirror import mirror
 from .output import print_json, print_table, print_text, say
 
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the embedded Hub and look after it.")
@@ -12,6 +13,7 @@ user = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="People and
 token = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tokens by which clients log in.")
 hub.add_typer(user, name="user")
 hub.add_typer(token, name="token")
+hub.command()(mirror)
 
 Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds everything.", envvar="HUB_MOE_HUB_ROOT")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

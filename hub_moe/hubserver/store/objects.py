@@ -10,7 +10,7 @@ from dulwich.object_store import DiskObjectStore
 from dulwich.objects import ObjectID
 
 from .blobs import move_into_place, sync_folder
-from .packs import TYPE_NAMES, PackWriter, hash_object
+from .packs import BLOB, COMMIT, TAG, TREE, TYPE_NAMES, PackWriter, hash_object
 
 _LOOSE_OBJECTS = 64
 _LOOSE_BYTES = 4 << 20
@@ -88,11 +88,10 @@ class Objects:
         if self._pack is not None:
             self._pack.finish()
             self._pack = None
-        folders = {self._write_loose(oid, *thing) for oid, thing in self._waiting.items()}
-        for folder in folders:
-            sync_folder(folder)
-        if folders:
-            sync_folder(self._path)
+        for group in _in_safe_order(self._waiting):
+            folders = {self._write_loose(oid, *self._waiting[oid]) for oid in group}
+            for folder in [*folders, self._path]:
+                sync_folder(folder)
         self._forget_waiting()
 
     def discard(self) -> None:
@@ -118,6 +117,24 @@ class Objects:
 
     def _loose(self, oid: str) -> Path:
         return self._path / oid[:2] / oid[2:]
+
+
+def _in_safe_order(things: dict[str, tuple[int, bytes]]) -> Iterator[list[str]]:
+    """Groups in which to write objects, so that a crash between two leaves no commit without what it needs."""
+    if contents := [oid for oid, (type_num, _) in things.items() if type_num in {BLOB, TREE}]:
+        yield contents
+    left = {oid: _parents(content) for oid, (type_num, content) in things.items() if type_num == COMMIT}
+    while left:
+        ready = [oid for oid, parents in left.items() if not parents & left.keys()]
+        yield ready
+        left = {oid: parents for oid, parents in left.items() if oid not in ready}
+    if tags := [oid for oid, (type_num, _) in things.items() if type_num == TAG]:
+        yield tags
+
+
+def _parents(commit: bytes) -> set[str]:
+    header = commit.partition(b"\n\n")[0].split(b"\n")
+    return {line.removeprefix(b"parent ").decode() for line in header if line.startswith(b"parent ")}
 
 
 def _parse_loose(stream: bytes) -> tuple[int, bytes]:
