@@ -3,14 +3,11 @@
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .output import describe_bytes, print_json, print_table, say
-
-if TYPE_CHECKING:
-    from ..hub.mirror import RepoMirror, Report
 
 
 def mirror(
@@ -97,7 +94,7 @@ def _open_mirrors(
     force: bool,
     bar: _ProgressBar,
     stack: ExitStack,
-) -> "list[RepoMirror]":
+) -> list[Any]:
     from ..hub.mirror import RepoMirror
     from ..hub.mirror_address import Address, Side, pair_repos
 
@@ -110,7 +107,7 @@ def _open_mirrors(
     ]
 
 
-def _describe_plan(report: "Report") -> str:
+def _describe_plan(report: Any) -> str:
     lines = [f"{report.source} -> {report.target}" + (" (new)" if report.is_new else "")]
     size = describe_bytes(report.bytes)
     lines.append(f"  {report.commits} commits, {report.files} large files ({size}), {report.skipped} there already")
@@ -121,7 +118,7 @@ def _describe_plan(report: "Report") -> str:
     return "\n".join(lines)
 
 
-def _print_reports(reports: "list[Report]", *, as_json: bool, is_plan: bool) -> None:
+def _print_reports(reports: list[Any], *, as_json: bool, is_plan: bool) -> None:
     if as_json:
         print_json([asdict(report) for report in reports])
     else:
@@ -135,7 +132,7 @@ def _print_reports(reports: "list[Report]", *, as_json: bool, is_plan: bool) -> 
             say(f"Error: {report.error}")
 
 
-def _print_table(reports: "list[Report]") -> None:
+def _print_table(reports: list[Any]) -> None:
     rows = [
         (
             report.target.split("/", 3)[3],

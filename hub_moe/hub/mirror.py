@@ -93,7 +93,8 @@ class RepoMirror:
             info = self.source_side.api.repo_info(self.source.repo_id, repo_type=self.source.kind)
             self._sdk = getattr(info, "sdk", None) or ("static" if self.source.kind == "space" else None)
             numbers = self._pulls.list_open()
-        self._refs = self._history.fetch(self.source_side, self.source, pull_requests=numbers)
+        heads = {f"{_PULLS}{number}": head for number, head in numbers.items()}
+        self._refs = self._history.fetch(self.source_side, self.source, pull_requests=heads)
         with _in_one_sentence(self.target):
             there = self._read_target()
             self.report.is_new = there is None

@@ -55,19 +55,19 @@ class History:
         """Close the files; the folder stays."""
         self._repo.close()
 
-    def fetch(self, side: Side, address: RepoAddress, *, pull_requests: list[int]) -> dict[str, str]:
-        """Get the branches, tags and some pull requests of SRC; each ref with what it points at."""
-        wanted = {f"refs/pr/{number}" for number in pull_requests}
-
-        def is_wanted(ref: str) -> bool:
-            return ref.startswith(_BRANCHES_AND_TAGS) or ref in wanted
+    def fetch(self, side: Side, address: RepoAddress, *, pull_requests: dict[str, str]) -> dict[str, str]:
+        """Get the branches and tags of SRC and these refs of pull requests; each ref with what it points at."""
+        found: dict[str, str] = {}
 
         def choose(refs: dict[Ref, ObjectID], depth: int | None = None) -> list[ObjectID]:
-            return list({oid for ref, oid in refs.items() if is_wanted(ref.decode()) and oid not in self._store})
+            now = _as_text(dict(refs))
+            found.update({ref: oid for ref, oid in now.items() if ref.startswith(_BRANCHES_AND_TAGS)})
+            found.update({ref: now.get(ref, oid) for ref, oid in pull_requests.items()})
+            return _oids([oid for oid in dict.fromkeys(found.values()) if not self.has(oid)])
 
         with _Explained(address):
-            found = _client(side).fetch(address.path + ".git", self._repo, determine_wants=choose).refs  # type: ignore[arg-type]
-        return {ref: oid for ref, oid in _as_text(found).items() if is_wanted(ref)}
+            _client(side).fetch(address.path + ".git", self._repo, determine_wants=choose)  # type: ignore[arg-type]
+        return found
 
     def has(self, oid: str) -> bool:
         """Whether an object of this id came from SRC."""

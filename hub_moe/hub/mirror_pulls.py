@@ -5,6 +5,7 @@ On huggingface.co a pull request made by the client is a draft, and its author m
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from huggingface_hub import DiscussionComment, DiscussionStatusChange, DiscussionWithDetails
@@ -41,14 +42,18 @@ class PullRequests:
         self._source_side, self._source = source
         self._target_side, self._target = target
 
-    def list_open(self) -> list[int]:
-        """The numbers of the pull requests that are open or drafts at SRC."""
-        found = self._source_side.api.get_repo_discussions(
-            self._source.repo_id, discussion_type="pull_request", repo_type=self._source.kind
-        )
-        return sorted(one.num for one in found if one.is_pull_request and one.status in _OPEN)
+    def list_open(self) -> dict[int, str]:
+        """The pull requests that are open or drafts at SRC: each number with the commit it proposes."""
+        api, repo_id, kind = self._source_side.api, self._source.repo_id, self._source.kind
+        found = api.get_repo_discussions(repo_id, discussion_type="pull_request", repo_type=kind)
+        numbers = sorted(one.num for one in found if one.is_pull_request and one.status in _OPEN)
+        if not numbers:
+            return {}
+        refs = api.list_repo_refs(repo_id, repo_type=kind, include_pull_requests=True).pull_requests or []
+        heads = {ref.ref: ref.target_commit for ref in refs}
+        return {number: heads[f"refs/pr/{number}"] for number in numbers if f"refs/pr/{number}" in heads}
 
-    def plan(self, numbers: list[int], *, is_target_new: bool) -> list[PullRequestPlan]:
+    def plan(self, numbers: Iterable[int], *, is_target_new: bool) -> list[PullRequestPlan]:
         """What is to be done for each: those that are open at SRC, and copies of those that are not any more."""
         copies = {} if is_target_new else self._find_copies()
         plans = [PullRequestPlan(number, self._read_source(number), copies.pop(number, None)) for number in numbers]

@@ -22,6 +22,7 @@ class Objects:
 
     def __init__(self, path: Path, stored: DiskObjectStore) -> None:
         self._path = path
+        self._folder = str(path)  # joined as text: a Path for each object is slow
         self._stored = stored
         self._waiting: dict[str, tuple[int, bytes]] = {}
         self._waiting_bytes = 0
@@ -41,7 +42,7 @@ class Objects:
 
     def is_stored(self, oid: str) -> bool:
         """Whether an object is part of the repository."""
-        return self._loose(oid).exists() or self._stored.contains_packed(ObjectID(oid.encode()))
+        return os.path.exists(self._loose(oid)) or self._stored.contains_packed(ObjectID(oid.encode()))
 
     def read(self, oid: str) -> tuple[int, bytes]:
         """The type and content of an object; KeyError if there is none."""
@@ -49,7 +50,8 @@ class Objects:
         if found:
             return found
         try:
-            return _parse_loose(self._loose(oid).read_bytes())
+            with open(self._loose(oid), "rb") as file:
+                return _parse_loose(file.read())
         except FileNotFoundError:
             return self._stored.get_raw(ObjectID(oid.encode()))
 
@@ -60,7 +62,7 @@ class Objects:
         if self._pack is not None and (found := self._pack.type_of(oid)):
             return found
         try:
-            with self._loose(oid).open("rb") as file:
+            with open(self._loose(oid), "rb") as file:
                 head = zlib.decompressobj().decompress(file.read(64), 16)
         except FileNotFoundError:
             return self._stored.get_raw(ObjectID(oid.encode()))[0]
@@ -107,7 +109,7 @@ class Objects:
 
     def _write_loose(self, oid: str, type_num: int, content: bytes) -> Path:
         """By a temporary name: unlike dulwich's lock files, nothing stays locked after a kill."""
-        path = self._loose(oid)
+        path = Path(self._loose(oid))
         path.parent.mkdir(exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self._path, prefix="tmp_obj_")
         file = os.fdopen(descriptor, "wb")
@@ -115,8 +117,8 @@ class Objects:
         move_into_place(file, Path(name), path)
         return path.parent
 
-    def _loose(self, oid: str) -> Path:
-        return self._path / oid[:2] / oid[2:]
+    def _loose(self, oid: str) -> str:
+        return f"{self._folder}/{oid[:2]}/{oid[2:]}"
 
 
 def _in_safe_order(things: dict[str, tuple[int, bytes]]) -> Iterator[list[str]]:
