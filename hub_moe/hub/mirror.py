@@ -6,19 +6,16 @@ could not be tried here.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from ..errors import MirrorError
-from .mirror_address import RepoAddress, Side
-from .mirror_files import Advance, FileCopier
-from .mirror_history import ABSENT, History, LargeFile, Missing, list_refs
+from .mirror_address import RepoAddress, Side, in_one_sentence
+from .mirror_content import ABSENT, Advance, FileCopier, History, LargeFile, Missing, list_refs
 from .mirror_pulls import PullRequestPlan, PullRequests
 
 _MAIN = "refs/heads/main"
@@ -89,13 +86,13 @@ class RepoMirror:
                 f"{self.target} cannot be written without a token: name the environment variable that holds it "
                 "with --dst-token-env."
             )
-        with _in_one_sentence(self.source):
+        with in_one_sentence(self.source):
             info = self.source_side.api.repo_info(self.source.repo_id, repo_type=self.source.kind)
             self._sdk = getattr(info, "sdk", None) or ("static" if self.source.kind == "space" else None)
             numbers = self._pulls.list_open()
         heads = {f"{_PULLS}{number}": head for number, head in numbers.items()}
         self._refs = self._history.fetch(self.source_side, self.source, pull_requests=heads)
-        with _in_one_sentence(self.target):
+        with in_one_sentence(self.target):
             there = self._read_target()
             self.report.is_new = there is None
             self._plan_settings(info, there)
@@ -118,7 +115,7 @@ class RepoMirror:
     def apply(self) -> Report:
         """Do what was planned, then compare DST with SRC; MirrorError if they differ."""
         had_work = self.has_work
-        with _in_one_sentence(self.target):
+        with in_one_sentence(self.target):
             self._apply_settings()
             self._files.copy(self._missing.large_files)
             now = list_refs(self.target_side, self.target)
@@ -273,20 +270,6 @@ def _is_same(listed: Any, oid: str, large: LargeFile | None) -> bool:
     if large is None:
         return lfs is None and getattr(listed, "blob_id", None) == oid
     return lfs is not None and (lfs.sha256, listed.size) == (large.sha256, large.size_bytes)
-
-
-@contextmanager
-def _in_one_sentence(address: RepoAddress) -> Iterator[None]:
-    """What the client of the Hub raises, as one sentence that names the repo."""
-    try:
-        yield
-    except RepositoryNotFoundError as error:
-        raise MirrorError(f"{address} does not exist, or needs another token.") from error
-    except HfHubHTTPError as error:
-        reason = error.server_message or str(error).strip().splitlines()[0]
-        raise MirrorError(f"{address}: {reason}") from error
-    except httpx2.TransportError as error:
-        raise MirrorError(f"{address} cannot be reached or broke off: {error}.") from error
 
 
 def run_each(mirrors: list[RepoMirror], step: Callable[[RepoMirror], Report]) -> list[RepoMirror]:

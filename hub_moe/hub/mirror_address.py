@@ -1,15 +1,18 @@
-"""Which repo, or which owner's repos, at which Hub; and with what token."""
+"""Which repo, or which owner's repos, at which Hub; with what token; and how its refusals are told."""
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MirrorError
 
 KINDS = ("model", "dataset", "space")
 _ADDRESS = re.compile(r"(https?://[^/?#@\s]+)/(?:(models|datasets|spaces)/)?([\w.-]+)(?:/([\w.-]+?)(?:\.git)?)?/?")
@@ -119,5 +122,20 @@ def _list_repos(side: Side, owner: str, kind: str) -> list[tuple[str, str]]:
         "dataset": side.api.list_datasets,
         "space": side.api.list_spaces,
     }
-    found = sorted(repo.id for repo in lists[kind](author=owner))
+    with in_one_sentence(f"{side.endpoint}/{owner}"):
+        found = sorted(repo.id for repo in lists[kind](author=owner))
     return [(repo_owner, name) for repo_owner, slash, name in (one.partition("/") for one in found) if slash]
+
+
+@contextmanager
+def in_one_sentence(place: object) -> Iterator[None]:
+    """What the client of the Hub raises, as a MirrorError that names the repo or owner."""
+    try:
+        yield
+    except RepositoryNotFoundError as error:
+        raise MirrorError(f"{place} does not exist, or needs another token.") from error
+    except HfHubHTTPError as error:
+        reason = error.server_message or str(error).strip().splitlines()[0]
+        raise MirrorError(f"{place}: {reason}") from error
+    except httpx2.TransportError as error:
+        raise MirrorError(f"{place} cannot be reached or broke off: {error}.") from error

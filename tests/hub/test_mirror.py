@@ -272,6 +272,12 @@ def test_the_command_wants_an_answer_or_yes_and_never_a_token_in_an_address(hubs
     assert failed.returncode == 1
 
 
+def test_a_hub_that_cannot_be_reached_is_one_sentence(hubs):
+    done = command(hubs, "http://127.0.0.1:9/alice/x", f"{hubs[1].url}/alice/x", "--dry-run")
+    said = done.communicate()[1]
+    assert (done.returncode, "cannot be reached" in said, "Traceback" in said) == (1, True, False), said
+
+
 @pytest.mark.parametrize(
     "text", ["alice/x", "http://u:hf_x@h/alice/x", "http://h", "http://h/a/b/c", "ftp://h/a/b", "http://h/a/b?x", ""]
 )
