@@ -6,6 +6,7 @@ import typer
 
 from .hub_options import DEFAULT_ROOT, AsJson, Root
 from .hub_storage import backup, check, gc, restore
+from .mirror import mirror
 from .output import print_json, print_table, print_text, say
 
 hub = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Run the embedded Hub and look after it.")
@@ -13,8 +14,7 @@ user = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="People and
 token = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tokens by which clients log in.")
 hub.add_typer(user, name="user")
 hub.add_typer(token, name="token")
-
-for _command in (check, gc, backup, restore):
+for _command in (check, gc, backup, restore, mirror):
     hub.command()(_command)
 
 

@@ -30,7 +30,7 @@ from .upload_pack import AGENT, advertise, answer, list_refs
 
 MAX_PUSH_BYTES = 2 << 30
 MAX_FETCH_REQUEST_BYTES = 16 << 20
-_PUSH_CAPABILITIES = f"report-status delete-refs side-band-64k quiet ofs-delta object-format=sha1 {AGENT}"
+_PUSH_CAPABILITIES = f"report-status delete-refs side-band-64k quiet atomic ofs-delta object-format=sha1 {AGENT}"
 _NO_CACHE = {"Cache-Control": "no-cache, max-age=0, must-revalidate"}
 _CHALLENGE = 'Basic realm="Hub: any user name, and a token as password"'
 
@@ -124,7 +124,10 @@ def upload_pack(call: Call) -> Response:
 
 
 def receive_pack(call: Call) -> Response:
-    """`POST {repo}/git-receive-pack`: a push."""
+    """`POST {repo}/git-receive-pack`: a push, of which all refs are moved or none."""
+    if call.request.headers.get("content-type") != "application/x-git-receive-pack-request":
+        # what a page of another site can make a browser send, with the password it remembers, has another type
+        raise InvalidInputError("A push has the content type application/x-git-receive-pack-request.")
     repo = call.repo_to_contribute()
     is_folded = call.request.headers.get("content-encoding", "identity") != "identity"
     with _inflated(call, most=MAX_PUSH_BYTES) if is_folded else nullcontext(call.body) as body:

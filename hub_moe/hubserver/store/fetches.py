@@ -94,7 +94,7 @@ class Fetch:
             had = self.ancestors(common, stop=depth.has)
             wanted = self.ancestors(self.heads, stop=boundary.ends)
             commits = [oid for oid in wanted if oid not in had]
-        seen = self._known_objects(commits, boundary.ends)
+        seen = self._known_objects(commits, boundary.ends) if common else set()
         found = [bytes.fromhex(oid) for oid in dict.fromkeys([*self._tag_chain(), *commits])]
         for oid in commits:
             found += self._walk(self._commit(oid).tree, seen)

@@ -10,7 +10,7 @@ from dulwich.object_store import DiskObjectStore
 from dulwich.objects import ObjectID
 
 from .blobs import move_into_place, sync_folder
-from .packs import TYPE_NAMES, PackWriter, hash_object
+from .packs import BLOB, COMMIT, TAG, TREE, TYPE_NAMES, PackWriter, hash_object
 
 _LOOSE_OBJECTS = 64
 _LOOSE_BYTES = 4 << 20
@@ -22,6 +22,7 @@ class Objects:
 
     def __init__(self, path: Path, stored: DiskObjectStore) -> None:
         self._path = path
+        self._folder = str(path)  # joined as text: a Path for each object is slow
         self._stored = stored
         self._waiting: dict[str, tuple[int, bytes]] = {}
         self._waiting_bytes = 0
@@ -41,7 +42,7 @@ class Objects:
 
     def is_stored(self, oid: str) -> bool:
         """Whether an object is part of the repository."""
-        return self._loose(oid).exists() or self._stored.contains_packed(ObjectID(oid.encode()))
+        return os.path.exists(self._loose(oid)) or self._stored.contains_packed(ObjectID(oid.encode()))
 
     def read(self, oid: str) -> tuple[int, bytes]:
         """The type and content of an object; KeyError if there is none."""
@@ -49,7 +50,8 @@ class Objects:
         if found:
             return found
         try:
-            return _parse_loose(self._loose(oid).read_bytes())
+            with open(self._loose(oid), "rb") as file:
+                return _parse_loose(file.read())
         except FileNotFoundError:
             return self._stored.get_raw(ObjectID(oid.encode()))
 
@@ -60,7 +62,7 @@ class Objects:
         if self._pack is not None and (found := self._pack.type_of(oid)):
             return found
         try:
-            with self._loose(oid).open("rb") as file:
+            with open(self._loose(oid), "rb") as file:
                 head = zlib.decompressobj().decompress(file.read(1024), 16)  # a Huffman table may come first
         except FileNotFoundError:
             return self._stored.get_raw(ObjectID(oid.encode()))[0]
@@ -88,11 +90,10 @@ class Objects:
         if self._pack is not None:
             self._pack.finish()
             self._pack = None
-        folders = {self._write_loose(oid, *thing) for oid, thing in self._waiting.items()}
-        for folder in folders:
-            sync_folder(folder)
-        if folders:
-            sync_folder(self._path)
+        for group in _in_safe_order(self._waiting):
+            folders = {self._write_loose(oid, *self._waiting[oid]) for oid in group}
+            for folder in [*folders, self._path]:
+                sync_folder(folder)
         self._forget_waiting()
 
     def discard(self) -> None:
@@ -108,7 +109,7 @@ class Objects:
 
     def _write_loose(self, oid: str, type_num: int, content: bytes) -> Path:
         """By a temporary name: unlike dulwich's lock files, nothing stays locked after a kill."""
-        path = self._loose(oid)
+        path = Path(self._loose(oid))
         path.parent.mkdir(exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=self._path, prefix="tmp_obj_")
         file = os.fdopen(descriptor, "wb")
@@ -116,8 +117,26 @@ class Objects:
         move_into_place(file, Path(name), path)
         return path.parent
 
-    def _loose(self, oid: str) -> Path:
-        return self._path / oid[:2] / oid[2:]
+    def _loose(self, oid: str) -> str:
+        return f"{self._folder}/{oid[:2]}/{oid[2:]}"
+
+
+def _in_safe_order(things: dict[str, tuple[int, bytes]]) -> Iterator[list[str]]:
+    """Groups in which to write objects, so that a crash between two leaves no commit without what it needs."""
+    if contents := [oid for oid, (type_num, _) in things.items() if type_num in {BLOB, TREE}]:
+        yield contents
+    left = {oid: _parents(content) for oid, (type_num, content) in things.items() if type_num == COMMIT}
+    while left:
+        ready = [oid for oid, parents in left.items() if not parents & left.keys()]
+        yield ready
+        left = {oid: parents for oid, parents in left.items() if oid not in ready}
+    if tags := [oid for oid, (type_num, _) in things.items() if type_num == TAG]:
+        yield tags
+
+
+def _parents(commit: bytes) -> set[str]:
+    header = commit.partition(b"\n\n")[0].split(b"\n")
+    return {line.removeprefix(b"parent ").decode() for line in header if line.startswith(b"parent ")}
 
 
 def _parse_loose(stream: bytes) -> tuple[int, bytes]:

@@ -118,27 +118,26 @@ class Connectivity:
         type_num, content = self._read(oid)
         if type_num != TREE:
             raise InvalidInputError(f"The object {oid} should be a folder and is not.")
-        is_new = self._git.objects.is_new(oid)  # what is stored was checked when it came
+        is_new = self._git.objects.is_new(oid)
         files = longest = 0
         for name, mode, raw in parse_tree(content, 20):
             child, count, length = raw.decode(), 1, 0
             if mode == FOLDER_MODE:
                 count, length = self._check_tree(child, depth + 1)
-            elif is_new:
-                self._check_file(child)
+            elif child not in self._files:
+                self._check_file(child, is_trusted=not is_new)
             files += count
             longest = max(longest, len(name) + 1 + length)
         self._trees[oid] = (files, longest)
         return files, longest
 
-    def _check_file(self, oid: str) -> None:
-        if oid in self._files:
-            return
-        try:
-            if self._git.objects.type_of(oid) != BLOB:
-                raise InvalidInputError(f"The object {oid} should be a file and is not.")
-        except KeyError:
-            raise InvalidInputError(f"The push misses the object {oid}, which is not in the repo either.") from None
+    def _check_file(self, oid: str, *, is_trusted: bool) -> None:
+        """What a stored tree names was of the right type when it came, but a crash may have kept it from arriving."""
+        objects = self._git.objects
+        if oid not in objects:
+            raise InvalidInputError(f"The push misses the object {oid}, which is not in the repo either.")
+        if not is_trusted and objects.type_of(oid) != BLOB:
+            raise InvalidInputError(f"The object {oid} should be a file and is not.")
         self._files.add(oid)
 
     def _is_known(self, oid: str) -> bool:

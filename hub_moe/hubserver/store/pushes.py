@@ -1,6 +1,7 @@
 """git push: nothing of it becomes part of the repo unless every object and every ref of it may."""
 
 import mmap
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import IO
@@ -67,7 +68,7 @@ class Pushes:
 
     def _apply(self, repo: Repo, who: Identity, git: GitRepo, updates: list[RefUpdate]) -> PushResult:
         """The repo's commit lock is held."""
-        moved = [_check_old(git, update) for update in updates]
+        moved = _check_names_fit(git, [_check_old(git, update) for update in updates])
         if any(update.refusal for update in moved):
             return PushResult("ok", _refuse_the_rest(moved))
         _check_connectivity(git, updates)
@@ -137,6 +138,20 @@ def _check_old(git: GitRepo, update: RefUpdate) -> RefUpdate:
     if git.read_ref(update.ref) != update.old:
         return replace(update, refusal="The ref was changed at the same time; fetch and try again.")
     return update
+
+
+def _check_names_fit(git: GitRepo, updates: list[RefUpdate]) -> list[RefUpdate]:
+    """A ref cannot stand above another: `a` and `a/b` are a file and a folder of one name."""
+    names = {prefix + name for prefix in ("refs/heads/", "refs/tags/") for name in git.list_refs(prefix)}
+    names |= {update.ref for update in updates if update.new}
+    names -= {update.ref for update in updates if not update.new}
+    above = {name[: place.start()] for name in names for place in re.finditer("/", name)}
+    below = {name for name in names if any(name[: place.start()] in names for place in re.finditer("/", name))}
+    reason = "This ref and a ref above or below it cannot both exist."
+    return [
+        replace(update, refusal=reason) if update.new and update.ref in (above & names) | below else update
+        for update in updates
+    ]
 
 
 def _check_connectivity(git: GitRepo, updates: Iterable[RefUpdate]) -> None:

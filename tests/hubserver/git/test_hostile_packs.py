@@ -78,8 +78,11 @@ def commit_of(tree, *parents, **fields):
 def push(client, tip, content, *, ref="refs/heads/evil", old=NOTHING, repo="packs"):
     tip = getattr(tip, "id", tip)
     line = f"{old} {tip.decode() if isinstance(tip, bytes) else tip} {ref}\0report-status".encode()
-    body = b"%04x%s0000" % (len(line) + 4, line) + content
-    return client.send("POST", f"/alice/{repo}/git-receive-pack", content=body)
+    return post(client, b"%04x%s0000" % (len(line) + 4, line) + content, repo=repo)
+
+
+def post(client, body, *, repo="packs", kind="application/x-git-receive-pack-request"):
+    return client.send("POST", f"/alice/{repo}/git-receive-pack", content=body, headers={"content-type": kind})
 
 
 def refused(client, tip, content, **options):
@@ -275,6 +278,14 @@ def test_a_tag_must_lead_to_a_commit_and_a_branch_must_not_be_a_tag(client):
     assert b"A ref leads to a commit" in answer.content
 
 
+def test_a_form_of_another_site_cannot_push(client):
+    tree = tree_of((b"x", FILE, blob))
+    commit = commit_of(tree)
+    line = f"{NOTHING} {commit.id.decode()} refs/heads/evil\0report-status".encode()
+    body = b"%04x%s0000" % (len(line) + 4, line) + pack_of(blob, tree, commit)
+    assert post(client, body, kind="text/plain").status_code == 400
+
+
 def test_a_ref_that_moved_meanwhile_is_not_overwritten(client):
     tree = tree_of((b"x", FILE, blob))
     commit = commit_of(tree)
@@ -298,8 +309,7 @@ def test_no_change_of_a_push_makes_the_server_stumble(client, where, change, fix
         content[-20:] = hashlib.sha1(content[:-20], usedforsecurity=False).digest()
     answer = push(client, commit, head + bytes(content), ref="refs/tags/a..b")
     assert answer.status_code < 500
-    answer = client.send("POST", "/alice/packs/git-receive-pack", content=head + bytes(content))
-    assert answer.status_code < 500
+    assert post(client, head + bytes(content)).status_code < 500
 
 
 @given(content=st.binary(max_size=300))

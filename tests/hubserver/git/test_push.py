@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import threading
 
 import pytest
 
@@ -74,8 +75,7 @@ def test_a_ref_that_may_not_be_is_refused_with_a_sentence(git, client, name, tmp
     refused = git.try_run("push", "origin", target, cwd=folder)
     assert refused.returncode
     assert sentence in refused.stderr
-    if "main/x" not in target:
-        assert client.send("GET", f"/api/models/alice/{name}/revision/{new}").status_code == 404
+    assert client.send("GET", f"/api/models/alice/{name}/revision/{new}").status_code == 404
 
 
 def test_one_refused_ref_keeps_the_others_of_the_same_push_back(git, client, name, tmp_path):
@@ -85,6 +85,45 @@ def test_one_refused_ref_keeps_the_others_of_the_same_push_back(git, client, nam
     assert "because refs/notes/x was refused" in refused.stderr
     assert head(client, name) == before
     assert client.send("GET", f"/api/models/alice/{name}/revision/{new}").status_code == 404
+
+
+@pytest.mark.parametrize("option", ["--atomic", "--no-atomic"])
+def test_a_branch_in_place_of_a_folder_of_branches_needs_the_folder_to_go(git, client, name, tmp_path, option):
+    folder = git.clone(f"alice/{name}", tmp_path / "c")
+    git.run("push", "-q", option, "origin", "HEAD:refs/heads/a/b", cwd=folder)
+    assert "cannot both exist" in git.try_run("push", option, "origin", "HEAD:refs/heads/a", cwd=folder).stderr
+    git.run("push", "-q", option, "origin", ":refs/heads/a/b", "HEAD:refs/heads/a", cwd=folder)
+    branches = client.send("GET", f"/api/models/alice/{name}/refs").json()["branches"]
+    assert [one["name"] for one in branches] == ["a", "main"]
+
+
+def test_a_shallow_clone_can_push(hub, git, client, name, tmp_path):
+    folder = git.clone(f"alice/{name}", tmp_path / "c", "--depth", "1")
+    pushed = git.commit(folder, {"s.txt": b"1"})
+    git.run("push", "-q", cwd=folder)
+    assert head(client, name) == pushed
+    assert_whole(hub)
+
+
+def test_pushes_and_api_commits_at_the_same_time_are_all_applied(hub, git, client, name, tmp_path):
+    def commit_by_api():
+        with Client(hub) as other:
+            for number in range(15):
+                assert other.commit(name, {f"api/{number}": b"1"}).status_code == 200
+
+    folder = git.clone(f"alice/{name}", tmp_path / "c")
+    thread = threading.Thread(target=commit_by_api)
+    thread.start()
+    pushed = 0
+    while thread.is_alive() or not pushed:
+        git.commit(folder, {f"git/{pushed}": b"1"})
+        while git.try_run("push", "-q", cwd=folder).returncode:
+            git.run("pull", "-q", "--rebase", cwd=folder)
+        pushed += 1
+    thread.join()
+    git.run("pull", "-q", "--rebase", cwd=folder)
+    assert (len(list(folder.glob("api/*"))), len(list(folder.glob("git/*")))) == (15, pushed)
+    assert_whole(hub)
 
 
 def test_a_pull_request_is_fetched_and_its_author_pushes_to_it(hub, client, name, tmp_path):
