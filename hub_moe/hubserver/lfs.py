@@ -22,6 +22,7 @@ from .store.names import check_sha256
 
 MAX_FILE_BYTES = 1 << 40
 _MAX_OBJECTS = 1000
+_MAX_PARTS = 50_000
 _MEDIA_TYPE = "application/vnd.git-lfs+json"
 
 
@@ -36,6 +37,8 @@ def batch(call: Call) -> Response:
     wanted = [_read_object(one) for one in objects]
     most = max((size for _, size in wanted), default=0)
     is_multipart = is_upload and "multipart" in transfers and most > _part_bytes(call)  # git-lfs cannot
+    if is_multipart and sum(size // _part_bytes(call) for _, size in wanted) > _MAX_PARTS:
+        raise TooLargeError(f"One request may announce uploads in at most {_MAX_PARTS} parts; ask for fewer objects.")
     plan = (
         partial(_plan_upload, part_bytes=_part_bytes(call) if is_multipart else most) if is_upload else _plan_download
     )

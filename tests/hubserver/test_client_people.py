@@ -167,6 +167,7 @@ def test_a_picture_is_attached_and_shown_as_what_it_is(api, nobody, reader, tmp_
 
 def test_a_space_is_files_and_says_that_it_does_not_run(api, repo_id):
     api.create_repo(repo_id, repo_type="space", space_sdk="docker", space_variables=[{"key": "A", "value": "1"}])
+    assert api.space_info(repo_id).card_data.sdk == "docker"
     assert api.get_space_runtime(repo_id).stage == "STOPPED"
     assert api.list_space_templates() == []
     with pytest.raises(HfHubHTTPError, match="does not run"):

@@ -204,6 +204,13 @@ def test_a_false_sha256_or_size_is_refused_and_leaves_nothing(client):
     assert "actions" not in client.batch("hostile", oid, 5)
 
 
+def test_a_request_that_announces_terabytes_is_refused_before_links_are_made(client):
+    objects = [{"oid": f"{number:064x}", "size": 1 << 40} for number in range(1000)]
+    body = {"operation": "upload", "transfers": ["multipart"], "objects": objects}
+    answer = client.send("POST", "/alice/hostile.git/info/lfs/objects/batch", json=body)
+    assert (answer.status_code, len(answer.content) < 500) == (413, True)
+
+
 def test_a_link_for_one_purpose_or_file_is_no_good_for_another(client):
     oid = hashlib.sha256(b"other").hexdigest()
     href = client.batch("hostile", oid, 5)["actions"]["upload"]["href"]

@@ -32,6 +32,7 @@ _SELECT = "SELECT *, (SELECT COUNT(*) FROM likes WHERE likes.repo = repos.id) AS
 _INSERT = (
     "INSERT INTO repos (id, kind, owner, name, private, sdk, created_at, modified_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
+SDKS = ("docker", "gradio", "static", "streamlit")
 _GATES = {"": "", False: "", None: "", "auto": "auto", "manual": "manual"}
 
 
@@ -89,17 +90,19 @@ class Repos:
         sdk: str | None = None,
         fill: Callable[[GitRepo], Iterable[str]] | None = None,
     ) -> Repo:
-        """A new repo with one commit that holds `.gitattributes`; ConflictError if there is one of this name.
+        """A new repo with one commit (`.gitattributes`, a Space's card); ConflictError if there is one of this name.
 
         With `fill` it has instead what that function writes, and the large files whose sha256 it returns.
         """
         self._require_owner(repo_id.owner, who, {"admin", "write"})
+        if sdk is not None and sdk not in SDKS:
+            raise InvalidInputError(f"The sdk of a Space is one of {', '.join(SDKS)}; got {sdk[:40]!r}.")
         if self._row(repo_id) is not None:
             raise ConflictError(f"You already created this {repo_id.kind} repo")
         uid = uuid.uuid4().hex
         GitRepo.create(path := self._folder / f"{uid}.git")
         with share(path / IN_USE), GitRepo(path) as git:
-            sha256s = list(fill(git)) if fill else _write_first_commit(git, who)
+            sha256s = list(fill(git)) if fill else _write_first_commit(git, who, _first_files(repo_id, sdk))
             owner = self._accounts.find(repo_id.owner)["name"]
             try:
                 with self._database.transaction() as connection:
@@ -270,8 +273,15 @@ class Repos:
             raise ForbiddenError(f"You don't have the rights to write under the namespace {owner!r}.")
 
 
-def _write_first_commit(git: GitRepo, who: Identity) -> list[str]:
-    tree = git.write_tree(None, {".gitattributes": git.write_file(_FIRST_FILE.read_bytes())})
+def _first_files(repo_id: RepoId, sdk: str | None) -> dict[str, bytes]:
+    files = {".gitattributes": _FIRST_FILE.read_bytes()}
+    if repo_id.kind == "space":
+        files["README.md"] = f"---\ntitle: {repo_id.name}\nsdk: {sdk or 'static'}\n---\n".encode()
+    return files
+
+
+def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) -> list[str]:
+    tree = git.write_tree(None, {path: git.write_file(content) for path, content in files.items()})
     author = f"{who.user} <{who.user}@users.noreply>"
     git.move_ref(
         "refs/heads/main",
