@@ -2,10 +2,20 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from starlette.responses import FileResponse, Response
 
+# Browsers show a picture only under its own name; every other file is plain text or bytes to them.
+_PICTURES = {
+    ".avif": "image/avif",
+    ".gif": "image/gif",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+}
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 # A repo's files are written by strangers and come from the address of the pages: no browser may run them.
@@ -33,6 +43,12 @@ def answer_bytes(content: bytes, *, range_header: str | None, headers: Mapping[s
     all_headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
     part = content[start : end + 1]
     return Response(part, status_code=206, headers=all_headers, media_type="text/plain; charset=utf-8")
+
+
+def name_picture(path: str) -> dict[str, str]:
+    """The header by which a browser shows a picture in a card; nothing for other files."""
+    suffix = PurePosixPath(path).suffix.lower()
+    return {"Content-Type": _PICTURES[suffix]} if suffix in _PICTURES else {}
 
 
 def find_range(first: str, last: str, *, size_bytes: int) -> tuple[int, int]:

@@ -32,6 +32,7 @@ from .merges import Merges
 from .names import RepoId
 from .pushes import Pushes
 from .repos import Repo, Repos
+from .sessions import Sessions
 from .xet import XetStore
 
 __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
@@ -60,6 +61,7 @@ class Store:
         self.blobs = BlobStore(root / "blobs", root / "incoming")
         self.parts = PartStore(self.blobs)
         self.accounts = Accounts(self.database)
+        self.sessions = Sessions(self.database, self.accounts)
         self.repos = Repos(self.database, self.accounts, root / "repos")
         self.files = Files(self.database, self.blobs)
         self.commits = Commits(self.database, self.repos, self.blobs)
