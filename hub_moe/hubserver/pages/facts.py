@@ -61,26 +61,30 @@ def write_snippets(profile: Profile, base_url: str) -> list[Snippet]:
 
 
 def _load_dataset(profile: Profile) -> str:
-    return f'from datasets import load_dataset\n\ndataset = load_dataset("{profile.repo.id}")'
+    return f"from datasets import load_dataset\n\ndataset = {_call('load_dataset', profile)}"
 
 
 def _load_model(profile: Profile) -> str:
-    data, config, name = profile.card.data, profile.config, profile.repo.id
+    data, config = profile.card.data, profile.config
     paths = {file.path for file in profile.files}
     if word_of(data, "library_name") == "peft" or "adapter_config.json" in paths:
-        return (
-            f'from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained("{name}")'
-        )
+        auto = "AutoPeftModelForCausalLM"
+        return f"from peft import {auto}\n\nmodel = {_call(f'{auto}.from_pretrained', profile)}"
     if "config.json" not in paths:
-        return f'from huggingface_hub import snapshot_download\n\nfolder = snapshot_download("{name}")'
+        return f"from huggingface_hub import snapshot_download\n\nfolder = {_call('snapshot_download', profile)}"
     architecture = word_of(config, "architectures")
     auto = next((auto for ending, auto in _HEADS.items() if architecture.endswith(ending)), "AutoModel")
     is_ours = config.get("model_type") == "hub_moe"
-    first = "import hub_moe.modeling  # registers the architecture\n" if is_ours else ""
-    more = ", trust_remote_code=True" if "auto_map" in config and not is_ours else ""
-    names, tokenizer = auto, ""
+    lines = ["import hub_moe.modeling"] if is_ours else []
+    lines.append(f"from transformers import {auto}")
+    more = ["trust_remote_code=True"] if "auto_map" in config and not is_ours else []
+    calls = [f"model = {_call(f'{auto}.from_pretrained', profile, *more)}"]
     if paths & {"tokenizer.json", "tokenizer_config.json"}:
-        names += ", AutoTokenizer"
-        tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-    lines = f'{tokenizer}model = {auto}.from_pretrained("{name}"{more})'
-    return f"{first}from transformers import {names}\n\n{lines}"
+        lines.append("from transformers import AutoTokenizer")
+        calls.insert(0, f"tokenizer = {_call('AutoTokenizer.from_pretrained', profile)}")
+    return "\n".join([*lines, "", *calls])
+
+
+def _call(function: str, profile: Profile, *more: str) -> str:
+    arguments = [f'"{profile.repo.id}"', *more]
+    return f"{function}(\n    " + ",\n    ".join(arguments) + ",\n)"

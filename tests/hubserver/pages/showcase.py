@@ -129,6 +129,9 @@ class Author:
             self.commit(repo, files, "Upload model" if kind == "model" else "Upload data")
         return repo
 
+    def find(self, name, kind="model"):
+        return self.store.repos.find(RepoId(kind, *name.split("/")), self.who)
+
     def commit(self, repo, files, message="Change files", revision="main"):
         operations = self._operations(repo, files)
         return self.store.commits.commit(repo, operations, revision=revision, who=self.who, message=message)
