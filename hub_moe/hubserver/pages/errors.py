@@ -20,7 +20,9 @@ _TITLES = {
     404: "Nothing here",
     405: "Not a page",
     409: "Both cannot be",
+    412: "Something changed meanwhile",
     413: "Too large",
+    422: "That cannot be done",
 }
 
 

@@ -95,11 +95,8 @@ def show_owner(call: Call) -> Response:
         profiles = _read_all(call, kind, owner["name"])
         groups.append((kind, profiles, len(profiles)))
     is_org = owner["kind"] == "org"
-    names = (
-        call.store.accounts.members(owner["name"])
-        if is_org
-        else [n for n, _ in call.store.accounts.orgs(owner["name"])]
-    )
+    others = call.store.accounts.members(owner["name"]) if is_org else call.store.accounts.orgs(owner["name"])
+    names = [name for name, _ in others]
     return show_page(call.request, "owner.html", call.who, owner=owner, groups=groups, names=names, is_org=is_org)
 
 
