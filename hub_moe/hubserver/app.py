@@ -22,7 +22,9 @@ from . import (
     weights,
     xet,
 )
-from .calls import Call, answer_http_error, answer_refusal, route
+from .calls import Call, route
+from .pages import PAGES
+from .pages.errors import answer_http_error, answer_refusal
 from .store import Store
 from .store.errors import NotFoundError, StoreError
 
@@ -49,6 +51,7 @@ def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
     routes = [one for module in modules for one in module.ROUTES]
     routes += [route("/api/{kinds:kinds}/{rest:path}", _no_repo, "GET", "POST", "PUT", "DELETE", "HEAD")]
     routes += [route("/{name}/resolve/{rev}/{path:path}", _no_repo, "GET", "HEAD")]
+    routes += PAGES
     handlers: dict[Any, Any] = {StoreError: answer_refusal, HTTPException: answer_http_error}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False

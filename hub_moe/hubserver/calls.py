@@ -30,6 +30,7 @@ from .store.errors import (
     TooLargeError,
     UnauthenticatedError,
 )
+from .store.names import RESERVED_OWNERS
 
 MAX_BODY_BYTES = 512 << 20
 MAX_JSON_BYTES = 64 << 20
@@ -61,6 +62,18 @@ class _KindConvertor(Convertor[str]):
         return f"{value}s"
 
 
+class _OwnerConvertor(Convertor[str]):
+    """`{owner:owner}` in a page's route: not the first segment of an API, whose clients need their 404."""
+
+    regex = f"(?!(?:{'|'.join(sorted(RESERVED_OWNERS))})(?:/|$))[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
 class _DatasetConvertor(_KindConvertor):
     regex = "datasets"
 
@@ -77,6 +90,7 @@ register_url_convertor("kinds", _KindConvertor())
 register_url_convertor("model_kind", _ModelConvertor())
 register_url_convertor("dataset_kind", _DatasetConvertor())
 register_url_convertor("space_kind", _SpaceConvertor())
+register_url_convertor("owner", _OwnerConvertor())
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import BinaryIO
 
 from starlette.requests import Request
@@ -12,6 +13,16 @@ from .store.contents import Contents
 from .store.errors import NotFoundError
 
 _BINARY = "application/octet-stream"
+# Browsers show a picture only under its own name; every other file is plain text or bytes to them.
+_PICTURES = {
+    ".avif": "image/avif",
+    ".gif": "image/gif",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+    ".png": "image/png",
+    ".svg": "image/svg+xml",
+    ".webp": "image/webp",
+}
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 # A repo's files are written by strangers and come from the address of the pages: no browser may run them.
@@ -43,6 +54,12 @@ def answer_bytes(content: bytes, *, range_header: str | None, headers: Mapping[s
     start, end, status, range_headers = _choose_range(range_header, len(content))
     all_headers = {**headers, **SAFE_HEADERS, "Accept-Ranges": "bytes", **range_headers}
     return Response(content[start:end], status_code=status, headers=all_headers, media_type="text/plain; charset=utf-8")
+
+
+def name_picture(path: str) -> dict[str, str]:
+    """The header by which a browser shows a picture in a card; nothing for other files."""
+    suffix = PurePosixPath(path).suffix.lower()
+    return {"Content-Type": _PICTURES[suffix]} if suffix in _PICTURES else {}
 
 
 def find_range(first: str, last: str, *, size_bytes: int) -> tuple[int, int]:

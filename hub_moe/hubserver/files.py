@@ -6,8 +6,9 @@ from urllib.parse import parse_qs, quote
 from starlette.responses import JSONResponse, Response
 
 from .calls import Call, refuse, route
-from .downloads import answer_bytes, answer_content
+from .downloads import answer_bytes, answer_content, name_picture
 from .refs import format_date
+from .sessions import identify_person
 from .store.errors import InvalidInputError, NotFoundError
 from .store.files import FileFacts, find_last_commits
 from .store.git import GitRepo, TreeEntry
@@ -37,7 +38,7 @@ def resolve(call: Call) -> Response:
         "ETag": f'"{facts.sha256 or facts.oid}"',
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(path.rsplit('/', 1)[-1])}",
         "Cache-Control": "private, no-cache",
-    }
+    } | name_picture(path)
     if facts.sha256 is None:
         return answer_bytes(content, range_header=call.request.headers.get("range"), headers=headers)
     headers |= {"X-Linked-Size": str(facts.size_bytes), "X-Linked-Etag": f'"{facts.sha256}"'}
@@ -125,8 +126,8 @@ def _read_paths(call: Call) -> tuple[list[str], bool]:
 _REPO = "/api/{kinds:kinds}/{owner}/{name}"
 _FILE = "{owner}/{name}/resolve/{rev}/{path:path}"
 ROUTES = [
-    route(f"/{{kinds:kinds}}/{_FILE}", resolve, "GET", "HEAD"),
-    route(f"/{_FILE}", resolve, "GET", "HEAD"),
+    route(f"/{{kinds:kinds}}/{_FILE}", resolve, "GET", "HEAD", identify=identify_person),
+    route(f"/{_FILE}", resolve, "GET", "HEAD", identify=identify_person),
     route(f"{_REPO}/tree/{{rev}}", list_tree),
     route(f"{_REPO}/tree/{{rev}}/{{path:path}}", list_tree),
     route(f"{_REPO}/paths-info/{{rev}}", list_paths, "POST"),

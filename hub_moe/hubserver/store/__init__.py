@@ -35,6 +35,7 @@ from .parts import PartStore
 from .pushes import Pushes
 from .recipes import Recipes
 from .repos import Repo, Repos
+from .sessions import Sessions
 from .xet import XetStore
 from .xorbs import XorbStore
 
@@ -66,6 +67,7 @@ class Store:
         self.contents = Contents(blobs, Recipes(self.database, self.xorbs))
         self.parts = PartStore(self.contents, blobs.incoming)
         self.accounts = Accounts(self.database)
+        self.sessions = Sessions(self.database, self.accounts)
         self.repos = Repos(self.database, self.accounts, root / "repos")
         self.files = Files(self.database, self.contents)
         self.commits = Commits(self.database, self.repos, self.contents)

@@ -30,6 +30,11 @@ CREATE TABLE IF NOT EXISTS tokens (
     created_at TEXT NOT NULL,
     UNIQUE (user, name)
 ) STRICT;
+CREATE TABLE IF NOT EXISTS sessions (
+    id TEXT PRIMARY KEY,
+    token TEXT NOT NULL REFERENCES tokens (hash) ON DELETE CASCADE,
+    expires_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS repos (
     id TEXT PRIMARY KEY,
     kind TEXT NOT NULL CHECK (kind IN ('model', 'dataset', 'space')),

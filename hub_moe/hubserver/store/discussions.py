@@ -151,6 +151,11 @@ class Discussions:
         self._update(repo, discussion, status="merged", merge_commit=commit)
         return self.add_event(repo, discussion, who, "status-change", {"status": "merged"})
 
+    def may_control(self, repo: Repo, discussion: Discussion, who: Identity) -> bool:
+        """Whether `who` may close, open or rename a discussion: its author, and who may write to the repo."""
+        is_author = who.can_write and discussion.author.lower() == who.user.lower()
+        return is_author or self._repos.may_write(repo, who)
+
     def require_commit(self, repo: Repo, discussion: Discussion, who: Identity) -> None:
         """Refuse who may not add commits to a pull request: its author may while it is open, and the repo's owners."""
         self._require_control(repo, discussion, who)
@@ -158,7 +163,7 @@ class Discussions:
             raise InvalidInputError(f"The pull request {discussion.num} is {discussion.status}.")
 
     def _require_control(self, repo: Repo, discussion: Discussion, who: Identity) -> None:
-        if discussion.author.lower() != who.user.lower() and not self._repos.may_write(repo, who):
+        if not self.may_control(repo, discussion, who):
             raise ForbiddenError("Only its author and the repo's owners may do this.")
 
     def _find_comment(self, repo: Repo, discussion: Discussion, event_id: str) -> Event:

@@ -1,15 +1,13 @@
 """What a pull request changes, whether it still fits, and merging it: file by file, by git id, never by content."""
 
-import difflib
-
 from .accounts import Identity
 from .commits import Commits, format_author
+from .diffs import diff_commits
 from .discussions import Discussion, Discussions
 from .errors import ConflictError, InvalidInputError
 from .git import EXECUTABLE_MODE, FILE_MODE, GitRepo
 from .repos import Repo, Repos
 
-_MAX_DIFFED_BYTES = 200_000
 _MAX_DIFF_CHARACTERS = 2_000_000
 
 
@@ -52,19 +50,22 @@ def find_conflicts(git: GitRepo, discussion: Discussion) -> list[str]:
 
 def render_diff(git: GitRepo, discussion: Discussion) -> str:
     """What a pull request changes, as a unified diff; large files as their pointers, long ones only named."""
-    head = git.resolve(discussion.ref)
-    start = discussion.merge_commit and git.parents(discussion.merge_commit)[0]
-    base = git.find_merge_base(start or git.resolve(discussion.target), head)
     parts: list[str] = []
     size = 0
-    for path, (old, new) in git.compare(base, head).items():
-        part = _diff_file(git, path, old, new)
-        size += len(part)
+    for change in diff_commits(git, *find_range(git, discussion)):
+        size += len(change.text)
         if size > _MAX_DIFF_CHARACTERS:
             parts.append("... the rest of the diff is too long to show\n")
             break
-        parts.append(part)
+        parts.append(change.text)
     return "".join(parts)
+
+
+def find_range(git: GitRepo, discussion: Discussion) -> tuple[str | None, str]:
+    """The commits between which a pull request's changes lie: where it left its target, and its head."""
+    head = git.resolve(discussion.ref)
+    start = discussion.merge_commit and git.parents(discussion.merge_commit)[0]
+    return git.find_merge_base(start or git.resolve(discussion.target), head), head
 
 
 def _write_merge(git: GitRepo, base: str | None, target: str, head: str, who: Identity, discussion: Discussion) -> str:
@@ -91,18 +92,3 @@ def _changed_modes(git: GitRepo, base: str | None, head: str) -> dict[str, int]:
 def _conflicts(git: GitRepo, base: str | None, target: str, head: str) -> list[str]:
     ours = git.compare(base, target)
     return [path for path, (_, new) in git.compare(base, head).items() if path in ours and ours[path][1] != new]
-
-
-def _diff_file(git: GitRepo, path: str, old: str | None, new: str | None) -> str:
-    before, after = (git.read_file(oid) if oid else b"" for oid in (old, new))
-    header = f"diff --git a/{path} b/{path}\n"
-    header += "new file mode 100644\n" if old is None else "deleted file mode 100644\n" if new is None else ""
-    header += f"index {(old or '0' * 40)[:10]}..{(new or '0' * 40)[:10]}\n"
-    if max(len(before), len(after)) > _MAX_DIFFED_BYTES or b"\0" in before or b"\0" in after:
-        return f"{header}Binary files a/{path} and b/{path} differ\n"
-    names = f"a/{path}" if old else "/dev/null", f"b/{path}" if new else "/dev/null"
-    old_lines, new_lines = (content.decode("utf-8", "replace").splitlines(keepends=True) for content in (before, after))
-    lines = difflib.unified_diff(old_lines, new_lines, *names)
-    return header + "".join(
-        line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines
-    )

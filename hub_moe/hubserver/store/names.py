@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from .errors import InvalidInputError, InvalidPathError
 
 KINDS = ("model", "dataset", "space")
-RESERVED_OWNERS = {"api", "datasets", "kernels", "lfs", "login", "models", "settings", "spaces", "uploads", "xet"}
+RESERVED_OWNERS = {"api", "datasets", "kernels", "lfs", "login", "logout", "models", "settings", "spaces", "static"}
+RESERVED_OWNERS |= {"uploads", "v1", "v2", "xet"}
 MAX_PATH_BYTES = 1024
 MAX_SEGMENT_BYTES = 255
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")

@@ -1,0 +1,102 @@
+"""The page of a model, dataset or space: its card, facts, lineage, first rows; and what all pages of a repo share."""
+
+from typing import Any
+
+from starlette.responses import RedirectResponse, Response
+
+from ..calls import Call, Handler, route
+from ..profiles import Profile, read_profile
+from ..sessions import identify_person, read_own_form
+from ..store import GitRepo, Repo
+from ..store.discussions import OPEN
+from ..store.errors import GatedError, InvalidInputError
+from .facts import write_snippets
+from .lineage import read_lineage
+from .markdown import MAX_CHARACTERS, Place, render_markdown
+from .preview import MAX_PREVIEW_BYTES, can_preview, read_preview
+from .rendering import show_page
+from .urls import repo_url
+
+_MAX_DATA_FILES = 200
+
+
+def show_repo(call: Call) -> Response:
+    """`GET /{id}`: a gated repo's card is for all to read, its files are not."""
+    repo = call.repo()
+    may_read = _may_read(call)
+    with call.store.repos.open(repo) as git:
+        profile = read_profile(call.store, repo, git, git.resolve("main"))
+        data = _read_rows(call, git, profile) if repo.id.kind == "dataset" and may_read else {}
+    return show_repo_page(
+        call,
+        repo,
+        "repo.html",
+        tab="card",
+        profile=profile,
+        card=render_markdown(profile.card.text, Place(repo.id, "main")) if profile.card.text.strip() else "",
+        is_card_cut=len(profile.card.text) > MAX_CHARACTERS,
+        lineage=read_lineage(call.store, profile, call.who),
+        snippets=write_snippets(profile, call.base_url),
+        size_bytes=sum(file.size_bytes for file in profile.files),
+        may_read=may_read,
+        access=call.store.repos.access_status(repo, call.who.user) if call.who and repo.gated else None,
+        data=data,
+    )
+
+
+def ask_access(call: Call) -> Response:
+    """`POST /{id}/ask-access`."""
+    read_own_form(call)
+    repo, user = call.repo(), call.identity.user
+    if not repo.gated:
+        raise InvalidInputError(f"{repo.id} is not gated.")
+    if call.store.repos.access_status(repo, user) is None:
+        call.store.repos.set_access(repo, user, "accepted" if repo.gated == "auto" else "pending")
+    return RedirectResponse(repo_url(repo.id), status_code=303)
+
+
+def show_repo_page(call: Call, repo: Repo, template: str, *, tab: str, **values: Any) -> Response:
+    """A page of a repo: with its name, marks and tabs above."""
+    open_count = len(call.store.discussions.list_all(repo, statuses=OPEN))
+    may_write = call.who is not None and call.store.repos.may_write(repo, call.who)
+    shared: dict[str, Any] = {
+        "repo": repo,
+        "tab": tab,
+        "open_count": open_count,
+        "may_write": may_write,
+        "base_url": call.base_url,
+    }
+    return show_page(call.request, template, call.who, **(shared | values))
+
+
+def repo_routes(path: str, handler: Handler, *methods: str) -> list[Any]:
+    """The routes of a page of repos: `/OWNER/NAME…` for models, `/datasets/OWNER/NAME…`, `/spaces/OWNER/NAME…`."""
+    patterns = (f"/{{kinds:kinds}}/{{owner}}/{{name}}{path}", f"/{{owner:owner}}/{{name}}{path}")
+    return [route(pattern, handler, *methods, identify=identify_person) for pattern in patterns]
+
+
+def _may_read(call: Call) -> bool:
+    try:
+        call.repo_to_read()
+    except GatedError:
+        return False
+    return True
+
+
+def _read_rows(call: Call, git: GitRepo, profile: Profile) -> dict[str, Any]:
+    """The first rows of one data file, the one that the query names if there is such a file, else a training file."""
+    files = [file for file in profile.files if can_preview(file.path)][:_MAX_DATA_FILES]
+    if not files:
+        return {}
+    wanted = call.request.query_params.get("file")
+    file = next((one for one in files if one.path == wanted), None)
+    file = file or next((one for one in files if "train" in one.path.lower()), files[0])
+    content = call.store.files.read(git, file.facts, limit_bytes=MAX_PREVIEW_BYTES)
+    return {
+        "files": files,
+        "path": file.path,
+        "preview": read_preview(file.path, content, is_whole=len(content) == file.size_bytes),
+    }
+
+
+ROUTES = [*repo_routes("", show_repo), *repo_routes("/ask-access", ask_access, "POST")]

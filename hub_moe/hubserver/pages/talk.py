@@ -1,0 +1,156 @@
+"""The community tab: discussions and pull requests, and the forms that change them."""
+
+from typing import Any
+
+from starlette.responses import RedirectResponse, Response
+
+from ..calls import Call
+from ..sessions import read_own_form
+from ..store import GitRepo, Repo
+from ..store.diffs import diff_commits
+from ..store.discussions import CLOSED, OPEN, Discussion, Event, check_title
+from ..store.errors import InvalidInputError, NotFoundError
+from ..store.merges import find_conflicts, find_range
+from .diffs import ShownDiff, lay_out
+from .markdown import Place, render_markdown
+from .repo import repo_routes, show_repo_page
+from .urls import repo_url
+
+_PER_PAGE = 30
+_STATUSES: dict[str, tuple[str, ...]] = {"open": OPEN, "closed": CLOSED, "all": ()}
+_TYPES = {"all": None, "discussion": False, "pull_request": True}
+_MAX_EVENTS = 500
+
+
+def show_discussions(call: Call) -> Response:
+    """`GET /{id}/discussions`."""
+    repo, query = call.repo(), call.request.query_params
+    status = query.get("status", "open") if query.get("status") in _STATUSES else "open"
+    kind = query.get("type", "all") if query.get("type") in _TYPES else "all"
+    everything = call.store.discussions.list_all(repo, is_pull_request=_TYPES[kind])
+    counts = {name: sum(not group or one.status in group for one in everything) for name, group in _STATUSES.items()}
+    found = [one for one in everything if not _STATUSES[status] or one.status in _STATUSES[status]]
+    page = max(1, call.number("p", 1, most=10**6))
+    return show_repo_page(
+        call,
+        repo,
+        "discussions.html",
+        tab="community",
+        discussions=found[(page - 1) * _PER_PAGE : page * _PER_PAGE],
+        counts=counts,
+        status=status,
+        type=kind,
+        page=page,
+        pages=-(-len(found) // _PER_PAGE),
+    )
+
+
+def show_discussion(call: Call) -> Response:
+    """`GET /{id}/discussions/{num}`."""
+    repo = call.repo_to_read()
+    discussion = find_discussion(call, repo)
+    events = call.store.discussions.events(repo, discussion)
+    place = Place(repo.id, "main")
+    comments = {event.id: _render(event, place) for event in events if event.type == "comment"}
+    may_control = call.who is not None and call.store.discussions.may_control(repo, discussion, call.who)
+    return show_repo_page(
+        call,
+        repo,
+        "discussion.html",
+        tab="community",
+        discussion=discussion,
+        events=events[:_MAX_EVENTS],
+        more_events=max(0, len(events) - _MAX_EVENTS),
+        comments=comments,
+        may_control=may_control,
+        **_read_changes(call, repo, discussion),
+    )
+
+
+def create(call: Call) -> Response:
+    """`POST /{id}/discussions`: a new discussion."""
+    fields = read_own_form(call)
+    repo = call.repo_to_contribute()
+    title = check_title(fields.get("title", ""))
+    description = fields.get("description", "").strip() or "No description."
+    num = call.store.repos.next_number(repo)
+    call.store.discussions.create(repo, call.identity, num=num, title=title, description=description)
+    return RedirectResponse(repo_url(repo.id, "discussions", str(num)), status_code=303)
+
+
+def answer(call: Call) -> Response:
+    """`POST /{id}/discussions/{num}`: comment, close, open, or both at once; or a new title."""
+    fields = read_own_form(call)
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
+    text, status, title = (fields.get(name, "") for name in ("comment", "status", "title"))
+    if not (text.strip() or status or title):
+        raise InvalidInputError("Write something first.")
+    if title:
+        call.store.discussions.rename(repo, discussion, call.identity, title)
+    if text.strip():
+        call.store.discussions.comment(repo, discussion, call.identity, text)
+    if status:
+        call.store.discussions.change_status(repo, discussion, call.identity, status)
+    return _back(repo, discussion)
+
+
+def hide(call: Call) -> Response:
+    """`POST /{id}/discussions/{num}/hide/{comment}`."""
+    read_own_form(call)
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
+    call.store.discussions.hide_comment(repo, discussion, call.identity, call.param("comment"))
+    return _back(repo, discussion)
+
+
+def merge(call: Call) -> Response:
+    """`POST /{id}/discussions/{num}/merge`: for who may write to the repo."""
+    read_own_form(call)
+    repo = call.repo_to_write()
+    discussion = find_discussion(call, repo)
+    call.store.merges.merge(repo, discussion, call.identity)
+    return _back(repo, discussion)
+
+
+def find_discussion(call: Call, repo: Repo) -> Discussion:
+    """The discussion whose number is in the path."""
+    text = call.param("num")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise NotFoundError("discussion", f"{repo.id} has no discussion {text[:40]}.")
+    return call.store.discussions.find(repo, int(text))
+
+
+def _back(repo: Repo, discussion: Discussion) -> Response:
+    return RedirectResponse(repo_url(repo.id, "discussions", str(discussion.num)), status_code=303)
+
+
+def _render(event: Event, place: Place) -> str:
+    return "" if event.data["hidden"] else render_markdown(event.data["latest"]["raw"], place)
+
+
+def _read_changes(call: Call, repo: Repo, discussion: Discussion) -> dict[str, Any]:
+    """The diff of a pull request and the files in conflict; no diff when its ref was deleted."""
+    found: dict[str, Any] = {"diff": None, "conflicts": [], "head": None}
+    if discussion.is_pull_request:
+        with call.store.repos.open(repo) as git:
+            try:
+                found |= {"diff": _read_diff(call, git, discussion), "head": git.resolve(discussion.ref)}
+                found["conflicts"] = find_conflicts(git, discussion) if discussion.status in OPEN else []
+            except NotFoundError:
+                return found
+    return found
+
+
+def _read_diff(call: Call, git: GitRepo, discussion: Discussion) -> ShownDiff:
+    return lay_out(call.store, git, diff_commits(git, *find_range(git, discussion)))
+
+
+ROUTES = [
+    *repo_routes("/discussions", show_discussions),
+    *repo_routes("/discussions", create, "POST"),
+    *repo_routes("/discussions/{num}", show_discussion),
+    *repo_routes("/discussions/{num}", answer, "POST"),
+    *repo_routes("/discussions/{num}/merge", merge, "POST"),
+    *repo_routes("/discussions/{num}/hide/{comment}", hide, "POST"),
+]

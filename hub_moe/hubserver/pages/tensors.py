@@ -1,0 +1,48 @@
+"""The tensors of a safetensors file, from its header."""
+
+import json
+import math
+from dataclasses import dataclass
+
+MAX_HEADER_BYTES = 25_000_000
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as the header names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+def read_header_length(start: bytes, *, size_bytes: int) -> int | None:
+    """How long the header of a file that begins with `start` is; None if that cannot be."""
+    length = int.from_bytes(start[:8], "little")
+    return length if len(start) >= 8 and 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else None
+
+
+def parse_header(header: bytes) -> tuple[list[Tensor], dict[str, str]] | None:
+    """The tensors in the order of their bytes, and the file's own notes; None if the header is malformed."""
+    try:
+        found = json.loads(header)
+        notes = {str(key): str(value) for key, value in found.pop("__metadata__", {}).items()}
+        rows = [(one["data_offsets"][0], _tensor(name, one)) for name, one in found.items()]
+        rows.sort(key=lambda row: (row[0], row[1].name))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
+        return None
+    return [tensor for _, tensor in rows], notes
+
+
+def _tensor(name: str, fields: dict[str, object]) -> Tensor:
+    shape = fields["shape"]
+    if not isinstance(shape, list) or not all(isinstance(length, int) and 0 <= length < 1 << 63 for length in shape):
+        raise ValueError("a shape is a list of lengths")
+    if len(shape) > 16:
+        raise ValueError("too many dimensions")
+    return Tensor(name, str(fields["dtype"])[:16], tuple(shape))
