@@ -43,6 +43,7 @@ _BRANCHES_AND_TAGS = ("refs/heads/", "refs/tags/")
 _PER_BATCH = 100
 _READ_BYTES = 1 << 20
 _ATTEMPTS = 5
+_TIMEOUT_S = 900  # a Hub may be silent for long while it counts or checks the objects of a large history
 
 Advance = Callable[[str, int], None]
 """Told which file, and how many bytes more of it came or went."""
@@ -207,7 +208,7 @@ def list_refs(side: Side, address: RepoAddress) -> dict[str, str]:
 
 def _client(side: Side) -> Urllib3HttpGitClient:
     name = "hub_moe" if side.token else None
-    return Urllib3HttpGitClient(side.endpoint, username=name, password=side.token)
+    return Urllib3HttpGitClient(side.endpoint, username=name, password=side.token, timeout=_TIMEOUT_S)
 
 
 def _as_text(refs: dict[Any, Any]) -> dict[str, str]:
@@ -281,7 +282,10 @@ class FileCopier:
         headers = build_hf_headers(token=self._source_side.token or False) | LFS_HEADERS
         answer = http_backoff("POST", f"{self._source}.git/info/lfs/objects/batch", headers=headers, json=body)
         hf_raise_for_status(answer)
-        links = {one["oid"]: one.get("actions", {}).get("download") for one in answer.json()["objects"]}
+        try:
+            links = {one["oid"]: one.get("actions", {}).get("download") for one in answer.json()["objects"]}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise MirrorError(f"{self._source} gives no sensible answer to git-lfs' batch protocol.") from None
         for file in files:
             if not links.get(file.sha256):
                 raise MirrorError(f"{self._source} has lost the large file {file.sha256} ({names[file]}).")

@@ -61,17 +61,15 @@ class PullRequests:
         return plans
 
     def create(self, plan: PullRequestPlan) -> int:
-        """The number of the copy at DST, made as a draft unless it is there already."""
-        if plan.copy is not None:
-            return plan.copy.num
-        assert plan.source is not None
-        made = self._target_side.api.create_pull_request(
-            self._target.repo_id,
-            plan.source.title,
-            description=self._describe(plan.source),
-            repo_type=self._target.kind,
-        )
-        return int(made.num)
+        """The number of the copy at DST, made as a draft, or opened again, so that it takes commits."""
+        api, repo_id, kind = self._target_side.api, self._target.repo_id, self._target.kind
+        if plan.copy is None:
+            assert plan.source is not None
+            text = self._describe(plan.source)
+            return int(api.create_pull_request(repo_id, plan.source.title, description=text, repo_type=kind).num)
+        if plan.source is not None and plan.copy.status == "closed":
+            api.change_discussion_status(repo_id, plan.copy.num, "open", repo_type=kind)
+        return plan.copy.num
 
     def is_outdated(self, plan: PullRequestPlan) -> bool:
         """Whether `create` or `finish` has anything to do."""

@@ -163,6 +163,13 @@ def test_a_pull_request_is_carried_over_once_and_kept_up_to_date(hubs, source, t
     assert target.send("GET", "/api/models/alice/pulls/discussions").json()["count"] == 1
     assert copy(hubs, "pulls").status == "unchanged"
 
+    post(source, "pulls/discussions/1/status", status="open")
+    line = line.replace(b"q.txt", b"r.txt")
+    source.send("POST", "/api/models/alice/pulls/commit/refs%2Fpr%2F1", content=line).raise_for_status()
+    assert copy(hubs, "pulls").error == ""
+    assert talk(target, "pulls", 1)[0]["status"] == "open"
+    assert target.send("GET", "/alice/pulls/resolve/refs%2Fpr%2F1/r.txt").content == b"q"
+
 
 def test_a_copy_that_people_at_the_target_closed_stays_closed(hubs, source, target):
     source.create("theirs")
