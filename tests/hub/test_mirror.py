@@ -223,7 +223,7 @@ def test_bytes_that_were_tampered_with_at_the_source_are_found_and_nothing_is_pu
     with Store(hubs[0].root) as store:
         facts = source.send("GET", "/api/models/alice/tampered/tree/main").json()
         sha256 = next(one["lfs"]["oid"] for one in facts if one["path"] == "v.bin")
-        blob = store.blobs.path(sha256)
+        blob = store.contents.blobs.path(sha256)
     right = blob.read_bytes()
     blob.write_bytes(b"X" + right[1:])
     report = copy(hubs, "tampered")
