@@ -260,7 +260,8 @@ def refuse(error: StoreError, more_headers: Mapping[str, str] | None = None) -> 
     """The status, body and headers by which the client of the Hub recognises a refusal."""
     status = next((number for kind, number in _STATUSES if isinstance(error, kind)), 400)
     message = str(error)
-    headers = {"X-Error-Message": " ".join(message.split()).encode("ascii", "replace").decode()[:1000]}
+    line = "".join(letter if " " <= letter <= "~" else "?" for letter in " ".join(message.split()))
+    headers = {"X-Error-Message": line[:1000]}
     headers |= more_headers or {}
     if isinstance(error, NotFoundError) and error.what in _CODES:
         headers["X-Error-Code"] = _CODES[error.what]

@@ -48,8 +48,9 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 async def _show(request: Request, response: Response, message: str) -> Response:
     who = await run_in_threadpool(_identify, request)
-    title = _TITLES.get(response.status_code, "That did not work")
-    page = show_page(request, "error.html", who, status_code=response.status_code, error_title=title, message=message)
+    status, is_hidden = response.status_code, response.status_code == 404
+    values = {"error_title": _TITLES.get(status, "That did not work"), "message": message, "is_hidden": is_hidden}
+    page = show_page(request, "error.html", who, status_code=status, **values)
     kept = {name: value for name, value in response.headers.items() if name.startswith("x-") or name == "allow"}
     page.headers.update(kept)
     return page

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 
-MAX_HEADER_BYTES = 25_000_000
+MAX_HEADER_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
