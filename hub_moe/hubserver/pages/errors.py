@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from ..calls import answer_http_error as answer_http_error_in_json
-from ..calls import refuse
+from ..calls import answer_refusal as answer_refusal_in_json
 from ..sessions import identify_person
 from ..store import Identity
 from ..store.errors import StoreError, UnauthenticatedError
@@ -29,8 +29,9 @@ _TITLES = {
 async def answer_refusal(request: Request, error: Exception) -> Response:
     """What a route that raised a StoreError answers: a page to browsers, else what clients of the Hub expect."""
     assert isinstance(error, StoreError)
-    response = refuse(error)
-    return await _show(request, response, str(error)) if _wants_page(request) else response
+    response = await answer_refusal_in_json(request, error)
+    is_refused = response.status_code >= 400
+    return await _show(request, response, str(error)) if is_refused and _wants_page(request) else response
 
 
 async def answer_http_error(request: Request, error: Exception) -> Response:

@@ -166,7 +166,7 @@ class Author:
 
     def _store(self, repo, content):
         sha256 = hashlib.sha256(content).hexdigest()
-        self.store.blobs.store([content], sha256=sha256, size_bytes=len(content))
+        self.store.contents.store([content], sha256=sha256, size_bytes=len(content))
         self.store.commits.register(repo.uid, sha256)
         return sha256
 
