@@ -10,8 +10,9 @@ from .downloads import answer_bytes, answer_content, name_picture
 from .refs import format_date
 from .sessions import identify_person
 from .store.errors import InvalidInputError, NotFoundError
-from .store.files import FileFacts, find_last_commits
+from .store.files import FileFacts
 from .store.git import GitRepo, TreeEntry
+from .store.last_commits import find_last_commits
 from .store.names import check_path
 
 _ENTRIES_PER_PAGE = 1000

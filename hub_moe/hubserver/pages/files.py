@@ -9,8 +9,9 @@ from starlette.responses import RedirectResponse, Response
 from ..calls import Call
 from ..cards import read_card
 from ..store import GitRepo, Repo
-from ..store.files import FileFacts, find_last_commits
+from ..store.files import FileFacts
 from ..store.git import LogEntry, TreeEntry
+from ..store.last_commits import find_last_commits
 from ..store.names import check_path
 from .markdown import MAX_CHARACTERS, Place, render_markdown
 from .preview import can_preview, read_preview

@@ -26,6 +26,7 @@ _SORTS: dict[str, tuple[str, Callable[[Profile], Any], bool]] = {
     "name": ("name", lambda one: str(one.repo.id).lower(), False),
 }
 _FACETS: dict[str, tuple[str, Callable[[Profile], list[str]]]] = {
+    "author": ("Owner", lambda one: [one.repo.id.owner]),
     "task": ("Task", lambda one: words_of(one.card.data, "pipeline_tag") + _tagged(one, "task_categories:")),
     "library": ("Library", lambda one: words_of(one.card.data, "library_name")),
     "license": ("Licence", lambda one: _tagged(one, "license:")),
@@ -92,17 +93,17 @@ def show_owner(call: Call) -> Response:
     owner = call.store.accounts.find(call.param("owner"))
     groups = []
     for kind in _KINDS:
-        profiles = _read_all(call, kind, owner["name"])
-        groups.append((kind, profiles, len(profiles)))
+        repos = [repo for repo in call.store.repos.visible(kind, call.who) if repo.id.owner == owner["name"]]
+        profiles = [one for repo in repos[:_PER_PAGE] if (one := read_main(call.store, repo))]
+        groups.append((kind, profiles, len(repos)))
     is_org = owner["kind"] == "org"
     others = call.store.accounts.members(owner["name"]) if is_org else call.store.accounts.orgs(owner["name"])
     names = [name for name, _ in others]
     return show_page(call.request, "owner.html", call.who, owner=owner, groups=groups, names=names, is_org=is_org)
 
 
-def _read_all(call: Call, kind: str, owner: str = "") -> list[Profile]:
-    repos = call.store.repos.visible(kind, call.who)
-    return [one for repo in repos if owner in {"", repo.id.owner} and (one := read_main(call.store, repo))]
+def _read_all(call: Call, kind: str) -> list[Profile]:
+    return [one for repo in call.store.repos.visible(kind, call.who) if (one := read_main(call.store, repo))]
 
 
 def _count(name: str, profiles: list[Profile], chosen: str) -> Facet:

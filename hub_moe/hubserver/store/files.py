@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from .contents import Contents
 from .database import Database
 from .errors import NotFoundError
-from .git import GitRepo, LogEntry, TreeEntry, format_pointer, parse_pointer
+from .git import GitRepo, TreeEntry, format_pointer, parse_pointer
 from .names import check_path
 
 MAX_REGULAR_BYTES = 10_000_000
@@ -103,40 +103,6 @@ class Files:
             query = f"SELECT oid, size_bytes, sha256 FROM file_facts WHERE oid IN ({marks})"
             known.update({row["oid"]: FileFacts(*row) for row in self._database.rows(query, *some)})
         return known
-
-
-def find_last_commits(git: GitRepo, commit: str, paths: Iterable[str], *, limit: int = 2000) -> dict[str, LogEntry]:
-    """For each path the newest commit, among the last `limit`, that changed it; a merge brings what it merged."""
-    pending = set(paths)
-    found: dict[str, str] = {}
-    newer, now = commit, _oids_at(git, commit, pending, {})
-    for _ in range(limit):
-        older = next(iter(git.parents(newer)), None)
-        before = _oids_at(git, older, pending, now) if older else {}
-        changed = {path for path in pending if before.get(path) != now.get(path)}
-        found.update(dict.fromkeys(changed, newer))
-        pending -= changed
-        if not pending or older is None:
-            break
-        newer, now = older, before
-    entries = {oid: next(iter(git.log(oid))) for oid in set(found.values())}
-    return {path: entries[oid] for path, oid in found.items()}
-
-
-def _oids_at(git: GitRepo, commit: str, paths: set[str], newer: dict[str, str]) -> dict[str, str]:
-    """The oids of paths and of their folders; those of a folder that is as it was in `newer` are not read again."""
-    found: dict[str, str] = {}
-    for folder in {path.rpartition("/")[0] for path in paths}:
-        tree = git.find_entry(commit, folder)
-        if tree is None or not tree.is_folder:
-            continue
-        found[f"{folder}/"] = tree.oid
-        if newer.get(f"{folder}/") == tree.oid:
-            found |= {path: oid for path, oid in newer.items() if path.rpartition("/")[0] == folder and path[-1] != "/"}
-        else:
-            prefix = f"{folder}/" if folder else ""
-            found |= {entry.path: entry.oid for entry in git.walk(tree.oid, prefix=prefix, recursive=False)}
-    return found
 
 
 def _measure(oid: str, content: bytes) -> FileFacts:
