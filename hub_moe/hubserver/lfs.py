@@ -19,6 +19,7 @@ from .signing import read_signed, sign
 from .store import Repo, RepoId, Store
 from .store.errors import InvalidInputError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
 from .store.names import check_sha256
+from .store.parts import IncomingPart
 
 MAX_FILE_BYTES = 1 << 40
 _MAX_OBJECTS = 1000
@@ -131,13 +132,18 @@ async def upload(request: Request) -> Response:
     store: Store = request.app.state.store
     fields = read_signed(store.secret, "upload", request.path_params["link"])
     if "part" in fields:
-        await receive(request, store.parts.receive(fields["upload"], fields["part"], size_bytes=fields["part_size"]))
+        await receive(request, _part(store, fields))
     elif "parts" in fields:
         raise InvalidInputError("This upload goes in parts.")
     else:
         await receive(request, store.contents.receive(sha256=fields["oid"], size_bytes=fields["size"]))
         await run_in_threadpool(store.commits.register, fields["repo"], fields["oid"])
     return Response(status_code=200, headers={"ETag": f'"{fields["oid"]}-{fields.get("part", 0)}"'})
+
+
+def _part(store: Store, fields: dict[str, Any]) -> IncomingPart:
+    name, number = fields["upload"], fields["part"]
+    return store.parts.receive(name, number, offset=fields["offset"], size_bytes=fields["part_size"])
 
 
 def download(call: Call) -> Response:
@@ -174,7 +180,8 @@ def _plan_upload(call: Call, repo: Repo, oid: str, size: int, *, part_bytes: int
         link = sign(call.store.secret, "upload", fields)
         headers = {"chunk_size": str(part_bytes)}
         for number in range(1, count + 1):
-            part = {"part": number, "part_size": min(part_bytes, size - (number - 1) * part_bytes)}
+            offset = (number - 1) * part_bytes
+            part = {"part": number, "offset": offset, "part_size": min(part_bytes, size - offset)}
             headers[str(number)] = f"{call.base_url}/lfs/upload/{sign(call.store.secret, 'upload', fields | part)}"
         upload_action = {"href": f"{call.base_url}/lfs/upload/{link}", "header": headers}
     actions = {"upload": upload_action, "verify": {"href": f"{call.base_url}/lfs/verify/{link}"}}

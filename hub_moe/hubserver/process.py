@@ -36,6 +36,12 @@ class Hub:
             raise RuntimeError(f"The Hub did not start: {line!r}")
         self.url = line.removeprefix(_READY).strip()
 
+    @property
+    def pid(self) -> int:
+        """The id of the server's process, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         """Stop the server and wait for its end."""
         self._end("terminate")

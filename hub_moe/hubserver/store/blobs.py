@@ -5,14 +5,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import IO, BinaryIO
 
 from .errors import InvalidInputError, TooLargeError
 from .names import check_sha256
+from .syncing import Syncing
 
 COPY_BYTES = 1 << 20
+SEND_BYTES = 256 << 10
+"""The size of the pieces in which contents are sent: each of many slow readers holds two or three."""
 
 
 class BlobStore:
@@ -36,10 +40,6 @@ class BlobStore:
         except FileNotFoundError:
             return None
 
-    def receive(self, *, sha256: str, size_bytes: int) -> "IncomingFile":
-        """A place to write a content into; it becomes visible by `finish` if it is what was promised."""
-        return IncomingFile(self.incoming, self.path(sha256), size_bytes=size_bytes, sha256=sha256)
-
     def delete(self, sha256: str) -> int:
         """Remove a content, if it is here; the bytes that this freed."""
         size_bytes = self.size_bytes(sha256) or 0
@@ -62,9 +62,16 @@ class NewFile:
 
     def __init__(self, folder: Path) -> None:
         descriptor, name = tempfile.mkstemp(dir=folder)
-        self._file = os.fdopen(descriptor, "r+b")
+        self._file = FileIO(descriptor, "r+")
         self._path = Path(name)
-        self.write = self._file.write
+        self._syncing = Syncing(descriptor)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes."""
+        view = memoryview(data)
+        while view:
+            view = view[self._file.write(view) :]
+        self._syncing.wrote(len(data))
 
     def truncate(self, size_bytes: int) -> None:
         """Cut what lies behind the first `size_bytes`; the next write goes there."""
@@ -73,12 +80,14 @@ class NewFile:
 
     def publish(self, target: Path) -> None:
         """Give the file its name for good, in place of what has it now."""
+        self._syncing.wait()
         target.parent.mkdir(parents=True, exist_ok=True)
         move_into_place(self._file, self._path, target)
         sync_folder(target.parent)
 
     def close(self) -> None:
         """Delete the file unless it was published."""
+        self._syncing.wait()
         self._file.close()
         self._path.unlink(missing_ok=True)
 
@@ -94,7 +103,7 @@ class IncomingFile:
         self._written_bytes = 0
         self._file = NewFile(folder)
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Append a chunk; TooLargeError as soon as there is more than was promised."""
         self._written_bytes += len(chunk)
         if self._written_bytes > self._size_bytes:
@@ -120,10 +129,10 @@ class IncomingFile:
 
 
 def read_file(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
-    """The bytes `start` to `end` of an open file, in pieces of 1 MiB; closes it."""
+    """The bytes `start` to `end` of an open file, in pieces of 256 KiB; closes it."""
     with file:
         file.seek(start)
-        while start < end and (piece := file.read(min(COPY_BYTES, end - start))):
+        while start < end and (piece := file.read(min(SEND_BYTES, end - start))):
             start += len(piece)
             yield piece
 

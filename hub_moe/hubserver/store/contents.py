@@ -5,8 +5,9 @@ A content has a recipe if it ever came by Xet; a file that another way of upload
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from .blobs import COPY_BYTES, BlobStore, IncomingFile, read_file
+from .blobs import BlobStore, IncomingFile, read_file
 from .errors import NotFoundError
 from .recipes import Recipes
 
@@ -23,8 +24,8 @@ class Contents:
         recipe = self.recipes.find(sha256)
         return recipe.size_bytes if recipe else self.blobs.size_bytes(sha256)
 
-    def read(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """The bytes `start` to `end` of a content (None: its end), in pieces of about 1 MiB.
+    def read(self, sha256: str, start: int = 0, end: int | None = None) -> Iterator[bytes | memoryview]:
+        """The bytes `start` to `end` of a content (None: its end), in pieces of about 256 KiB.
 
         Raises:
             NotFoundError: If the content is not here; or later, when xorbs of it are deleted while it is read.
@@ -33,7 +34,7 @@ class Contents:
         recipe = self.recipes.find(sha256)
         if recipe:
             end = recipe.size_bytes if end is None else min(end, recipe.size_bytes)
-            return _gather(self.recipes.read(recipe, start, end)) if start < end else iter(())
+            return self.recipes.read(recipe, start, end) if start < end else iter(())
         try:
             file = self.blobs.path(sha256).open("rb")
         except FileNotFoundError:
@@ -42,9 +43,11 @@ class Contents:
 
     def receive(self, *, sha256: str, size_bytes: int) -> IncomingFile:
         """A place to write a content into; `finish` keeps it, if it is what was promised and not here yet."""
-        if self.recipes.find(sha256):
-            return IncomingFile(self.blobs.incoming, None, size_bytes=size_bytes, sha256=sha256)
-        return self.blobs.receive(sha256=sha256, size_bytes=size_bytes)
+        return IncomingFile(self.blobs.incoming, self.place(sha256), size_bytes=size_bytes, sha256=sha256)
+
+    def place(self, sha256: str) -> Path | None:
+        """Where a content that comes whole belongs; None if it has a recipe already."""
+        return None if self.recipes.find(sha256) else self.blobs.path(sha256)
 
     def store(self, chunks: Iterable[bytes], *, sha256: str, size_bytes: int) -> None:
         """Write a whole content; InvalidInputError if its sha256 or size differ from what was promised."""
@@ -57,17 +60,3 @@ class Contents:
         """The sha256 of every stored content."""
         yield from self.blobs.all()
         yield from (sha256 for sha256 in self.recipes.all() if self.blobs.size_bytes(sha256) is None)
-
-
-def _gather(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    waiting: list[bytes | memoryview] = []
-    size_bytes = 0
-    for chunk in chunks:
-        waiting.append(chunk)
-        size_bytes += len(chunk)
-        if size_bytes >= COPY_BYTES:
-            yield b"".join(waiting)
-            waiting.clear()
-            size_bytes = 0
-    if waiting:
-        yield b"".join(waiting)

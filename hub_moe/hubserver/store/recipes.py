@@ -4,12 +4,15 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .ahead import map_ahead
+from .blobs import SEND_BYTES
 from .database import Database
 from .errors import NotFoundError
 from .shards import ShardFile, Term
 from .xorbs import XorbStore
 
 _ROWS_PER_QUERY = 500
+_Piece = tuple[tuple[str, int, int], int, int]  # a run of chunks of a xorb, and which of its bytes
 _FIND = "SELECT id, sha256, name, size_bytes FROM recipes WHERE "
 
 
@@ -91,19 +94,23 @@ class Recipes:
             yield from ((row["start"], Term(*row[1:])) for row in rows)
             position = rows[-1]["start"] + rows[-1]["size_bytes"]
 
-    def read(self, recipe: Recipe, start: int, end: int) -> Iterator[bytes | memoryview]:
-        """The bytes `start` to `end` of a content, chunk by chunk."""
+    def read(self, recipe: Recipe, start: int, end: int) -> Iterator[memoryview]:
+        """The bytes `start` to `end` of a content, in pieces of about 256 KiB."""
+        return map_ahead(self._read_piece, self._plan(recipe, start, end), ahead=1)
+
+    def _plan(self, recipe: Recipe, start: int, end: int) -> Iterator[_Piece]:
         for place, term in self.terms(recipe, start, end):
             index = self._xorbs.index(term.xorb)
             number = index.find(term.first, max(0, start - place))
-            place += index.size_bytes(term.first, number)
-            for chunk in self._xorbs.read(term.xorb, number, term.end):
-                piece = chunk[max(0, start - place) : end - place]
-                place += len(chunk)
-                if piece:
-                    yield piece
-                if place >= end:
+            for name, first, last in self._xorbs.split(term.xorb, number, term.end, size_bytes=SEND_BYTES):
+                skipped = place + index.size_bytes(term.first, first)
+                if skipped >= end:
                     return
+                yield (name, first, last), max(0, start - skipped), end - skipped
+
+    def _read_piece(self, piece: _Piece) -> memoryview:
+        run, start, end = piece
+        return self._xorbs.read(*run)[start:end]
 
     def delete(self, connection: sqlite3.Connection, sha256: str) -> None:
         """Forget a recipe inside a transaction; its xorbs stay."""

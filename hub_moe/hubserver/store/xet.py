@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 
+from .ahead import map_ahead
 from .commits import Commits
 from .contents import Contents
 from .database import Database
@@ -104,11 +105,14 @@ class XetStore:
             raise InvalidInputError(_MISSING.format(xorb))
         return self.xorbs.index(xorb)
 
+    def _read(self, run: tuple[str, int, int]) -> memoryview:
+        return self.xorbs.read(*run)
+
     def _check_content(self, file: ShardFile) -> Iterator[int]:
         digest = hashlib.sha256()
         for term in file.terms:
-            for chunk in self.xorbs.read(term.xorb, term.first, term.end):
-                digest.update(chunk)
+            for piece in map_ahead(self._read, self.xorbs.split(term.xorb, term.first, term.end)):
+                digest.update(piece)
             yield term.size_bytes
         if digest.hexdigest() != file.sha256:
             raise InvalidInputError(f"The content's sha256 is {digest.hexdigest()}, not {file.sha256}.")

@@ -5,6 +5,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from threading import local
+from typing import Any
 
 import lz4.frame
 import numpy as np
@@ -22,6 +24,7 @@ _RECORD = struct.Struct(f"<II{HASH_BYTES}s")
 _TRAILER = struct.Struct("<8sI")
 _TRAILER_TAG = b"hubmoe\x00\x01"
 TRAILER_BYTES = _TRAILER.size
+_THREAD = local()
 
 
 @dataclass(slots=True)
@@ -96,8 +99,9 @@ class XorbReader:
         self.index = XorbIndex()
         self._waiting = bytearray()
         self._is_over = False
+        self._scratch = np.empty(MAX_CHUNK_BYTES, np.uint8)
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | bytearray) -> None:
         """Take the next bytes; InvalidInputError if they are no chunks."""
         if not self._is_over:
             self._waiting += data
@@ -121,45 +125,58 @@ class XorbReader:
             end = start + _HEADER_BYTES + packed
             if end > len(waiting):
                 break
-            chunk = unpack_chunk(waiting[start + _HEADER_BYTES : end], scheme=scheme, size_bytes=size)
-            self.index.add(packed_bytes=end - start, size_bytes=size, chunk_hash=hash_chunk(chunk))
+            chunk = self._scratch[:size]
+            _unpack_chunk(waiting[start + _HEADER_BYTES : end], scheme, chunk)
+            self.index.add(packed_bytes=end - start, size_bytes=size, chunk_hash=hash_chunk(chunk.data))
             start = end
         return start
 
 
-def unpack_run(data: bytes) -> Iterator[bytes | memoryview]:
-    """The unpacked chunks of whole packed ones that lie one after another."""
-    view, start = memoryview(data), 0
+def unpack_run(data: bytes, *, size_bytes: int) -> memoryview:
+    """The unpacked bytes of whole packed chunks that lie one after another."""
+    whole, start, done = np.empty(size_bytes, np.uint8), 0, 0
+    view = memoryview(data)
     while start < len(data):
         packed, size, scheme = _read_header(bytes(view[start : start + _HEADER_BYTES]), start)
         end = start + _HEADER_BYTES + packed
-        yield unpack_chunk(view[start + _HEADER_BYTES : end], scheme=scheme, size_bytes=size)
-        start = end
+        if done + size > size_bytes:
+            raise InvalidInputError("A stored xorb is damaged: a chunk has another size than its index says.")
+        _unpack_chunk(view[start + _HEADER_BYTES : end], scheme, whole[done : done + size])
+        start, done = end, done + size
+    if done != size_bytes:  # what was not filled would be whatever the memory held before
+        raise InvalidInputError("A stored xorb is damaged: it is cut short.")
+    return whole.data
 
 
-def unpack_chunk(data: memoryview, *, scheme: int, size_bytes: int) -> bytes | memoryview:
-    """A chunk's bytes. Scheme 0 is plain, 1 an LZ4 frame, 2 an LZ4 frame of the bytes grouped by position modulo 4."""
-    chunk, is_whole = data, True
-    if scheme != _PLAIN:
-        frame = lz4.frame.LZ4FrameDecompressor()
-        try:
-            chunk = frame.decompress(data, max_length=size_bytes + 1)
-        except RuntimeError as error:
-            raise InvalidInputError(f"A chunk is not valid LZ4: {error}") from None
-        is_whole = frame.eof and not frame.unused_data
-    if len(chunk) != size_bytes or not is_whole:
-        raise InvalidInputError(f"A chunk has not the {size_bytes} bytes that its header says.")
-    return _ungroup(chunk) if scheme == _GROUPED_LZ4 else chunk
-
-
-def _ungroup(grouped: bytes | memoryview) -> memoryview:
-    source = np.frombuffer(grouped, np.uint8)
-    whole, start = np.empty_like(source), 0
+def _unpack_chunk(data: memoryview, scheme: int, chunk: "np.ndarray[Any, np.dtype[np.uint8]]") -> None:
+    """Fill `chunk`. Scheme 0 is plain, 1 an LZ4 frame, 2 an LZ4 frame of the bytes grouped by position modulo 4."""
+    unpacked = data if scheme == _PLAIN else _decompress(data, len(chunk))
+    if len(unpacked) != len(chunk):
+        raise InvalidInputError(f"A chunk has not the {len(chunk)} bytes that its header says.")
+    source = np.frombuffer(unpacked, np.uint8)
+    if scheme != _GROUPED_LZ4:
+        chunk[:] = source
+        return
+    start = 0
     for place in range(4):
         length = (len(source) - place + 3) // 4
-        whole[place::4] = source[start : start + length]
+        chunk[place::4] = source[start : start + length]
         start += length
-    return whole.data
+
+
+def _decompress(data: memoryview, size_bytes: int) -> bytes:
+    """An LZ4 frame that is whole and nothing but a frame. A new decompressor for each would take twice the time."""
+    frame = getattr(_THREAD, "frame", None) or lz4.frame.LZ4FrameDecompressor()
+    _THREAD.frame = None
+    try:
+        frame.reset()
+        unpacked: bytes = frame.decompress(data, max_length=size_bytes + 1)
+    except RuntimeError as error:
+        raise InvalidInputError(f"A chunk is not valid LZ4: {error}") from None
+    if not frame.eof or frame.unused_data:
+        raise InvalidInputError(f"A chunk has not the {size_bytes} bytes that its header says.")
+    _THREAD.frame = frame
+    return unpacked
 
 
 def _read_header(header: bytes, position: int) -> tuple[int, int, int]:

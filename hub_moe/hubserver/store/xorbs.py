@@ -8,13 +8,12 @@ from threading import Lock
 from types import TracebackType
 from typing import BinaryIO
 
-from .blobs import NewFile
+from .blobs import COPY_BYTES, NewFile
 from .errors import InvalidInputError, NotFoundError, TooLargeError
 from .xet_hashes import check_name, format_hash, hash_xorb
 from .xorb_format import TRAILER_BYTES, XorbIndex, XorbReader, count_index_bytes, unpack_index, unpack_run
 
 MAX_XORB_BYTES = 80 << 20
-_READ_BYTES = 1 << 20
 _MAX_CACHED_CHUNKS = 1 << 19
 
 
@@ -65,16 +64,22 @@ class XorbStore:
                 self._cached_chunks -= len(self._indexes.popitem(last=False)[1])
         return index
 
-    def read(self, name: str, first: int, end: int) -> Iterator[bytes | memoryview]:
-        """The unpacked chunks `first` to `end` (exclusive), about 1 MiB read at a time."""
-        ends = self.index(name).ends
+    def read(self, name: str, first: int, end: int) -> memoryview:
+        """The unpacked chunks `first` to `end` (exclusive), all at once; `split` says how many are few enough."""
+        index = self.index(name)
         with self.open(name) as file:
-            while first < end:
-                last = first + 1
-                while last < end and ends[last + 1] - ends[first] <= _READ_BYTES:
-                    last += 1
-                yield from unpack_run(os.pread(file.fileno(), ends[last] - ends[first], ends[first]))
-                first = last
+            data = os.pread(file.fileno(), index.ends[end] - index.ends[first], index.ends[first])
+        return unpack_run(data, size_bytes=index.size_bytes(first, end))
+
+    def split(self, name: str, first: int, end: int, *, size_bytes: int = COPY_BYTES) -> Iterator[tuple[str, int, int]]:
+        """A run of chunks in runs of at most `size_bytes` unpacked bytes, as `read` takes them."""
+        ends = self.index(name).unpacked_ends
+        while first < end:
+            last = first + 1
+            while last < end and ends[last + 1] - ends[first] <= size_bytes:
+                last += 1
+            yield name, first, last
+            first = last
 
     def is_true(self, name: str) -> bool:
         """Whether a stored xorb still is what its name says; reads it through."""
@@ -82,8 +87,8 @@ class XorbStore:
         try:
             index = self._read_index(name)
             with self.open(name) as file:
-                for start in range(0, index.ends[-1], _READ_BYTES):
-                    reader.feed(os.pread(file.fileno(), min(_READ_BYTES, index.ends[-1] - start), start))
+                for start in range(0, index.ends[-1], COPY_BYTES):
+                    reader.feed(os.pread(file.fileno(), min(COPY_BYTES, index.ends[-1] - start), start))
             reader.finish()
         except InvalidInputError:
             return False
@@ -122,7 +127,7 @@ class IncomingXorb:
         self._written_bytes = 0
         self._file = NewFile(folder)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         """Append bytes; InvalidInputError as soon as a chunk is malformed."""
         self._written_bytes += len(data)
         if self._written_bytes > MAX_XORB_BYTES:
