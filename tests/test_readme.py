@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -19,6 +20,11 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 def read_blocks(text):
     """The fenced blocks of a Markdown text, as `(language, content)`."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def read_section(text, title):
+    """A section of a Markdown text, from its heading of the second level to the next."""
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)[1]
 
 
 def read_examples(text):
@@ -51,16 +57,53 @@ def _run(arguments, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("program", "commands"), read_examples(README), ids=["load", "train, inspect, export"])
+@pytest.mark.parametrize(
+    ("program", "commands"),
+    read_examples(read_section(README, "Three examples")),
+    ids=["load", "train, inspect, export"],
+)
 def test_an_example_runs_in_an_empty_folder(program, commands, tmp_path):
     assert _run([sys.executable, "-c", program], tmp_path)
     for command in commands:
         assert _run(shlex.split(command, comments=True), tmp_path)
 
 
+@pytest.mark.slow
+def test_the_commands_about_a_hub_of_your_own_run_one_after_the_other(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path / "my-moe")
+    start, *others = [
+        block for language, block in read_blocks(read_section(README, "A Hub of your own")) if language == "bash"
+    ]
+    serve = next(line for line in start.splitlines() if line.startswith("hub-moe"))
+    environment = os.environ | {"PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])}
+    environment |= {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    with subprocess.Popen(
+        [*shlex.split(serve), "--port", "0"], cwd=tmp_path, env=environment, stdout=PIPE, stderr=PIPE, text=True
+    ) as server:
+        exports = server.stdout.readline() + server.stderr.readline() + server.stderr.readline()
+        lines = [line for line in exports.splitlines() if line.startswith("export ")]
+        script = "\n".join(["set -euo pipefail", *lines, *others])
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        server.terminate()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "my-clone" / "README.md").read_text() == "# My first MoE\n"
+    assert (tmp_path / "lab-hub.tar").stat().st_size > 100_000
+
+
+def test_the_fixture_hub_works_in_the_tests_of_another_project(tmp_path):
+    (tmp_path / "test_mine.py").write_text(
+        next(
+            block for language, block in read_blocks(read_section(README, "A Hub of your own")) if language == "python"
+        )
+    )
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q"], cwd=tmp_path, capture_output=True, text=True)
+    assert "1 passed" in done.stdout, done.stdout
+
+
 def test_the_readme_shows_programs_and_commands():
-    assert len(read_examples(README)) >= 2
-    assert any(commands for _, commands in read_examples(README))
+    examples = read_examples(read_section(README, "Three examples"))
+    assert len(examples) >= 2
+    assert any(commands for _, commands in examples)
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
