@@ -325,7 +325,7 @@ def test_killed_at_any_moment_a_second_run_finishes_the_job(tmp_path, victim):
             client.commit("m", {f"large{number}.bin": chance.randbytes(6_000_000)}, as_large=True)
         client.commit("m", {"p.bin": chance.randbytes(2_000_000)}, as_large=True, create_pr="1")
         wanted = refs(client, "m")
-    for _ in range(3):
+    for _ in range(2):
         running = command(hubs, *(f"{hub.url}/alice/m" for hub in hubs), "--yes", start_new_session=True)
         time.sleep(chance.uniform(1.2, 2.6))
         if victim == "client":

@@ -209,18 +209,28 @@ def list_tips(git: GitRepo) -> list[tuple[str, str, str | None]]:
 
 
 def stream_pack(git: GitRepo, oids: list[bytes]) -> Iterator[bytes]:
-    """A pack of these objects in large pieces; one object is in memory at a time."""
-    digest = hashlib.sha1(pack_header(len(oids)), usedforsecurity=False)
-    waiting = bytearray(pack_header(len(oids)))
-    for raw in oids:
-        type_num, content = git.objects.read(raw.hex())
-        part = object_header(type_num, len(content)) + zlib.compress(content, 1)
-        digest.update(part)
-        waiting += part
+    """A pack of these objects in pieces of about 256 KiB; one object is in memory at a time."""
+    digest = hashlib.sha1(usedforsecurity=False)
+    waiting = bytearray()
+    for piece in _list_pieces(git, oids):
+        digest.update(piece)
+        waiting += piece
         if len(waiting) >= _CHUNK_BYTES:
             yield bytes(waiting)
             waiting.clear()
     yield bytes(waiting) + digest.digest()
+
+
+def _list_pieces(git: GitRepo, oids: list[bytes]) -> Iterator[bytes]:
+    yield pack_header(len(oids))
+    for raw in oids:
+        type_num, content = git.objects.read(raw.hex())
+        yield object_header(type_num, len(content))
+        engine, view = zlib.compressobj(1), memoryview(content)
+        for start in range(0, len(view), _CHUNK_BYTES):
+            yield engine.compress(view[start : start + _CHUNK_BYTES])
+        yield engine.flush()
+        del content, view  # before the next one is read
 
 
 def _target(git: GitRepo, tag: str) -> str:

@@ -1,6 +1,5 @@
 """git push: nothing of it becomes part of the repo unless every object and every ref of it may."""
 
-import mmap
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from .unpacking import PackReader
 
 MAX_REFS = 10_000
 _MAX_EVENTS = 100
-_SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Pushes:
                     "push it with git-lfs."
                 )
 
-        PackReader(_view(pack), git.objects, check).read()
+        PackReader(pack, git.objects, check).read()
 
     def _check_ref(self, repo: Repo, who: Identity, update: RefUpdate) -> RefUpdate:
         try:
@@ -179,16 +177,6 @@ def _refuse_the_rest(updates: list[RefUpdate]) -> list[RefUpdate]:
     bad = next(update for update in updates if update.refusal)
     reason = f"Not changed, because {bad.ref} was refused."
     return [update if update.refusal else replace(update, refusal=reason) for update in updates]
-
-
-def _view(file: IO[bytes]) -> memoryview:
-    """The rest of a file as memory that the system may drop at any time."""
-    start = file.tell()
-    size_bytes = file.seek(0, 2)
-    file.seek(start)
-    if size_bytes - start <= _SMALL_BYTES:
-        return memoryview(file.read())
-    return memoryview(mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_READ))[start:]
 
 
 def _one_line(text: str) -> str:
