@@ -42,6 +42,8 @@ def read_scores(store: Store, repo: Repo) -> list[Score]:
         merged = _read_folder(store, repo, git, git.resolve("main"))
         scores = [score for found in merged.values() for score in found]
         for discussion in reversed(store.discussions.list_all(repo, is_pull_request=True, statuses=("open",))):
+            if git.read_ref(discussion.ref) is None:
+                continue  # its commits were deleted
             proposed = _read_folder(store, repo, git, git.resolve(discussion.ref))
             new = [score for key, found in proposed.items() if key not in merged for score in found]
             scores += [Score(one.path, one.data, one.error, discussion.num) for one in new if one not in scores]

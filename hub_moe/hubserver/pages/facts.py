@@ -1,9 +1,11 @@
 """What pages say of a repo besides its files: facts from its card, and how its files are loaded."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..profiles import Profile, read_profile
+from ..profiles import Profile, read_main
 from ..store import Repo, Store
 from ..store.errors import NotFoundError
 
@@ -25,13 +27,13 @@ class Snippet:
     text: str
 
 
-def read_main(store: Store, repo: Repo) -> Profile | None:
-    """The profile of a repo as it is now; None if it has just been deleted."""
-    try:
-        with store.repos.open(repo) as git:
-            return read_profile(store, repo, git, git.resolve("main"))
-    except NotFoundError:
-        return None
+def read_all(store: Store, repos: Iterable[Repo]) -> list[Profile]:
+    """The profiles of repos as they are now, without those that have just been deleted."""
+    found = []
+    for repo in repos:
+        with suppress(NotFoundError):
+            found.append(read_main(store, repo))
+    return found
 
 
 def words_of(data: dict[str, Any], name: str) -> list[str]:

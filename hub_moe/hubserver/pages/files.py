@@ -8,6 +8,7 @@ from starlette.responses import RedirectResponse, Response
 
 from ..calls import Call
 from ..cards import read_card
+from ..profiles import read_weights_header
 from ..store import GitRepo, Repo
 from ..store.files import FileFacts
 from ..store.git import LogEntry, TreeEntry
@@ -16,7 +17,7 @@ from ..store.names import check_path
 from .markdown import MAX_CHARACTERS, Place, render_markdown
 from .preview import can_preview, read_preview
 from .repo import repo_routes, show_repo_page
-from .tensors import parse_header, read_header_length
+from .tensors import parse_header
 from .urls import repo_url
 
 _PER_PAGE = 100
@@ -147,7 +148,7 @@ def _read(call: Call, git: GitRepo, repo: Repo, facts: FileFacts) -> dict[str, A
         return {"kind": "binary"}
     if lower.endswith(".md") and "plain" not in query:
         card = read_card(content.decode("utf-8", "replace"))
-        place = Place(repo.id, call.param("rev"), path.rpartition("/")[0])
+        place = Place(repo.id, call.param("rev"), path.rpartition("/")[0], call.base_url)
         is_whole = is_whole and len(card.text) <= MAX_CHARACTERS
         return {"kind": "markdown", "html": render_markdown(card.text, place), "is_whole": is_whole, "data": card.data}
     if can_preview(path) and "plain" not in query:
@@ -161,10 +162,7 @@ def _read(call: Call, git: GitRepo, repo: Repo, facts: FileFacts) -> dict[str, A
 
 
 def _read_tensors(call: Call, git: GitRepo, facts: FileFacts) -> dict[str, Any]:
-    start = call.store.files.read(git, facts, limit_bytes=8)
-    length = read_header_length(start, size_bytes=facts.size_bytes)
-    header = call.store.files.read(git, facts, limit_bytes=8 + length)[8:] if length else b""
-    parsed = parse_header(header)
+    parsed = parse_header(read_weights_header(call.store, git, facts) or b"")
     if parsed is None:
         return {"kind": "binary", "fault": "This is not a whole safetensors file: its header cannot be read."}
     tensors, notes = parsed

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from ..calls import Call, route
 from ..profiles import Profile
 from ..sessions import identify_person
-from .facts import read_main, words_of
+from .facts import read_all, words_of
 from .rendering import show_page
 from .urls import list_url
 
@@ -21,6 +21,7 @@ _MOST_VALUES = 8
 _SORTS: dict[str, tuple[str, Callable[[Profile], Any], bool]] = {
     "": ("recently changed", lambda one: one.repo.modified_at, True),
     "created": ("newest", lambda one: one.repo.created_at, True),
+    "likes": ("most likes", lambda one: one.repo.likes, True),
     "downloads": ("most downloads", lambda one: one.repo.downloads, True),
     "size": ("most parameters", lambda one: (one.safetensors or {}).get("total", 0), True),
     "name": ("name", lambda one: str(one.repo.id).lower(), False),
@@ -54,8 +55,7 @@ def show_start(call: Call) -> Response:
     groups = []
     for kind in _KINDS:
         repos = [repo for repo in call.store.repos.visible(kind, call.who) if search.lower() in str(repo.id).lower()]
-        profiles = [one for repo in repos[:most] if (one := read_main(call.store, repo))]
-        groups.append((kind, profiles, len(repos)))
+        groups.append((kind, read_all(call.store, repos[:most]), len(repos)))
     return show_page(call.request, "start.html", call.who, groups=groups, search=search, base_url=call.base_url)
 
 
@@ -64,7 +64,8 @@ def show_list(call: Call) -> Response:
     kind, query = call.request.path_params["kinds"], call.request.query_params
     search = query.get("search", "")[:200]
     chosen = {name: query.get(name, "")[:200] for name in _FACETS}
-    found = [one for one in _read_all(call, kind) if search.lower() in str(one.repo.id).lower()]
+    repos = [repo for repo in call.store.repos.visible(kind, call.who) if search.lower() in str(repo.id).lower()]
+    found = read_all(call.store, repos)
     for name, value in chosen.items():
         found = [one for one in found if not value or value in _values(name, one)]
     sort = query.get("sort", "") if query.get("sort", "") in _SORTS else ""
@@ -94,16 +95,11 @@ def show_owner(call: Call) -> Response:
     groups = []
     for kind in _KINDS:
         repos = [repo for repo in call.store.repos.visible(kind, call.who) if repo.id.owner == owner["name"]]
-        profiles = [one for repo in repos[:_PER_PAGE] if (one := read_main(call.store, repo))]
-        groups.append((kind, profiles, len(repos)))
+        groups.append((kind, read_all(call.store, repos[:_PER_PAGE]), len(repos)))
     is_org = owner["kind"] == "org"
     others = call.store.accounts.members(owner["name"]) if is_org else call.store.accounts.orgs(owner["name"])
     names = [name for name, _ in others]
     return show_page(call.request, "owner.html", call.who, owner=owner, groups=groups, names=names, is_org=is_org)
-
-
-def _read_all(call: Call, kind: str) -> list[Profile]:
-    return [one for repo in call.store.repos.visible(kind, call.who) if (one := read_main(call.store, repo))]
 
 
 def _count(name: str, profiles: list[Profile], chosen: str) -> Facet:

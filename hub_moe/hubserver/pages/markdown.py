@@ -43,11 +43,12 @@ _ALIGN = re.compile(r"text-align:(left|right|center)")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a text stands, so that relative links lead somewhere."""
+    """Where a text stands, so that relative links lead somewhere; `origin` is the address of this Hub."""
 
     repo_id: RepoId
     revision: str
     folder: str = ""
+    origin: str = ""
 
     def find(self, address: str, page: str) -> str | None:
         """The address on this Hub of a relative link (`page` is blob or resolve); None if it leaves the repo."""
@@ -95,14 +96,18 @@ def _filter(place: Place, tag: str, name: str, value: str) -> str | None:
         return f"#card-{value[1:]}"
     if name not in {"href", "src"}:
         return value
+    value = value.strip()
+    if place.origin and value.startswith(f"{place.origin}/"):
+        value = value.removeprefix(place.origin)
     try:
-        parts = urlsplit(value.strip())
+        parts = urlsplit(value)
     except ValueError:
         return None
     if parts.scheme or parts.netloc:
         return value if parts.scheme in _SCHEMES else None
-    found = place.find(value.strip(), "resolve" if tag == "img" else "blob")
-    return None if tag == "img" and found and "/resolve/" not in found else found
+    found = place.find(value, "resolve" if tag == "img" else "blob")
+    is_foreign = tag == "img" and found and "/resolve/" not in found and not found.startswith("/uploads/")
+    return None if is_foreign else found
 
 
 class _Finisher(HTMLParser):

@@ -5,6 +5,7 @@ from typing import Any
 from starlette.responses import RedirectResponse, Response
 
 from ..calls import Call, Handler, route
+from ..evaluations import read_scores
 from ..profiles import Profile, read_profile
 from ..sessions import identify_person, read_own_form
 from ..store import GitRepo, Repo
@@ -18,6 +19,7 @@ from .rendering import show_page
 from .urls import repo_url
 
 _MAX_DATA_FILES = 200
+_MAX_SCORES = 50
 
 
 def show_repo(call: Call) -> Response:
@@ -33,12 +35,13 @@ def show_repo(call: Call) -> Response:
         "repo.html",
         tab="card",
         profile=profile,
-        card=render_markdown(profile.card.text, Place(repo.id, "main")) if profile.card.text.strip() else "",
+        card=_render_card(call, profile),
         is_card_cut=len(profile.card.text) > MAX_CHARACTERS,
         lineage=read_lineage(call.store, profile, call.who),
         snippets=write_snippets(profile, call.base_url),
         size_bytes=sum(file.size_bytes for file in profile.files),
         may_read=may_read,
+        scores=read_scores(call.store, repo)[:_MAX_SCORES] if repo.id.kind == "model" and may_read else [],
         access=call.store.repos.access_status(repo, call.who.user) if call.who and repo.gated else None,
         data=data,
     )
@@ -55,17 +58,22 @@ def ask_access(call: Call) -> Response:
     return RedirectResponse(repo_url(repo.id), status_code=303)
 
 
+def like(call: Call) -> Response:
+    """`POST /{id}/like`: like a repo, or with `undo` take it back."""
+    fields = read_own_form(call)
+    repo = call.repo()
+    change = call.store.likes.unlike if fields.get("undo") else call.store.likes.like
+    change(repo, call.identity)
+    return RedirectResponse(repo_url(repo.id), status_code=303)
+
+
 def show_repo_page(call: Call, repo: Repo, template: str, *, tab: str, **values: Any) -> Response:
     """A page of a repo: with its name, marks and tabs above."""
     open_count = len(call.store.discussions.list_all(repo, statuses=OPEN))
     may_write = call.who is not None and call.store.repos.may_write(repo, call.who)
-    shared: dict[str, Any] = {
-        "repo": repo,
-        "tab": tab,
-        "open_count": open_count,
-        "may_write": may_write,
-        "base_url": call.base_url,
-    }
+    has_liked = call.who is not None and repo.uid in call.store.likes.liked_by(call.who.user)
+    shared: dict[str, Any] = {"repo": repo, "tab": tab, "open_count": open_count, "base_url": call.base_url}
+    shared |= {"may_write": may_write, "has_liked": has_liked}
     return show_page(call.request, template, call.who, **(shared | values))
 
 
@@ -73,6 +81,11 @@ def repo_routes(path: str, handler: Handler, *methods: str) -> list[Any]:
     """The routes of a page of repos: `/OWNER/NAME…` for models, `/datasets/OWNER/NAME…`, `/spaces/OWNER/NAME…`."""
     patterns = (f"/{{kinds:kinds}}/{{owner}}/{{name}}{path}", f"/{{owner:owner}}/{{name}}{path}")
     return [route(pattern, handler, *methods, identify=identify_person) for pattern in patterns]
+
+
+def _render_card(call: Call, profile: Profile) -> str:
+    text = profile.card.text
+    return render_markdown(text, Place(profile.repo.id, "main", origin=call.base_url)) if text.strip() else ""
 
 
 def _may_read(call: Call) -> bool:
@@ -99,4 +112,8 @@ def _read_rows(call: Call, git: GitRepo, profile: Profile) -> dict[str, Any]:
     }
 
 
-ROUTES = [*repo_routes("", show_repo), *repo_routes("/ask-access", ask_access, "POST")]
+ROUTES = [
+    *repo_routes("", show_repo),
+    *repo_routes("/ask-access", ask_access, "POST"),
+    *repo_routes("/like", like, "POST"),
+]

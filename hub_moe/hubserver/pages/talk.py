@@ -50,7 +50,7 @@ def show_discussion(call: Call) -> Response:
     repo = call.repo_to_read()
     discussion = find_discussion(call, repo)
     events = call.store.discussions.events(repo, discussion)
-    place = Place(repo.id, "main")
+    place = Place(repo.id, "main", origin=call.base_url)
     comments = {event.id: _render(event, place) for event in events if event.type == "comment"}
     may_control = call.who is not None and call.store.discussions.may_control(repo, discussion, call.who)
     return show_repo_page(

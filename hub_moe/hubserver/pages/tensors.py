@@ -4,8 +4,6 @@ import json
 import math
 from dataclasses import dataclass
 
-MAX_HEADER_BYTES = 10_000_000
-
 
 @dataclass(frozen=True)
 class Tensor:
@@ -19,12 +17,6 @@ class Tensor:
     def count(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
-
-
-def read_header_length(start: bytes, *, size_bytes: int) -> int | None:
-    """How long the header of a file that begins with `start` is; None if that cannot be."""
-    length = int.from_bytes(start[:8], "little")
-    return length if len(start) >= 8 and 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8) else None
 
 
 def parse_header(header: bytes) -> tuple[list[Tensor], dict[str, str]] | None:

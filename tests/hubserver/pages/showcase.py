@@ -226,6 +226,8 @@ def _fill_models(alice, bob):
         {"config.json": config, "train.py": "import torch\n\n\ndef main():\n\tprint('π')\n"},
         "Say how tokens are routed",
     )
+    record = "- dataset: {id: alice/kitchen-recipes, task_id: bits_per_byte}\n  value: 1.107\n  date: '2026-09-22'\n"
+    alice.commit(cook, {".eval_results/recipes.yaml": record}, "Record the score")
     alice.commit(
         cook, {"legacy/pytorch_model.bin": b"\x80\x02pickle" * 40, "docs/plan.md": PLAN}, "Keep the old format too"
     )
@@ -242,6 +244,7 @@ def _fill_models(alice, bob):
     card = base.replace("library_name: transformers", "base_model: deepseek-ai/DeepSeek-V3\nlibrary_name: transformers")
     alice.create("lab/gated-moe", files={"README.md": f"{card}# gated-moe\n\nAsk first.\n"})
     alice.store.repos.update(RepoId("model", "lab", "gated-moe"), alice.who, private=None, gated="manual")
+    alice.store.likes.like(cook, bob.who)
     alice.create("secret-moe", files={"README.md": "# Not yet\n"}, private=True)
     return cook
 
@@ -261,6 +264,7 @@ def _fill_talk(store, alice, bob, cook):
         "README.md": card,
         "config.json": config,
         "docs/plan.md": None,
+        ".eval_results/longer.yaml": "- dataset: {id: alice/kitchen-recipes, task_id: longer}\n  value: 1.081\n",
         "patches/bake/expert_patch.json": json.dumps({"layers": [1, 2], "experts": [3, 17]}, indent=2) + "\n",
         "model.safetensors": safetensors(moe_shapes(experts=9)),
     }

@@ -1,7 +1,6 @@
 """Rows, tensors and diffs as pages show them, from honest files and broken ones."""
 
 import json
-import struct
 
 import pytest
 from hypothesis import given
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from hub_moe.hubserver.pages.diffs import parse_hunks
 from hub_moe.hubserver.pages.preview import can_preview, read_preview
 from hub_moe.hubserver.pages.rendering import format_count, format_day, format_size
-from hub_moe.hubserver.pages.tensors import parse_header, read_header_length
+from hub_moe.hubserver.pages.tensors import parse_header
 
 
 @pytest.mark.parametrize(
@@ -100,13 +99,6 @@ def test_a_malformed_header_has_no_tensors(header):
 @given(st.recursive(st.none() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 def test_any_json_is_a_header_or_none(value):
     parse_header(json.dumps({"a": value, "__metadata__": value}).encode())
-
-
-def test_a_length_that_a_file_cannot_have_is_not_believed():
-    assert read_header_length(struct.pack("<Q", 100), size_bytes=108) == 100
-    for start, size_bytes in ((100, 107), (1, 9), (1 << 60, 1 << 61)):
-        assert read_header_length(struct.pack("<Q", start), size_bytes=size_bytes) is None
-    assert read_header_length(b"short", size_bytes=1000) is None
 
 
 def test_the_lines_of_a_diff_have_the_numbers_of_both_sides():

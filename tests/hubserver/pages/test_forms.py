@@ -9,7 +9,7 @@ from hub_moe.hubserver.pytest_plugin import create_hub
 from hub_moe.hubserver.store import Store
 
 from .conftest import Town, Visitor
-from .showcase import Author, fill
+from .showcase import Author, fill, png
 
 COOK = "/alice/nano-moe-cook"
 
@@ -185,6 +185,29 @@ def test_access_to_a_gated_repo_is_asked_for(square, enter):
     assert carol.post(f"{COOK}/ask-access").status_code == 400
 
 
+def test_a_repo_is_liked_and_the_like_taken_back(enter):
+    alice = enter("alice")
+    assert "♡ Like" in alice.get(COOK).text
+    assert alice.post(f"{COOK}/like").headers["location"] == COOK
+    assert "♥ Liked" in alice.get(COOK).text
+    assert "♥ 2 likes" in enter().get(COOK).text
+    alice.post(f"{COOK}/like", undo="1")
+    assert "♥ 1 like<" in enter().get(COOK).text
+    assert enter("reader").post(f"{COOK}/like").status_code == 403
+    assert "Like" not in enter("reader").get("/bob/nano-moe-bake").text
+
+
+def test_a_picture_attached_to_a_comment_is_shown(square, enter):
+    alice = enter("alice")
+    headers = {"authorization": f"Bearer {square.hub.tokens['alice']}", "content-type": "image/png"}
+    address = alice.client.post("/uploads", content=png(4, 4), headers=headers).text
+    path = f"{COOK}/discussions/{square.talk['merged']}"
+    alice.post(path, comment=f"![see]({address})")
+    local = address.removeprefix(square.url)
+    assert f'<img src="{local}" alt="see">' in alice.get(path).text
+    assert alice.get(local).headers["content-type"] == "image/png"
+
+
 def test_a_token_that_may_only_read_reads_and_changes_nothing(enter):
     reader = enter("reader")
     assert reader.get("/alice/secret-moe").status_code == 200
@@ -192,7 +215,13 @@ def test_a_token_that_may_only_read_reads_and_changes_nothing(enter):
     assert reader.post(f"{COOK}/discussions/1", comment="Not allowed").status_code == 403
 
 
-FORMS = [f"{COOK}/discussions", f"{COOK}/discussions/1", f"{COOK}/discussions/3/merge", "/lab/gated-moe/ask-access"]
+FORMS = [
+    f"{COOK}/like",
+    f"{COOK}/discussions",
+    f"{COOK}/discussions/1",
+    f"{COOK}/discussions/3/merge",
+    "/lab/gated-moe/ask-access",
+]
 
 
 @pytest.mark.parametrize("path", [*FORMS, "/logout", f"{COOK}/discussions/1/hide/x"])
@@ -257,6 +286,6 @@ def test_what_cannot_be_said_is_refused_with_a_sentence(enter, fields):
 
 def test_get_changes_nothing(enter):
     alice = enter("alice")
-    for path in ("/logout", f"{COOK}/discussions/3/merge", f"{COOK}/ask-access"):
+    for path in ("/logout", f"{COOK}/discussions/3/merge", f"{COOK}/ask-access", f"{COOK}/like"):
         assert alice.get(path).status_code in {404, 405}
     assert alice.get("/alice/secret-moe").status_code == 200

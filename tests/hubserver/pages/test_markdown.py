@@ -39,7 +39,7 @@ def find_dangers(html):
                 yield f"{tag} {name}"
             if name == "href" and not re.match(r"(https?:|mailto:|#card-|/(?![/\\]))", value or ""):
                 yield f"{tag} {value}"
-            if name == "src" and not re.match(r"/(?![/\\])[^/]+/[^/]+/(resolve|\S+/resolve)/", value or ""):
+            if name == "src" and not re.match(r"/(?![/\\])(\S+/resolve|uploads)/", value or ""):
                 yield f"{tag} {value}"
             if name == "id" and not value.startswith("card-"):
                 yield f"id {value}"
@@ -100,6 +100,14 @@ def test_pictures_of_the_repo_are_shown_and_those_of_other_sites_are_links():
     assert re.search(r'<a href="https://other.example/cat.png"[^>]*>cat</a>', html)
     badge = render_markdown("[![build](https://other.example/b.svg)](https://other.example/)", PLACE)
     assert re.search(r'<p><a href="https://other.example/"[^>]*>build</a></p>', badge)
+
+
+def test_addresses_of_this_hub_are_its_own_wherever_it_is_reached():
+    place = Place(PLACE.repo_id, "main", origin="http://hub.example:7860")
+    html = render_markdown("![a](http://hub.example:7860/uploads/x.png) [b](http://hub.example:7860/alice/m)", place)
+    assert '<img src="/uploads/x.png" alt="a">' in html
+    assert 'href="/alice/m"' in html
+    assert "<img" not in render_markdown("![a](http://hub.example:7860.evil.example/uploads/x.png) ![b](/login)", place)
 
 
 def test_headings_start_below_the_page_s_own_and_can_be_linked_to():

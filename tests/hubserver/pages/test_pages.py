@@ -3,6 +3,8 @@
 import re
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from .conftest import HTML
 
@@ -81,6 +83,12 @@ def test_a_model_page_tells_lineage_parameters_and_how_to_load_it(stranger):
     ):
         assert expected in text
     assert "base_model: alice" not in text  # the front matter is not part of the card
+
+
+def test_scores_are_shown_as_what_they_are(stranger):
+    text = re.sub(r"(<[^>]+>|\s)+", " ", stranger.get(COOK).text)
+    assert "alice/kitchen-recipes bits_per_byte 1.107 self-reported, 2026-09-22, record" in text
+    assert "longer 1.081 self-reported, proposed in #2 , record" in text
 
 
 def test_a_chain_of_bases_is_shown_to_its_root_and_a_base_that_is_not_here_by_name(stranger):
@@ -163,6 +171,8 @@ def test_a_hidden_comment_stays_hidden(stranger):
         "/alice/%ff",
         "/%2e%2e/%2e%2e",
         "/<script>alert(1)</script>",
+        f"{COOK}/tree/%00",
+        f"{COOK}/blob/%00/x",
         "/?search=%3Cscript%3E&p=1#x",
         f"{COOK}/tree/main?p=9",
         "/models?p=999",
@@ -222,6 +232,61 @@ def test_what_an_api_lacks_stays_a_404_for_its_clients(stranger, path):
         answer = stranger.client.request(method, path, headers={"accept": "*/*"})
         assert answer.status_code == 404
         assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_control_character_in_an_address_does_not_break_the_answer_s_headers(stranger):
+    for path in ("/api/models/alice/nano-moe-cook/tree/%00", f"{COOK}/resolve/%01%7f/x"):
+        answer = stranger.get(path, headers={"accept": "*/*"})
+        assert answer.status_code == 404
+        assert answer.json()["error"]
+
+
+SEGMENTS = ["main", "refs%2Fpr%2F2", "README.md", "model.safetensors", "data/train.jsonl", "%00", "%ff", "..", "%2e%2e"]
+SEGMENTS += [
+    "1",
+    "2",
+    "0",
+    "99999999999",
+    "%F0%9F%90%8D",
+    "%ED%A0%80",
+    "x" * 300,
+    "%3Cb%3E",
+    "HEAD",
+    "docs",
+    "nope",
+    "",
+]
+BASES = [COOK, RECIPES, "/lab/gated-moe", "/spaces/alice/router-viewer", "/alice/secret-moe", "", "/alice"]
+PARTS = ["", "tree", "blob", "resolve", "commits", "commit", "discussions", "like", "ask-access", "login", "logout"]
+QUERIES = [
+    "",
+    "?p=0",
+    "?p=%ff",
+    "?search=%00",
+    "?sort=x",
+    "?file=x&q=%ED%A0%80",
+    "?status=x&type=y",
+    "?next=//x",
+    "?&=&",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["GET", "HEAD", "POST", "PUT"]),
+    st.builds(
+        lambda base, part, rest, query: "/".join([base, part, *rest]) + query,
+        st.sampled_from(BASES),
+        st.sampled_from(PARTS),
+        st.lists(st.sampled_from(SEGMENTS), max_size=3),
+        st.sampled_from(QUERIES),
+    ),
+    st.sampled_from(["text/html", "*/*"]),
+)
+def test_no_request_makes_a_page_stumble(stranger, method, path, accept):
+    headers = {"accept": accept, "origin": stranger.url}
+    answer = stranger.client.request(method, stranger.url + path, headers=headers)
+    assert answer.status_code < 500
 
 
 def test_the_style_sheet_may_be_kept_for_ever_for_its_address_changes_with_it(stranger):
