@@ -215,3 +215,30 @@ def test_the_file_system_reads_ranges_writes_and_lists(api, hub, repo_id):
     system.rm(f"{repo_id}/dir/new.txt")
     system.invalidate_cache()
     assert len(system.glob(f"{repo_id}/**/*.bin")) == 1
+
+
+def test_the_file_system_copies_moves_writes_and_removes_files(api, hub, repo_id, tmp_path, transfer):
+    system = HfFileSystem(endpoint=hub.url, token=hub.tokens["alice"], skip_instance_cache=True)
+    (tmp_path / "local.bin").write_bytes(LARGE)
+    system.put(str(tmp_path / "local.bin"), f"{repo_id}/a/local.bin")
+    system.get(f"{repo_id}/a/local.bin", str(tmp_path / "back.bin"))
+    assert (tmp_path / "back.bin").read_bytes() == LARGE
+    system.pipe({f"{repo_id}/t/1.txt": b"1", f"{repo_id}/t/2.txt": b"2"})
+    system.cp_file(f"{repo_id}/t/1.txt", f"{repo_id}/t/3.txt")
+    if transfer == "xet":  # the client copies on the Hub only what came by Xet
+        system.cp_file(f"{repo_id}/a/local.bin", f"{repo_id}/a/copy.bin")
+        assert system.info(f"{repo_id}/a/copy.bin")["size"] == len(LARGE)
+    assert system.cat([f"{repo_id}/t/{number}.txt" for number in (1, 2, 3)]) == {
+        f"{repo_id}/t/1.txt": b"1",
+        f"{repo_id}/t/2.txt": b"2",
+        f"{repo_id}/t/3.txt": b"1",
+    }
+    assert {path.rpartition("/")[2] for path in system.find(f"{repo_id}/t")} == {"1.txt", "2.txt", "3.txt"}
+    assert system.isdir(f"{repo_id}/t")
+    assert system.du(f"{repo_id}/t") == 3
+    system.mv(f"{repo_id}/t/3.txt", f"{repo_id}/moved.txt")
+    assert system.cat(f"{repo_id}/moved.txt") == b"1"
+    commit = system.info(f"{repo_id}/t/1.txt", expand_info=True)["last_commit"].oid
+    system.rm(f"{repo_id}/t", recursive=True)
+    assert not system.exists(f"{repo_id}/t/1.txt", refresh=True)
+    assert system.cat(f"{repo_id}@{commit}/t/1.txt") == b"1"

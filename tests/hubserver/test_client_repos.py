@@ -129,6 +129,27 @@ def test_a_model_says_what_its_card_config_and_weights_say(api, repo_id):
     assert expanded.base_models == {"relation": "finetune", "models": [{"id": "alice/base"}]}
 
 
+def test_the_weights_of_a_sharded_model_are_described_without_being_sent(api, repo_id):
+    import numpy
+
+    weight_map = {f"w{number}": f"model-{number}.safetensors" for number in (1, 2)}
+    for name, path in weight_map.items():
+        put(api, repo_id, path, save({name: numpy.zeros((3, 5), numpy.float32)}))
+    index = {"metadata": {"total_size": 120}, "weight_map": weight_map}
+    put(api, repo_id, "model.safetensors.index.json", json.dumps(index).encode())
+    metadata = api.get_sharded_safetensors_metadata(repo_id)
+    assert (metadata.metadata, metadata.parameter_count, metadata.weight_map) == (
+        {"total_size": 120},
+        {"F32": 30},
+        weight_map,
+    )
+    for shard, status in (("missing", 404), ("../../etc/passwd", 422), (1, 400), ("model.safetensors.index.json", 404)):
+        put(api, repo_id, "bad.json", json.dumps({"weight_map": {"w": shard}}).encode())
+        with pytest.raises(HfHubHTTPError) as refused:
+            api.get_sharded_safetensors_metadata(repo_id, filename="bad.json")
+        assert refused.value.response.status_code == status
+
+
 def test_models_are_found_by_author_text_tags_and_base(api, repo_id):
     tag = repo_id.rpartition("/")[2]
     put(api, repo_id, "README.md", CARD.format(tag=tag).encode())
