@@ -3,9 +3,9 @@
 hf_xet remembers by address which xorbs a server has, and sends them no more. So the address that goes with a token
 holds a number, which changes when `hub gc` has deleted xorbs.
 
-What came by Xet can be fetched by Xet; everything can be fetched over plain HTTP. The global search for chunks answers
-404: it would tell strangers what private repos hold. So do grants for xorbs that this repo does not have; the client
-then sends them here.
+What came by Xet can be fetched by Xet; everything can be fetched over plain HTTP. Nobody learns here what private repos
+of others hold: the search for chunks looks at what the token may read, and a grant for a xorb that this repo does not
+have answers 404, upon which the client sends it.
 """
 
 import json
@@ -57,6 +57,15 @@ def grant_xorb(call: Call) -> Response:
     if not call.store.xet.has_xorb(fields["repo"], call.param("hash")):
         raise NotFoundError("upload", "Send the xorb to /v1/xorbs.")
     return JSONResponse({})
+
+
+def find_chunk(call: Call) -> Response:
+    """`GET {address}/v1/chunks/{prefix}/{hash}`: which xorbs hold a chunk, and what else they hold."""
+    fields = _read_token(call.request, "xet-write")
+    shard = call.store.xet.similar.find(fields["repo"], call.param("hash"))
+    if shard is None:
+        raise NotFoundError("upload", "No file here that this token may read holds the chunk.")
+    return Response(shard, media_type="application/octet-stream")
 
 
 async def add_xorb(request: Request) -> Response:
@@ -203,6 +212,7 @@ ROUTES = [
     route(f"{_CAS}/v1/reconstructions/{{file}}", reconstruct, identify=_check_read_token),
     route(f"{_CAS}/v2/reconstructions/{{file}}", reconstruct_by_url, identify=_check_read_token),
     route("/xet/xorb/{link}", give_xorb, identify=_check_nothing),
+    route(f"{_CAS}/v1/chunks/{{prefix}}/{{hash}}", find_chunk, identify=_check_write_token),
     route(f"{_CAS}/v1/xorb-grants/{{prefix}}/{{hash}}", grant_xorb, "POST", identify=_check_write_token),
     Route(f"{_CAS}/v1/xorbs/{{prefix}}/{{hash}}", add_xorb, methods=["POST"]),
     route(f"{_CAS}/v1/shards", add_shard, "POST", identify=_check_write_token),

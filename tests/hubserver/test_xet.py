@@ -3,15 +3,18 @@
 import hashlib
 import json
 import random
+import subprocess
+import sys
 
 import httpx2
 import pytest
+from blake3 import blake3
 
 from hub_moe.hubserver.pytest_plugin import create_hub
 from hub_moe.hubserver.signing import sign
 from hub_moe.hubserver.store import RepoId, Store
 from hub_moe.hubserver.store.gc import collect
-from hub_moe.hubserver.store.xet_hashes import hash_chunk, hash_term
+from hub_moe.hubserver.store.xet_hashes import format_hash, hash_chunk, hash_term
 
 from .xet_by_hand import File, XetClient, Xorb, pack_shard
 
@@ -253,3 +256,42 @@ with open(api.hf_hub_download(repo, "w.bin", force_download=True), "rb") as file
             if is_cleaned:
                 assert collect(store, older_than_s=-5).counts == {"recipes": 1, "xorbs": 1}
         hub.run_python(code, xet=True)
+
+
+def test_another_machine_sends_only_what_no_open_repo_has(hub, tmp_path):
+    code = """
+import random
+from huggingface_hub import HfApi
+api, chance = HfApi(), random.Random(77)
+experts = [chance.randbytes(1_000_000) for _ in range(8)]
+if {patched}:
+    experts[3] = random.Random(78).randbytes(1_000_000)
+repo = api.create_repo("{name}", exist_ok=True).repo_id
+api.upload_file(path_or_fileobj=b"".join(experts), path_in_repo="model.safetensors", repo_id=repo)
+"""
+
+    def upload(user, name, *, patched):
+        before = sum(path.stat().st_size for path in (hub.root / "xorbs").rglob("*") if path.is_file())
+        environment = hub.environment(user, xet=True, home=tmp_path / user)
+        step = [sys.executable, "-c", code.format(name=name, patched=patched)]
+        subprocess.run(step, env=environment, check=True, capture_output=True)
+        return sum(path.stat().st_size for path in (hub.root / "xorbs").rglob("*") if path.is_file()) - before
+
+    assert 8_000_000 <= upload("alice", "alice/base", patched=False) < 8_200_000
+    assert upload("bob", "bob/fine-tuned", patched=True) < 1_800_000
+
+
+def test_a_chunk_is_found_only_by_who_may_read_a_file_that_holds_it(alice, bob, xorb):
+    first = [format_hash(hash_chunk(SHARED[place])) for place in (0, 2)]  # of the open file and of the private one
+
+    def ask(client, repo, name):
+        return client.cas("GET", f"/v1/chunks/default/{name}", client.token("write", repo))
+
+    assert ask(bob, "bob/xet-bob", first[1]).status_code == 404
+    assert ask(alice, "alice/xet-closed", first[1]).status_code == 200
+    shard = ask(bob, "bob/xet-bob", first[0]).content
+    key = shard[-200:][72:104]
+    keyed = [blake3(hash_chunk(chunk), key=key).digest() for chunk in SHARED]
+    assert [one in shard for one in keyed] == [True, True, False, False]
+    assert not any(hash_chunk(chunk) in shard for chunk in SHARED)
+    assert ask(bob, "bob/xet-bob", "x").status_code == 400

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import lz4.frame
 
 from hub_moe.hubserver.store.shards import Term
-from hub_moe.hubserver.store.xet_hashes import format_hash, hash_chunk, hash_file, hash_term, hash_xorb
+from hub_moe.hubserver.store.xet_hashes import format_hash, hash_chunk, hash_file, hash_term, hash_xorb, parse_hash
 
 from .client_over_http import Client
 
@@ -89,10 +89,6 @@ def pack_chunk(chunk, scheme):
 
 def group(chunk):
     return b"".join(chunk[place::4] for place in range(4))
-
-
-def parse_hash(name):
-    return struct.pack("<QQQQ", *(int(name[start : start + 16], 16) for start in range(0, 64, 16)))
 
 
 class XetClient(Client):

@@ -124,6 +124,12 @@ CREATE TABLE IF NOT EXISTS recipe_terms (
     end INTEGER NOT NULL,
     PRIMARY KEY (recipe, start)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shared_chunks (
+    chunk BLOB NOT NULL,
+    recipe INTEGER NOT NULL REFERENCES recipes (id) ON DELETE CASCADE,
+    PRIMARY KEY (chunk, recipe)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS shared_chunks_by_recipe ON shared_chunks (recipe);
 CREATE INDEX IF NOT EXISTS recipe_terms_by_xorb ON recipe_terms (xorb);
 CREATE TABLE IF NOT EXISTS file_facts (
     oid TEXT PRIMARY KEY,

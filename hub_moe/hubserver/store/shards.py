@@ -8,12 +8,14 @@ from .errors import InvalidInputError
 from .xet_hashes import format_hash
 
 MAX_SHARD_BYTES = 64 << 20
-_TAG = b"HFRepoMetaData\0\x55\x69\x67\x45\x6a\x7b\x81\x57\x83\xa5\xbd\xd9\x5c\xcd\xd1\x4a\xa9"
-_VERSION = 2
+TAG = b"HFRepoMetaData\0\x55\x69\x67\x45\x6a\x7b\x81\x57\x83\xa5\xbd\xd9\x5c\xcd\xd1\x4a\xa9"
+VERSION = 2
 _BOOKEND = b"\xff" * 32
+BOOKEND_RECORD = _BOOKEND + bytes(16)
+HEADER = struct.Struct("<32sQQ")
 _HAS_PROOFS = 1 << 31
 _HAS_SHA256 = 1 << 30
-_RECORD_BYTES = 48
+RECORD_BYTES = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,11 @@ class ShardFile:
 
 def parse_shard(shard: bytes) -> list[ShardFile]:
     """The files that a shard describes. Each must carry its sha256 and its proofs."""
-    if len(shard) < 2 * _RECORD_BYTES or shard[: len(_TAG)] != _TAG:
+    if len(shard) < 2 * RECORD_BYTES or shard[: len(TAG)] != TAG:
         raise InvalidInputError("This is not a shard.")
-    version = int.from_bytes(shard[len(_TAG) : len(_TAG) + 8], "little")
-    if version != _VERSION:
-        raise InvalidInputError(f"Shards of version {version} are not known here; expected {_VERSION}.")
+    version = int.from_bytes(shard[len(TAG) : len(TAG) + 8], "little")
+    if version != VERSION:
+        raise InvalidInputError(f"Shards of version {version} are not known here; expected {VERSION}.")
     records = _read_records(shard)
     files = []
     while (header := next(records))[:32] != _BOOKEND:
@@ -67,8 +69,8 @@ def _read_file(header: bytes, records: Iterator[bytes]) -> ShardFile:
 
 
 def _read_records(shard: bytes) -> Iterator[bytes]:
-    for start in range(_RECORD_BYTES, len(shard) - _RECORD_BYTES + 1, _RECORD_BYTES):
-        yield shard[start : start + _RECORD_BYTES]
+    for start in range(RECORD_BYTES, len(shard) - RECORD_BYTES + 1, RECORD_BYTES):
+        yield shard[start : start + RECORD_BYTES]
     raise InvalidInputError("The shard is cut short.")
 
 

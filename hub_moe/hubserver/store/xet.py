@@ -11,7 +11,8 @@ from .database import Database
 from .errors import InvalidInputError, NotFoundError, TooLargeError
 from .recipes import Recipe
 from .shards import ShardFile
-from .xet_hashes import check_name, format_hash, hash_file, hash_term
+from .similar import Similar
+from .xet_hashes import Node, check_name, format_hash, hash_file, hash_term
 from .xorb_format import XorbIndex
 from .xorbs import XorbStore
 
@@ -26,6 +27,7 @@ class XetStore:
         self._commits = commits
         self._contents = contents
         self.xorbs = xorbs
+        self.similar = Similar(database, xorbs, contents.recipes)
 
     def add_file(self, repo_uid: str, file: ShardFile) -> Iterator[int]:
         """Verify a file of a shard and register it with a repo, yielding how many more bytes were verified.
@@ -96,9 +98,12 @@ class XetStore:
                 )
             if hash_term(index.hashes_of(term.first, term.end)) != proof:
                 raise InvalidInputError(f"A verification entry for the xorb {term.xorb} is wrong.")
-        name = format_hash(hash_file(node for t in file.terms for node in self._index(t.xorb).nodes(t.first, t.end)))
+        name = format_hash(hash_file(self._nodes(file)))
         if name != file.name:
             raise InvalidInputError(f"The file has the Xet hash {name}, not {file.name}.")
+
+    def _nodes(self, file: ShardFile) -> Iterator[Node]:
+        return (node for term in file.terms for node in self._index(term.xorb).nodes(term.first, term.end))
 
     def _index(self, xorb: str) -> XorbIndex:
         if not self.xorbs.has(xorb):  # its index may still be remembered
@@ -120,6 +125,7 @@ class XetStore:
     def _keep(self, repo_uid: str, file: ShardFile) -> None:
         with self._database.transaction() as connection:
             self._contents.recipes.add(connection, file)
+            self.similar.add(connection, file.sha256, self._nodes(file))
             self._commits.note(connection, repo_uid, file.sha256)
 
 

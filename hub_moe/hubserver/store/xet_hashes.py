@@ -47,6 +47,11 @@ def format_hash(raw: bytes) -> str:
     return "".join(f"{number:016x}" for number in struct.unpack("<QQQQ", raw))
 
 
+def parse_hash(name: str) -> bytes:
+    """The hash that `format_hash` wrote."""
+    return struct.pack("<QQQQ", *(int(name[start : start + 16], 16) for start in range(0, 64, 16)))
+
+
 def check_name(name: str) -> str:
     """`name` if it has the form of a hash as Xet writes it."""
     if not _NAME.fullmatch(name):
