@@ -31,7 +31,3 @@ class MissingExtraError(HubMoeError, ImportError):
 
 class HubError(HubMoeError, OSError):
     """A Hub cannot be reached, refused, or gave back something else than was sent."""
-
-
-class MirrorError(HubMoeError, RuntimeError):
-    """A repo could not be copied to another Hub; what was copied so far is whole."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from ..errors import MirrorError
+from ..errors import HubError
 from .mirror_address import RepoAddress, Side, in_one_sentence
 from .mirror_content import ABSENT, Advance, FileCopier, History, LargeFile, Missing, list_refs
 from .mirror_pulls import PullRequestPlan, PullRequests
@@ -79,10 +79,10 @@ class RepoMirror:
         """Read both sides and fill the report with what there is to do; nothing is written at DST.
 
         Raises:
-            MirrorError: If a side cannot be read, or DST has another history and `force` is not set.
+            HubError: If a side cannot be read, or DST has another history and `force` is not set.
         """
         if self.target_side.token is None:
-            raise MirrorError(
+            raise HubError(
                 f"{self.target} cannot be written without a token: name the environment variable that holds it "
                 "with --dst-token-env."
             )
@@ -113,7 +113,7 @@ class RepoMirror:
         return any((report.is_new, report.refs, report.deleted, report.pull_requests, report.settings))
 
     def apply(self) -> Report:
-        """Do what was planned, then compare DST with SRC; MirrorError if they differ."""
+        """Do what was planned, then compare DST with SRC; HubError if they differ."""
         had_work = self.has_work
         with in_one_sentence(self.target):
             self._apply_settings()
@@ -178,7 +178,7 @@ class RepoMirror:
             if old != ABSENT and not is_forward and not is_pristine:
                 diverged.append(ref)
         if diverged and not self._force:
-            raise MirrorError(
+            raise HubError(
                 f"{self.target} has another history in {', '.join(sorted(diverged)[:5])}; "
                 "--force replaces it by that of SRC and deletes branches and tags that only DST has."
             )
@@ -244,7 +244,7 @@ class RepoMirror:
                 continue
             there = ref if number == ref else f"{_PULLS}{numbers[int(number)]}"
             if now.get(there) != oid:
-                raise MirrorError(f"{self.target}: {there} is not at {oid} after the copy; run the command again.")
+                raise HubError(f"{self.target}: {there} is not at {oid} after the copy; run the command again.")
             tree = self._history.tree_of(oid)
             if tree not in seen:
                 seen.add(tree)
@@ -260,7 +260,7 @@ class RepoMirror:
         }
         for path, oid, large in self._history.files(commit):
             if path not in listed or not _is_same(listed[path], oid, large):
-                raise MirrorError(f"{self.target} lists {path} of {commit} differently than SRC has it.")
+                raise HubError(f"{self.target} lists {path} of {commit} differently than SRC has it.")
             count += 1
         return count
 
@@ -279,6 +279,6 @@ def run_each(mirrors: list[RepoMirror], step: Callable[[RepoMirror], Report]) ->
         try:
             step(mirror)
             done.append(mirror)
-        except MirrorError as error:
+        except HubError as error:
             mirror.report.status, mirror.report.error = "failed", str(error)
     return done

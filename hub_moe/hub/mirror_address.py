@@ -12,7 +12,7 @@ import httpx2
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
-from ..errors import ConfigError, MirrorError
+from ..errors import ConfigError, HubError
 
 KINDS = ("model", "dataset", "space")
 _ADDRESS = re.compile(r"(https?://[^/?#@\s]+)/(?:(models|datasets|spaces)/)?([\w.-]+)(?:/([\w.-]+?)(?:\.git)?)?/?")
@@ -129,13 +129,13 @@ def _list_repos(side: Side, owner: str, kind: str) -> list[tuple[str, str]]:
 
 @contextmanager
 def in_one_sentence(place: object) -> Iterator[None]:
-    """What the client of the Hub raises, as a MirrorError that names the repo or owner."""
+    """What the client of the Hub raises, as a HubError that names the repo or owner."""
     try:
         yield
     except RepositoryNotFoundError as error:
-        raise MirrorError(f"{place} does not exist, or needs another token.") from error
+        raise HubError(f"{place} does not exist, or needs another token.") from error
     except HfHubHTTPError as error:
         reason = error.server_message or str(error).strip().splitlines()[0]
-        raise MirrorError(f"{place}: {reason}") from error
+        raise HubError(f"{place}: {reason}") from error
     except httpx2.TransportError as error:
-        raise MirrorError(f"{place} cannot be reached or broke off: {error}.") from error
+        raise HubError(f"{place} cannot be reached or broke off: {error}.") from error

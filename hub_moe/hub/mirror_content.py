@@ -21,7 +21,7 @@ from huggingface_hub.lfs import LFS_HEADERS, UploadInfo, lfs_upload, post_lfs_ba
 from huggingface_hub.utils._headers import build_hf_headers
 from huggingface_hub.utils._http import hf_raise_for_status, http_backoff, http_stream_backoff
 
-from ..errors import MirrorError, MissingExtraError
+from ..errors import HubError, MissingExtraError
 from .mirror_address import RepoAddress, Side
 
 try:
@@ -114,13 +114,13 @@ class History:
         return Missing(commits, files)
 
     def push(self, side: Side, address: RepoAddress, changes: dict[str, tuple[str, str]], *, haves: list[str]) -> None:
-        """Move refs at DST from old to new ids (ABSENT: none); MirrorError unless every one of them was moved."""
+        """Move refs at DST from old to new ids (ABSENT: none); HubError unless every one of them was moved."""
 
         def update(refs: dict[Ref, ObjectID]) -> dict[Ref, ObjectID]:
             now = _as_text(dict(refs))
             moved = [ref for ref, (old, _) in changes.items() if now.get(ref, ABSENT) != old]
             if moved:
-                raise MirrorError(f"{address}: {moved[0]} was changed meanwhile; run the same command again.")
+                raise HubError(f"{address}: {moved[0]} was changed meanwhile; run the same command again.")
             return {Ref(ref.encode()): ObjectID(new.encode()) for ref, (_, new) in changes.items()}
 
         def generate(have: Any, want: Any, **options: Any) -> Any:
@@ -133,7 +133,7 @@ class History:
             result = _client(side).send_pack(address.path + ".git", update, generate)
         for ref, refusal in (result.ref_status or {}).items():
             if refusal:
-                raise MirrorError(f"{address} refuses {ref.decode()}: {refusal}")
+                raise HubError(f"{address} refuses {ref.decode()}: {refusal}")
 
     def files(self, oid: str) -> Iterator[tuple[str, str, LargeFile | None]]:
         """Each file of a commit: its path, its git id, and what it points at if it is a large file."""
@@ -165,7 +165,7 @@ class History:
         try:
             yield from MissingObjectFinder(self._store, haves=_oids(haves), wants=_oids(wants), shallow=set())
         except KeyError as error:
-            raise MirrorError(f"SRC sent a history that is not whole: {error} is missing.") from None
+            raise HubError(f"SRC sent a history that is not whole: {error} is missing.") from None
 
     def _commit_of(self, oid: str) -> ObjectID:
         thing = self._read(ObjectID(oid.encode()))
@@ -177,7 +177,7 @@ class History:
         try:
             return self._store[oid]
         except KeyError:
-            raise MirrorError(f"SRC sent a history that lacks the object {oid.decode()}.") from None
+            raise HubError(f"SRC sent a history that lacks the object {oid.decode()}.") from None
 
 
 class _Explained:
@@ -191,11 +191,11 @@ class _Explained:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if isinstance(error, NotGitRepository | HTTPUnauthorized):
-            raise MirrorError(f"{self._address} does not exist, or needs another token.") from error
+            raise HubError(f"{self._address} does not exist, or needs another token.") from error
         if isinstance(error, SendPackError):
-            raise MirrorError(f"{self._address} refuses the push: {_reason(error)}") from error
+            raise HubError(f"{self._address} refuses the push: {_reason(error)}") from error
         if isinstance(error, GitProtocolError | OSError | AssertionError):
-            raise MirrorError(f"{self._address} cannot be reached or broke off: {_reason(error)}") from error
+            raise HubError(f"{self._address} cannot be reached or broke off: {_reason(error)}") from error
 
 
 def list_refs(side: Side, address: RepoAddress) -> dict[str, str]:
@@ -243,7 +243,7 @@ class FileCopier:
         return [file for batch in _batches(files) for file, action in self._ask_target(batch) if action.get("actions")]
 
     def copy(self, files: dict[LargeFile, str]) -> None:
-        """Copy each file; MirrorError if SRC has lost it or gives other bytes than its sha256 promises."""
+        """Copy each file; HubError if SRC has lost it or gives other bytes than its sha256 promises."""
         for batch in _batches(list(files)):
             links = self._ask_source(batch, files)
             for file, action in self._ask_target(batch):
@@ -267,7 +267,7 @@ class FileCopier:
                 self._advance(name, len(chunk))
             size_bytes = target.tell()
         if size_bytes != file.size_bytes or digest.hexdigest() != file.sha256:
-            raise MirrorError(
+            raise HubError(
                 f"{self._source} gives other bytes for {name} than its sha256 {file.sha256} promises; "
                 "nothing that needs this file was pushed."
             )
@@ -285,10 +285,10 @@ class FileCopier:
         try:
             links = {one["oid"]: one.get("actions", {}).get("download") for one in answer.json()["objects"]}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise MirrorError(f"{self._source} gives no sensible answer to git-lfs' batch protocol.") from None
+            raise HubError(f"{self._source} gives no sensible answer to git-lfs' batch protocol.") from None
         for file in files:
             if not links.get(file.sha256):
-                raise MirrorError(f"{self._source} has lost the large file {file.sha256} ({names[file]}).")
+                raise HubError(f"{self._source} has lost the large file {file.sha256} ({names[file]}).")
         return links
 
     def _ask_target(self, files: list[LargeFile]) -> Iterator[tuple[LargeFile, dict[str, Any]]]:
@@ -299,7 +299,7 @@ class FileCopier:
             infos, self._target_token, kind, repo_id, endpoint=self._target.endpoint
         )
         if errors:
-            raise MirrorError(f"{self._target} refuses a large file: {errors[0]['error']['message']}")
+            raise HubError(f"{self._target} refuses a large file: {errors[0]['error']['message']}")
         for action in actions:
             yield by_sha256[action["oid"]], action
 
@@ -313,7 +313,7 @@ def _read(link: dict[str, Any], *, size_bytes: int) -> Iterator[bytes]:
             with http_stream_backoff("GET", link["href"], headers=headers) as answer:
                 hf_raise_for_status(answer)
                 if position and answer.status_code != 206:
-                    raise MirrorError("The connection broke, and the server cannot go on where it broke.")
+                    raise HubError("The connection broke, and the server cannot go on where it broke.")
                 for chunk in answer.iter_bytes(_READ_BYTES):
                     position += len(chunk)
                     yield chunk
