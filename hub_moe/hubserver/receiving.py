@@ -22,7 +22,7 @@ class Incoming(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
     ) -> None: ...
 
-    def write(self, chunk: bytearray, /) -> None: ...
+    def write(self, chunk: memoryview, /) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -30,7 +30,7 @@ class Incoming(Protocol):
 async def receive(request: Request, incoming: Incoming) -> None:
     """Write the body of a request into `incoming` and finish it; InvalidInputError if the client goes away.
 
-    The next piece arrives while the last one is written.
+    The next piece arrives while the last one is written: two buffers take turns.
     """
     with incoming:
         writing: asyncio.Task[None] | None = None
@@ -45,17 +45,22 @@ async def receive(request: Request, incoming: Incoming) -> None:
         await run_in_threadpool(incoming.finish)
 
 
-async def _read_pieces(request: Request) -> AsyncIterator[bytearray]:
-    waiting = bytearray()
+async def _read_pieces(request: Request) -> AsyncIterator[memoryview]:
+    """Each piece is good until the one after the next is asked for."""
+    filling, other, filled = memoryview(bytearray(_WRITE_BYTES)), memoryview(bytearray(_WRITE_BYTES)), 0
     try:
         async for chunk in request.stream():
-            waiting += chunk
-            if len(waiting) >= _WRITE_BYTES:
-                yield waiting
-                waiting = bytearray()
+            rest = memoryview(chunk)
+            while rest:
+                taken = rest[: _WRITE_BYTES - filled]
+                filling[filled : filled + len(taken)] = taken
+                filled, rest = filled + len(taken), rest[len(taken) :]
+                if filled == _WRITE_BYTES:
+                    yield filling
+                    filling, other, filled = other, filling, 0
     except ClientDisconnect:
         raise InvalidInputError("The upload was cut short.") from None
-    yield waiting
+    yield filling[:filled]
 
 
 async def discard(request: Request) -> None:

@@ -110,7 +110,7 @@ class IncomingPart:
                 upload.forget_hash()
             self._digest = upload.digest.copy() if offset == upload.hashed_bytes else None
 
-    def write(self, chunk: bytes | bytearray) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Append a chunk; TooLargeError as soon as there is more than was promised."""
         if self._written_bytes + len(chunk) > self._size_bytes:
             raise TooLargeError(f"More bytes than the {self._size_bytes} that were announced.")

@@ -101,7 +101,7 @@ class XorbReader:
         self._is_over = False
         self._scratch = np.empty(MAX_CHUNK_BYTES, np.uint8)
 
-    def feed(self, data: bytes | bytearray) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Take the next bytes; InvalidInputError if they are no chunks."""
         if not self._is_over:
             self._waiting += data

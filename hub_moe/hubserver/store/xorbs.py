@@ -127,7 +127,7 @@ class IncomingXorb:
         self._written_bytes = 0
         self._file = NewFile(folder)
 
-    def write(self, data: bytes | bytearray) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append bytes; InvalidInputError as soon as a chunk is malformed."""
         self._written_bytes += len(data)
         if self._written_bytes > MAX_XORB_BYTES:
