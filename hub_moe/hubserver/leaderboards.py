@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, Response
 
 from .calls import Call, route
 from .evaluations import Score, read_scores
-from .profiles import read_main
+from .profiles import Profile, read_main, read_mains
 from .store import Repo
 from .store.errors import NotFoundError
 
@@ -35,16 +35,23 @@ def show_leaderboard(call: Call) -> Response:
 def _find_best(call: Call, dataset: str, *, with_derived: bool) -> dict[tuple[str, str], tuple[Repo, Score]]:
     """By model and task, the score that counts: the best merged one, or without any the best that is proposed."""
     best: dict[tuple[str, str], tuple[Repo, Score]] = {}
-    for repo in call.store.repos.visible("model", None):  # the same for everybody, so that nothing private shows
-        if not with_derived and read_main(call.store, repo).bases[1]:
-            continue
-        for score in read_scores(call.store, repo):
+    public = call.store.repos.visible("model", None)  # the same for everybody, so that nothing private shows
+    for profile in read_mains(call.store, public):
+        repo = profile.repo
+        for score in _read(call, profile) if with_derived or not profile.bases[1] else ():
             if score.error or score.data["dataset"]["id"].lower() != dataset.lower():
                 continue
             key = (repo.uid, score.data["dataset"]["task_id"])
             if key not in best or _weight(score) > _weight(best[key][1]):
                 best[key] = (repo, score)
     return best
+
+
+def _read(call: Call, profile: Profile) -> list[Score]:
+    try:
+        return read_scores(call.store, profile.repo)
+    except NotFoundError:  # deleted in the meantime
+        return []
 
 
 def _weight(score: Score) -> tuple[bool, float]:

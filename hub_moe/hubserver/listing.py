@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -10,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from .calls import Call, route
 from .cards import MAX_CARD_BYTES, read_card
 from .evaluations import read_scores
-from .profiles import Profile, read_main, read_profile
+from .profiles import Profile, read_mains, read_profile
 from .refs import format_date
 from .store.errors import InvalidInputError, NotFoundError
 from .store.repos import Repo
@@ -51,7 +52,8 @@ def show_repo(call: Call) -> Response:
 def list_repos(call: Call) -> Response:
     """`GET /api/{kind}s`, filtered, sorted, in pages."""
     kind = call.request.path_params["kinds"]
-    found = [profile for repo in call.store.repos.visible(kind, call.who) if (profile := _match(call, repo))]
+    repos = [repo for repo in call.store.repos.visible(kind, call.who) if _may_match(call, repo)]
+    found = [profile for profile in read_mains(call.store, repos) if _matches(call, profile)]
     sort = call.request.query_params.get("sort", "lastModified")
     sort = _SORT_NAMES.get(sort, sort)
     if sort not in _SORTS:
@@ -60,7 +62,10 @@ def list_repos(call: Call) -> Response:
     start = call.number("cursor", 0, most=10**9)
     size = max(1, call.number("limit", _MAX_REPOS, most=_MAX_REPOS))
     fields = call.words("expand") or list(_FULL if call.flag("full") else (*_SHORT, *_asked_for(call)))
-    shown = [describe(call, profile, fields) for profile in found[start : start + size]]
+    shown = []
+    for profile in found[start : start + size]:
+        with suppress(NotFoundError):  # deleted in the meantime
+            shown.append(describe(call, profile, fields))
     headers = {}
     if len(found) > start + size:
         query = call.request.url.include_query_params(cursor=start + size).query
@@ -71,7 +76,8 @@ def list_repos(call: Call) -> Response:
 def list_tags(call: Call) -> Response:
     """`GET /api/{kind}s-tags-by-type`: every tag in use, by the part before its colon."""
     kind = call.request.path_params["kinds"]
-    tags = {tag for repo in call.store.repos.visible(kind, call.who) for tag in read_main(call.store, repo).tags}
+    repos = call.store.repos.visible(kind, call.who)
+    tags = {tag for profile in read_mains(call.store, repos) for tag in profile.tags}
     groups: dict[str, list[dict[str, str]]] = {}
     for tag in sorted(tags):
         group = tag.partition(":")[0] if ":" in tag else "other"
@@ -105,8 +111,8 @@ def describe(call: Call, profile: Profile, fields: list[str], *, with_blobs: boo
     return shown
 
 
-def _match(call: Call, repo: Repo) -> Profile | None:
-    """The profile of a repo that all filters of the query let through."""
+def _may_match(call: Call, repo: Repo) -> bool:
+    """Whether a repo passes those filters of the query that are about its name and settings."""
     query = call.request.query_params
     author, gated = query.get("author"), query.get("gated")
     is_other = (author and repo.id.owner.lower() != author.lower()) or (
@@ -114,16 +120,15 @@ def _match(call: Call, repo: Repo) -> Profile | None:
     )
     name = str(repo.id).lower()
     if is_other or any(query.get(one) for one in _NOTHING_RUNS_HERE):
-        return None
-    if not all(word in name for text in query.getlist("search") for word in text.lower().split()):
-        return None
-    try:
-        profile = read_main(call.store, repo)
-    except NotFoundError:  # deleted since the list was read
-        return None
+        return False
+    return all(word in name for text in query.getlist("search") for word in text.lower().split())
+
+
+def _matches(call: Call, profile: Profile) -> bool:
+    """Whether a repo passes the filters that are about what is in it."""
     wanted = {*call.words("filter"), *call.words("pipeline_tag"), *call.words("apps")}
     wanted |= {f"{name[:-1]}:{value}" for name in ("datasets", "models") for value in call.words(name)}
-    return profile if wanted <= {*profile.tags} and _has_size(profile, query.get("num_parameters")) else None
+    return wanted <= {*profile.tags} and _has_size(profile, call.request.query_params.get("num_parameters"))
 
 
 def _has_size(profile: Profile, wanted: str | None) -> bool:
@@ -156,7 +161,7 @@ def _bases(_: Call, profile: Profile) -> dict[str, Any] | None:
 
 def _count_children(call: Call, profile: Profile) -> int:
     tag = f"base_model:{profile.repo.id}"
-    return sum(tag in read_main(call.store, repo).tags for repo in call.store.repos.visible("model", call.who))
+    return sum(tag in one.tags for one in read_mains(call.store, call.store.repos.visible("model", call.who)))
 
 
 _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {

@@ -1,5 +1,6 @@
 """Everything that lists and pages show of a repo at one commit, computed once for each commit."""
 
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,6 +84,13 @@ def read_main(store: Store, repo: Repo) -> Profile:
     """The profile of a repo's `main`."""
     with store.repos.open(repo) as git:
         return read_profile(store, repo, git, git.resolve("main"))
+
+
+def read_mains(store: Store, repos: Iterable[Repo]) -> Iterator[Profile]:
+    """The profiles of the `main` of repos, without those that were deleted in the meantime."""
+    for repo in repos:
+        with suppress(NotFoundError):
+            yield read_main(store, repo)
 
 
 def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:

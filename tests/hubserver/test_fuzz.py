@@ -6,6 +6,8 @@ The routes and the words that they look for are read from the program itself, so
 import ast
 import itertools
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -131,6 +133,10 @@ def fill(client):
     """A repo of every kind, a pull request and a discussion."""
     for kind in ("model", "dataset", "space"):
         client.create("fuzz", type=kind, sdk="static")
+    client.create("bench", type="dataset")
+    file = {"path": "eval.yaml", "content": "name: x\ntasks: [{id: a}]", "encoding": "utf-8"}
+    lines = [{"key": "header", "value": {"summary": "m"}}, {"key": "file", "value": file}]
+    client.send("POST", "/api/datasets/alice/bench/commit/main", content="\n".join(map(json.dumps, lines)).encode())
     client.commit("fuzz", {"README.md": b"---\nlicense: mit\n---\n", "folder/x": b"1"})
     client.commit("fuzz", {"w.bin": b"weights"}, as_large=True)
     client.commit("fuzz", {"y.txt": b"2"}, create_pr="1")
@@ -179,13 +185,39 @@ def test_no_route_stumbles_over_a_hostile_body(client, routes):
 
 def test_no_route_stumbles_over_a_hostile_address_query_or_credential(client, routes):
     hostile, credentials = itertools.cycle(HOSTILE), itertools.cycle(CREDENTIALS)
-    for method, path in routes:
-        for turn in range(path.count("{")):
-            check(client, method, fill_in(path, instead_of=turn, text=next(hostile)))
+    for number, (method, path) in enumerate(routes):
+        turn = number % max(1, path.count("{"))
+        check(client, method, fill_in(path, instead_of=turn, text=next(hostile)))
         check(client, method, f"{fill_in(path)}?p=-1&limit=x&cursor=%ff&expand=%00&search=%00&filter=a,b&diff=maybe")
         headers = {"authorization": next(credentials).encode("latin-1"), "cookie": "session=%ff; =;;"}
         check(client, method, fill_in(path), headers=headers)
     fill(client)
+
+
+def test_what_is_deleted_moved_and_copied_while_others_look_is_there_or_not_found(hub, client):
+    score = b"- {dataset: {id: alice/bench, task_id: a}, value: 1}"
+    looks = ["/api/models?full=true&expand=evalResults", "/api/datasets/alice/bench/leaderboard", "/models", "/alice/m"]
+    looks += ["/api/models/alice/m", "/api/models/alice/m2/tree/main?expand=true", "/api/models/alice/m2/lfs-files"]
+    end = time.monotonic() + 4
+
+    def look():
+        with Client(hub) as other:
+            while time.monotonic() < end:
+                for path in looks:
+                    check(other, "GET", path)
+
+    with ThreadPoolExecutor() as pool:
+        looking = [pool.submit(look) for _ in range(2)]
+        while time.monotonic() < end:
+            check(client, "POST", "/api/repos/create", json={"name": "m"})
+            client.commit("m", {".eval_results/x.yaml": score})
+            client.commit("m", {"w.bin": b"weights"}, as_large=True)
+            check(client, "POST", "/api/repos/move", json={"fromRepo": "alice/m", "toRepo": "alice/m2"})
+            check(client, "POST", "/api/models/alice/m2/duplicate", json={"repository": "alice/m3"})
+            for name in ("m2", "m3"):
+                check(client, "DELETE", "/api/repos/delete", json={"name": name})
+        for one in looking:
+            one.result()
 
 
 @settings(max_examples=400, suppress_health_check=[*HealthCheck], deadline=None)

@@ -75,7 +75,12 @@ class Repos:
                 git = stack.enter_context(GitRepo(self.path(repo)))
             except (NotGitRepository, FileNotFoundError):
                 raise NotFoundError("repo", "Repository not found") from None
-            yield git
+            try:
+                yield git
+            except (KeyError, FileNotFoundError):
+                if self._database.row("SELECT 1 FROM repos WHERE id = ?", repo.uid) is None:
+                    raise NotFoundError("repo", "Repository not found") from None
+                raise
 
     def path(self, repo: Repo) -> Path:
         """The folder of a repo's git repository."""
