@@ -20,6 +20,8 @@ from .urls import repo_url
 
 _MAX_DATA_FILES = 200
 _MAX_SCORES = 50
+_MAX_TAGS = 60
+_SHOWN_ELSEWHERE = ("base_model:", "license:", "dataset:", "region:")
 
 
 def show_repo(call: Call) -> Response:
@@ -36,6 +38,7 @@ def show_repo(call: Call) -> Response:
         tab="card",
         profile=profile,
         card=_render_card(call, profile),
+        tags=[tag for tag in profile.tags if not tag.startswith(_SHOWN_ELSEWHERE)][:_MAX_TAGS],
         is_card_cut=len(profile.card.text) > MAX_CHARACTERS,
         lineage=read_lineage(call.store, profile, call.who),
         snippets=write_snippets(profile, call.base_url),
