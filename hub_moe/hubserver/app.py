@@ -1,6 +1,7 @@
 """The embedded Hub as an ASGI application."""
 
 import secrets
+import sqlite3
 from typing import Any
 
 from starlette.applications import Starlette
@@ -22,7 +23,7 @@ from . import (
     weights,
     xet,
 )
-from .calls import Call, route
+from .calls import Call, answer_no_room, route
 from .pages import PAGES
 from .pages.errors import answer_http_error, answer_refusal
 from .store import Store
@@ -53,6 +54,7 @@ def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
     routes += [route("/{name}/resolve/{rev}/{path:path}", _no_repo, "GET", "HEAD")]
     routes += PAGES
     handlers: dict[Any, Any] = {StoreError: answer_refusal, HTTPException: answer_http_error}
+    handlers |= {OSError: answer_no_room, sqlite3.Error: answer_no_room}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     app.state.store = store

@@ -1,7 +1,9 @@
 """One request on its way to a route: who asks, for which repo, with what body; and how refusals become answers."""
 
+import errno
 import json
 import re
+import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ _STATUSES = (
     (ConflictError, 409),
     (StaleParentError, 412),
 )
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CODES = {"repo": "RepoNotFound", "revision": "RevisionNotFound", "entry": "EntryNotFound"}
 
 
@@ -268,6 +271,15 @@ def refuse(error: StoreError, more_headers: Mapping[str, str] | None = None) -> 
     if isinstance(error, GatedError):
         headers["X-Error-Code"] = "GatedRepo"
     return JSONResponse({"error": message.encode("utf-8", "replace").decode()}, status_code=status, headers=headers)
+
+
+async def answer_no_room(_: Request, error: Exception) -> Response:
+    """A disk without room is nobody's mistake: nothing has changed, and the client may try again later."""
+    number = error.errno if isinstance(error, OSError) else None
+    is_full = number in _NO_ROOM or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    if not is_full:
+        raise error
+    return JSONResponse({"error": "This Hub has no room left on its disk; nothing was changed."}, status_code=507)
 
 
 async def answer_http_error(_: Request, error: Exception) -> Response:
