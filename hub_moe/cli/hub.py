@@ -42,7 +42,12 @@ def serve(
         say(f"Anybody who reaches {host} can read the public repos; tokens travel unencrypted.")
     if first_token:
         say(f"A token of the new user admin, shown only now:\nexport HF_TOKEN={first_token}")
-    run_server(root, host=host, port=port, on_ready=lambda address: print(f"export HF_ENDPOINT={address}", flush=True))
+    run_server(root, host=host, port=port, on_ready=_announce)
+
+
+def _announce(address: str) -> None:
+    say(f"Pages for people are at the same address: {address}")
+    print(f"export HF_ENDPOINT={address}", flush=True)
 
 
 @user.command("add")

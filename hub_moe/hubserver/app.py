@@ -1,11 +1,13 @@
 """The embedded Hub as an ASGI application."""
 
+import re
 import secrets
 import sqlite3
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import (
@@ -30,6 +32,9 @@ from .store import Store
 from .store.errors import NotFoundError, StoreError
 
 DEFAULT_PART_BYTES = 256 << 20
+# Addresses in answers begin with the host that the client named.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{0,253})(?::[0-9]{1,5})?")
+_NO_HOST = JSONResponse({"error": "The Host header is not the name or address of a host."}, status_code=400)
 
 
 def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
@@ -76,8 +81,12 @@ class _RawPaths:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self.app
         if scope["type"] == "http":
             scope = dict(scope, path=scope["raw_path"].decode("latin-1"))
+            app = (
+                app if all(_HOST.fullmatch(value) for name, value in scope["headers"] if name == b"host") else _NO_HOST
+            )
         request_id = secrets.token_hex(12).encode()
 
         async def send_with_id(message: Message) -> None:
@@ -85,4 +94,4 @@ class _RawPaths:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
-        await self.app(scope, receive, send_with_id)
+        await app(scope, receive, send_with_id)

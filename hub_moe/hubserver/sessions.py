@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -77,7 +77,7 @@ def require_same_site(request: Request) -> None:
     """Refuse a form that a browser sent from another site, by what browsers say of where a request comes from."""
     fetch_site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin", "")
     host = request.headers.get("host", "")
-    is_own = fetch_site == "same-origin" if fetch_site else bool(host) and urlsplit(origin).netloc == host
+    is_own = fetch_site == "same-origin" if fetch_site else origin in {f"http://{host}", f"https://{host}"}
     if not is_own:
         raise ForbiddenError("This form did not come from a page of this Hub.")
 

@@ -241,6 +241,18 @@ def test_a_control_character_in_an_address_does_not_break_the_answer_s_headers(s
         assert answer.json()["error"]
 
 
+@pytest.mark.parametrize("host", ["[::", "[", "a b", '"><script>', "x:y", "evil.example/", "a@b", "[::1]x"])
+def test_a_host_that_is_none_is_refused(stranger, host):
+    for path in ("/", "/api/models", COOK, f"{COOK}/resolve/main/config.json"):
+        answer = stranger.get(path, headers={"host": host})
+        assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
+
+
+@pytest.mark.parametrize("host", ["hub.example", "hub.example:80", "[::1]:7860", "127.0.0.1", "my_hub-1"])
+def test_a_hub_answers_to_any_name_it_has(stranger, host):
+    assert f"export HF_ENDPOINT=http://{host}" in stranger.get("/", headers={"host": host}).text
+
+
 SEGMENTS = ["main", "refs%2Fpr%2F2", "README.md", "model.safetensors", "data/train.jsonl", "%00", "%ff", "..", "%2e%2e"]
 SEGMENTS += [
     "1",
