@@ -57,13 +57,12 @@ class LargeFiles:
     def duplicate(self, source: Repo, target: RepoId, who: Identity, *, private: bool) -> Repo:
         """A new repo with the branches, tags and large files of another one, without its pull requests."""
 
-        def fill(git: GitRepo) -> Iterator[str]:
+        def fill(git: GitRepo) -> dict[str, bool]:
             with self._repos.open(source) as original:
                 refs = {ref: oid for ref, oid in _list_refs(original).items() if not ref.startswith("refs/pr/")}
                 original.copy_history(git, refs)
-                for file in self._find_named(original, refs):
-                    if self._commits.has_content(source, file.sha256):
-                        yield file.sha256
+                named = {file.sha256 for file in self._find_named(original, refs)}
+                return {sha256: self._commits.has_content(source, sha256) for sha256 in named}
 
         return self._repos.create(target, who, private=private, sdk=source.sdk, fill=fill)
 

@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +93,12 @@ class Repos:
         *,
         private: bool = False,
         sdk: str | None = None,
-        fill: Callable[[GitRepo], Iterable[str]] | None = None,
+        fill: Callable[[GitRepo], Mapping[str, bool]] | None = None,
     ) -> Repo:
         """A new repo with one commit (`.gitattributes`, a Space's card); ConflictError if there is one of this name.
 
-        With `fill` it has instead what that function writes, and the large files whose sha256 it returns.
+        With `fill` it has instead what that function writes. It returns the sha256 of each large file that is named,
+        with False for those that were deleted for good.
         """
         self._require_owner(repo_id.owner, who, {"admin", "write"})
         if sdk is not None and sdk not in SDKS:
@@ -107,14 +108,15 @@ class Repos:
         uid = uuid.uuid4().hex
         GitRepo.create(path := self._folder / f"{uid}.git")
         with share(path / IN_USE), GitRepo(path) as git:
-            sha256s = list(fill(git)) if fill else _write_first_commit(git, who, _first_files(repo_id, sdk))
+            contents = fill(git) if fill else _write_first_commit(git, who, _first_files(repo_id, sdk))
             owner = self._accounts.find(repo_id.owner)["name"]
             try:
                 with self._database.transaction() as connection:
                     values = (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now())
                     connection.execute(_INSERT, values)
-                    rows = [(uid, sha256) for sha256 in sha256s]
-                    connection.executemany("INSERT INTO repo_blobs (repo, sha256) VALUES (?, ?)", rows)
+                    for sha256, is_here in contents.items():
+                        table = "repo_blobs" if is_here else "deleted_blobs"
+                        connection.execute(f"INSERT INTO {table} (repo, sha256) VALUES (?, ?)", (uid, sha256))
                     _forget_redirect(connection, repo_id)
             except sqlite3.IntegrityError:
                 shutil.rmtree(path)
@@ -285,7 +287,7 @@ def _first_files(repo_id: RepoId, sdk: str | None) -> dict[str, bytes]:
     return files
 
 
-def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) -> list[str]:
+def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) -> dict[str, bool]:
     tree = git.write_tree(None, {path: git.write_file(content) for path, content in files.items()})
     author = f"{who.user} <{who.user}@users.noreply>"
     git.move_ref(
@@ -293,7 +295,7 @@ def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) ->
         old=None,
         new=git.write_commit(tree=tree, parents=[], author=author, message="initial commit"),
     )
-    return []
+    return {}
 
 
 def _repo(row: sqlite3.Row) -> Repo:
