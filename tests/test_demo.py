@@ -242,7 +242,7 @@ def test_a_run_killed_after_training_is_not_trained_again(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file_bytes", "inside"), [(200_000, ""), (400_000, "/checkpoints"), (430_000, "/checkpoints")]
+    ("file_bytes", "inside"), [(200_000, "/hub"), (400_000, "/checkpoints"), (430_000, "/checkpoints")]
 )
 def test_no_room_for_the_text_or_a_checkpoint_is_one_sentence(tmp_path, file_bytes, inside):
     def limit_file_size():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Corpus, Document
-from ..errors import DatasetError, HubError
+from ..errors import CheckpointError, DatasetError, HubError
 from ..hubserver.process import Hub
 
 OWNER = "demo"
@@ -80,10 +81,13 @@ def open_local_hub(root: Path, *, scratch: Path) -> Iterator[LocalHub]:
     """The Hub in `root`, made if need be, running as long as the block does; `scratch` is emptied and removed."""
     from ..hubserver.store import Store
 
-    with Store(root) as store:
-        if not store.accounts.count():
-            store.accounts.add_user(OWNER)
-        tokens = {OWNER: store.accounts.create_token(OWNER, name="hub-moe demo")}
+    try:
+        with Store(root) as store:
+            if not store.accounts.count():
+                store.accounts.add_user(OWNER)
+            tokens = {OWNER: store.accounts.create_token(OWNER, name="hub-moe demo")}
+    except sqlite3.OperationalError as error:
+        raise CheckpointError(f"Cannot write to {root}: {error}; choose a folder with room.") from error
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:

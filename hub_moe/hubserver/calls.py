@@ -214,16 +214,21 @@ def identify(request: Request) -> Identity | None:
 
 
 def route(
-    path: str, handler: Handler, *methods: str, identify: Callable[[Request], Identity | None] = identify
+    path: str,
+    handler: Handler,
+    *methods: str,
+    identify: Callable[[Request], Identity | None] = identify,
+    most_bytes: int | None = None,
 ) -> Route:
-    """A route whose handler runs in a thread, after `identify` let the caller in and the body was read to a file."""
+    """A route whose handler runs in a thread, after `identify` let the caller in and the body was read to a file.
+
+    The body has at most `most_bytes`, by default little for a caller whom `identify` does not know.
+    """
 
     async def endpoint(request: Request) -> Response:
         with tempfile.SpooledTemporaryFile(max_size=SPOOL_BYTES) as body:
             who = await run_in_threadpool(identify, request)
-            await read_body(
-                request, body, most=MAX_BODY_BYTES if "authorization" in request.headers else ANONYMOUS_BYTES
-            )
+            await read_body(request, body, most=most_bytes or (MAX_BODY_BYTES if who else ANONYMOUS_BYTES))
             return await run_in_threadpool(handler, Call(request, request.app.state.store, who, body))
 
     return Route(path, endpoint, methods=list(methods or ("GET",)))

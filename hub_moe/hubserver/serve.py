@@ -1,5 +1,6 @@
 """Run the embedded Hub: one process, one folder, this machine only unless told otherwise."""
 
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,11 @@ import uvicorn
 
 from ..errors import ConfigError
 from .app import DEFAULT_PART_BYTES, build_app
+from .connections import BoundedConnection
 from .store import Store
+
+_MAX_CONNECTIONS = 1000
+"""More are told to come back later (503)."""
 
 
 def serve(
@@ -28,8 +33,14 @@ def serve(
         listener = _bind(host, port)
         address = f"http://{_name_for_others(host)}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
-            build_app(store, part_bytes=part_bytes), log_level="warning", access_log=False, lifespan="off"
+            build_app(store, part_bytes=part_bytes),
+            http=BoundedConnection,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            limit_concurrency=_MAX_CONNECTIONS,
         )
+        _allow_open_files()
         if on_ready:
             on_ready(address)
         with listener:
@@ -50,6 +61,13 @@ def _name_for_others(host: str) -> str:
     if host in {"0.0.0.0", "::"}:
         return socket.gethostname()
     return f"[{host}]" if ":" in host else host
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets this process have: each connection needs some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _bind(host: str, port: int) -> socket.socket:

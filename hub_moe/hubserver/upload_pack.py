@@ -21,6 +21,7 @@ _CAPABILITIES = (
     f"object-format=sha1 symref=HEAD:{_HEAD} {AGENT}"
 )
 _MAX_WANTS, _MAX_HAVES = 100_000, 200_000
+_MAX_FLUSHES = 1000
 
 Opener = Callable[[], AbstractContextManager[GitRepo]]
 
@@ -135,6 +136,8 @@ class _Negotiation:
         self._has = request.depth.has
         self._is_detailed = "multi_ack_detailed" in request.words
         self._needs_no_done = "no-done" in request.words
+        self._flushes = 0
+        self._is_ready = False
         self.common: list[str] = []
         self.is_over = False
         """Whether the client waits for the pack now."""
@@ -163,7 +166,13 @@ class _Negotiation:
         return pkt(f"ACK {oid} common" if self._is_detailed else f"ACK {oid}")
 
     def _answer_flush(self) -> bytes:
-        is_ready = self._is_detailed and self.common and self._fetch.is_ready(set(self.common), self._has)
+        self._flushes += 1
+        if self._flushes > _MAX_FLUSHES:
+            raise InvalidInputError(f"A fetch asks at most {_MAX_FLUSHES} times in one request.")
+        can_be_ready = self._is_detailed and self.common and not self._is_ready
+        is_ready = self._is_ready = self._is_ready or bool(
+            can_be_ready and self._fetch.is_ready(set(self.common), self._has)
+        )
         lines = [f"ACK {self.common[-1]} ready"] if is_ready else []
         lines += ["NAK"] if self._is_detailed or not self.common else []
         if is_ready and self._needs_no_done:

@@ -215,6 +215,12 @@ ROUTES = [
     route(f"{_CAS}/v1/chunks/{{prefix}}/{{hash}}", find_chunk, identify=_check_write_token),
     route(f"{_CAS}/v1/xorb-grants/{{prefix}}/{{hash}}", grant_xorb, "POST", identify=_check_write_token),
     Route(f"{_CAS}/v1/xorbs/{{prefix}}/{{hash}}", add_xorb, methods=["POST"]),
-    route(f"{_CAS}/v1/shards", add_shard, "POST", identify=_check_write_token),
-    route(f"{_CAS}/v2/shards", add_shard_with_progress, "POST", identify=_check_write_token),
+    route(f"{_CAS}/v1/shards", add_shard, "POST", identify=_check_write_token, most_bytes=MAX_SHARD_BYTES + 1),
+    route(
+        f"{_CAS}/v2/shards",
+        add_shard_with_progress,
+        "POST",
+        identify=_check_write_token,
+        most_bytes=MAX_SHARD_BYTES + 1,
+    ),
 ]

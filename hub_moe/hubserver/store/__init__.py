@@ -12,7 +12,8 @@ incoming/       uploads that are not finished
 import fcntl
 import os
 import secrets
-from contextlib import ExitStack
+import tempfile
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -20,7 +21,7 @@ from ...errors import ConfigError
 from .. import extra  # noqa: F401 (says so when the extra `server` is missing)
 from .accounts import Accounts, Identity
 from .attachments import Attachments
-from .blobs import BlobStore
+from .blobs import BlobStore, sync_folder
 from .commits import Commits
 from .contents import Contents
 from .database import Database
@@ -42,6 +43,7 @@ from .xorbs import XorbStore
 __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 
 DATABASE_NAME = "hub.sqlite3"
+_SECRET_BYTES = 32
 
 
 class Store:
@@ -110,13 +112,18 @@ class Store:
 
 
 def _read_secret(path: Path) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as file:
-        secret = secrets.token_bytes(32)
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
+    """The key in a file, made when there is none; whole or not there, whatever happens meanwhile."""
+    if not path.exists():
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".secret-")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_bytes(_SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):  # another process was faster
+            os.link(name, path)
+        os.unlink(name)
+        sync_folder(path.parent)
+    secret = path.read_bytes()
+    if len(secret) != _SECRET_BYTES:
+        raise ConfigError(f"{path} is damaged; delete it, and links and log-ins that were given out end.")
     return secret

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from .git import GitRepo, LogEntry
 
 _MAX_READ_BYTES = 64 << 20
+_COMMIT_BYTES = 10_000  # looking at a commit takes as long as reading this much
 
 
 def find_last_commits(git: GitRepo, commit: str, paths: Iterable[str], *, limit: int = 2000) -> dict[str, LogEntry]:
@@ -16,22 +17,22 @@ def find_last_commits(git: GitRepo, commit: str, paths: Iterable[str], *, limit:
     folders: dict[str, set[str]] = {}
     for path in paths:
         folders.setdefault(path.rpartition("/")[0], set()).add(path.rpartition("/")[2])
+    trees = _Trees(git)
     found = {
         f"{folder}/{name}" if folder else name: oid
         for folder, names in folders.items()
-        for name, oid in _search(git, commit, folder, names, limit)
+        for name, oid in _search(trees, commit, folder, names, limit)
     }
     entries = {oid: next(iter(git.log(oid, limit=1))) for oid in set(found.values())}
     return {path: entries[oid] for path, oid in found.items()}
 
 
-def _search(git: GitRepo, commit: str, folder: str, names: set[str], limit: int) -> Iterator[tuple[str, str]]:
+def _search(trees: "_Trees", commit: str, folder: str, names: set[str], limit: int) -> Iterator[tuple[str, str]]:
     """Each of `names` in a folder with the id of the commit that changed it last."""
-    trees = _Trees(git)
     tree = trees.find(commit, folder)
     pending = _find_entries(trees.read(tree), names) if tree else {}
     for _ in range(limit):
-        older = next(iter(git.parents(commit)), None)
+        older = trees.parent(commit)
         older_tree = trees.find(older, folder) if older else None
         if older is None or older_tree is None:
             yield from ((name, commit) for name in pending)
@@ -58,8 +59,13 @@ class _Trees:
         self.read_bytes += len(content)
         return content
 
+    def parent(self, commit: str) -> str | None:
+        """The first parent of a commit."""
+        return next(iter(self._git.parents(commit)), None)
+
     def find(self, commit: str, folder: str) -> str | None:
         """The tree of a folder in a commit."""
+        self.read_bytes += _COMMIT_BYTES
         oid = self._git.tree_of(commit)
         for segment in folder.split("/") if folder else []:
             content, mark = self.read(oid), b"40000 %b\0" % segment.encode()

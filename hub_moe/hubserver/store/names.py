@@ -11,6 +11,7 @@ RESERVED_OWNERS = {"api", "datasets", "kernels", "lfs", "login", "logout", "mode
 RESERVED_OWNERS |= {"uploads", "v1", "v2", "xet"}
 MAX_PATH_BYTES = 1024
 MAX_SEGMENT_BYTES = 255
+MAX_REF_BYTES = 200
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?")
 _REF = re.compile(r"[^\x00-\x20\x7f~^:?*\[\\]{1,200}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -72,7 +73,8 @@ def check_ref_name(name: str) -> str:
     """`name` if it may be a branch or tag: git's own rule (git check-ref-format), and not the look of a commit."""
     parts = name.split("/")
     is_bad = (
-        not _REF.fullmatch(name)
+        len(name.encode("utf-8", "replace")) > MAX_REF_BYTES
+        or not _REF.fullmatch(name)
         or not name.isprintable()
         or ".." in name
         or "@{" in name
