@@ -27,27 +27,26 @@ def serve(
     """Serve a Hub from one folder until Ctrl-C.
 
     Prints the line that points the Hugging Face clients at it. On its first start it makes a user `admin` and shows a
-    token.
+    token; `admin` is a user like any other. Who may enter the folder is who keeps the Hub.
 
     \b
     Examples:
       hub-moe hub serve
       hub-moe hub serve --root lab-hub --port 8080
     """
-    from ..hubserver.serve import add_first_user
     from ..hubserver.serve import serve as run_server
 
-    first_token = add_first_user(root)
-    if host not in {"127.0.0.1", "::1", "localhost"}:
-        say(f"Anybody who reaches {host} can read the public repos; tokens travel unencrypted.")
-    if first_token:
-        say(f"A token of the new user admin, shown only now:\nexport HF_TOKEN={first_token}")
-    run_server(root, host=host, port=port, on_ready=_announce)
+    def announce(address: str) -> None:
+        if host not in {"127.0.0.1", "::1", "localhost"}:
+            say(f"Anybody who reaches {host} can read the public repos; tokens travel unencrypted.")
+        say(f"Pages for people are at the same address: {address}")
+        print(f"export HF_ENDPOINT={address}", flush=True)
+
+    run_server(root, host=host, port=port, on_ready=announce, on_first_start=_announce_token)
 
 
-def _announce(address: str) -> None:
-    say(f"Pages for people are at the same address: {address}")
-    print(f"export HF_ENDPOINT={address}", flush=True)
+def _announce_token(token: str) -> None:
+    say(f"A token of the new user admin, shown only now:\nexport HF_TOKEN={token}")
 
 
 @user.command("add")
@@ -69,9 +68,7 @@ def add_user(
     from ..hubserver.store import Store
 
     with Store(root) as store:
-        store.accounts.add_user(name, kind="org" if org else "user")
-        for one in member or []:
-            store.accounts.add_member(name, one)
+        store.accounts.add_user(name, kind="org" if org else "user", members=member or [])
         if not org:
             print_text(store.accounts.create_token(name))
 
@@ -132,7 +129,8 @@ def list_tokens(
 def create_token(
     user_name: Annotated[str, typer.Argument(metavar="USER", help="Whose token.")],
     root: Root = DEFAULT_ROOT,
-    name: Annotated[str, typer.Option(help="A token of the same name is replaced.")] = "default",
+    name: Annotated[str | None, typer.Option(help="What it is for; a free name is chosen without it.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Make an earlier one of this name worthless.")] = False,
     read_only: Annotated[bool, typer.Option("--read-only", help="The token cannot change anything.")] = False,
 ) -> None:
     """Show a new token; it is stored only as a hash.
@@ -144,7 +142,9 @@ def create_token(
     from ..hubserver.store import Store
 
     with Store(root, create=False) as store:
-        print_text(store.accounts.create_token(user_name, name=name, role="read" if read_only else "write"))
+        print_text(
+            store.accounts.create_token(user_name, name=name, role="read" if read_only else "write", replace=replace)
+        )
 
 
 @token.command("revoke")

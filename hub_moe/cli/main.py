@@ -1,6 +1,7 @@
 """The `hub-moe` command: its commands, and how every error reaches the person who typed it."""
 
 import os
+import sqlite3
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -73,7 +74,10 @@ def _known_errors() -> tuple[type[Exception], ...]:
     """Errors that a person causes or can mend. Others are faults of the program and keep their traceback."""
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError, StrictDataclassError
 
-    return (HubMoeError, OSError, HFValidationError, RevisionResolutionError, StrictDataclassError)
+    return (
+        *(HubMoeError, OSError, sqlite3.OperationalError),
+        *(HFValidationError, RevisionResolutionError, StrictDataclassError),
+    )
 
 
 def describe_error(error: BaseException) -> tuple[str, str | None]:
@@ -88,6 +92,8 @@ def describe_error(error: BaseException) -> tuple[str, str | None]:
     for cause in causes:
         if isinstance(cause, HubMoeError):
             return _first_line(cause), None
+        if isinstance(cause, sqlite3.OperationalError):
+            return f"The Hub's database cannot be used: {cause}.", "is there room, and may you write to its folder?"
         if isinstance(cause, errors.StrictDataclassError):
             return _first_line(causes[-1]), None
         repo = getattr(cause, "repo_id", None) or "The repo"

@@ -30,6 +30,7 @@ def mirror(
 
     Without NAME, every repo of the owner: of all kinds, or of one by ENDPOINT/models/OWNER, ENDPOINT/datasets/OWNER or
     ENDPOINT/spaces/OWNER. Copies only what DST lacks and checks every sha256; after an interruption run it again.
+    Closed pull requests and discussions are not copied.
 
     Without --src-token-env or --dst-token-env, the token of this machine (HF_TOKEN or `hf auth login`) goes to
     HF_ENDPOINT and to no other Hub.
@@ -54,7 +55,11 @@ def mirror(
                     say(_describe_plan(one.report))
                 typer.confirm("Do this?", abort=True, err=True)
             bar.start(sum(2 * one.report.bytes for one in planned))
-            run_each(planned, lambda one: one.apply())
+            try:
+                run_each(planned, lambda one: one.apply())
+            except KeyboardInterrupt:
+                say("Interrupted; what was copied stays, and the same command goes on from there.")
+                raise
         bar.stop()
         reports = [one.report for one in mirrors]
     _print_reports(reports, as_json=as_json, is_plan=dry_run)

@@ -85,7 +85,7 @@ def open_local_hub(root: Path, *, scratch: Path) -> Iterator[LocalHub]:
         with Store(root) as store:
             if not store.accounts.count():
                 store.accounts.add_user(OWNER)
-            tokens = {OWNER: store.accounts.create_token(OWNER, name="hub-moe demo")}
+            tokens = {OWNER: store.accounts.create_token(OWNER, name="hub-moe demo", replace=True)}
     except sqlite3.OperationalError as error:
         raise CheckpointError(f"Cannot write to {root}: {error}; choose a folder with room.") from error
     shutil.rmtree(scratch, ignore_errors=True)

@@ -3,7 +3,6 @@
 import errno
 import json
 import re
-import sqlite3
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -189,6 +188,11 @@ class Call:
         return [word for text in query.getlist(name) + query.getlist(f"{name}[]") for word in text.split(",") if word]
 
     @property
+    def client_name(self) -> str:
+        """Who asks, as far as it is known: the user, or the address."""
+        return self.who.user if self.who else self.request.client.host if self.request.client else ""
+
+    @property
     def base_url(self) -> str:
         """The address that the client used, without a slash at its end."""
         return str(self.request.base_url).rstrip("/")
@@ -281,8 +285,8 @@ def refuse(error: StoreError, more_headers: Mapping[str, str] | None = None) -> 
 async def answer_no_room(_: Request, error: Exception) -> Response:
     """A disk without room is nobody's mistake: nothing has changed, and the client may try again later."""
     number = error.errno if isinstance(error, OSError) else None
-    is_full = number in _NO_ROOM or getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    if not is_full:
+    of_database = getattr(error, "sqlite_errorname", None) or ""
+    if number not in _NO_ROOM and not of_database.startswith(("SQLITE_FULL", "SQLITE_IOERR_WRITE")):
         raise error
     return JSONResponse({"error": "This Hub has no room left on its disk; nothing was changed."}, status_code=507)
 

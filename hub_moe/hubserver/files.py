@@ -33,7 +33,7 @@ def resolve(call: Call) -> Response:
             return refuse(error, {"X-Repo-Commit": commit})  # lets the client remember that there is no such file
         content = b"" if facts.sha256 else git.read_file(facts.oid)
     if call.request.method == "GET" and "x-hf-download-counter" in call.request.headers:
-        call.store.repos.count_download(repo)
+        call.store.downloads.count(repo.uid, call.client_name)
     headers = {
         "X-Repo-Commit": commit,
         "ETag": f'"{facts.sha256 or facts.oid}"',

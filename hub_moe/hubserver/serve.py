@@ -1,5 +1,6 @@
 """Run the embedded Hub: one process, one folder, this machine only unless told otherwise."""
 
+import errno
 import resource
 import socket
 from collections.abc import Callable
@@ -23,14 +24,16 @@ def serve(
     port: int = 7860,
     part_bytes: int = DEFAULT_PART_BYTES,
     on_ready: Callable[[str], None] | None = None,
+    on_first_start: Callable[[str], None] | None = None,
 ) -> None:
     """Serve `root` until interrupted; `on_ready` gets the address once the port is bound (port 0: any free one).
+
+    With `on_first_start`, a Hub without users gets a user `admin`, and that function the token to log in with.
 
     Raises:
         ConfigError: If the port is taken, or another server serves this folder.
     """
-    with Store(root, serve=True) as store:
-        listener = _bind(host, port)
+    with _bind(host, port) as listener, Store(root, serve=True) as store:
         address = f"http://{_name_for_others(host)}:{listener.getsockname()[1]}"
         config = uvicorn.Config(
             build_app(store, part_bytes=part_bytes),
@@ -41,19 +44,12 @@ def serve(
             limit_concurrency=_MAX_CONNECTIONS,
         )
         _allow_open_files()
+        if on_first_start and not store.accounts.count():
+            store.accounts.add_user("admin")
+            on_first_start(store.accounts.create_token("admin"))
         if on_ready:
             on_ready(address)
-        with listener:
-            uvicorn.Server(config).run(sockets=[listener])
-
-
-def add_first_user(root: Path) -> str | None:
-    """On an empty Hub, a user `admin` and the token to log in with; None when there are users already."""
-    with Store(root) as store:
-        if store.accounts.count():
-            return None
-        store.accounts.add_user("admin")
-        return store.accounts.create_token("admin")
+        uvicorn.Server(config).run(sockets=[listener])
 
 
 def _name_for_others(host: str) -> str:
@@ -79,5 +75,6 @@ def _bind(host: str, port: int) -> socket.socket:
         listener.listen(512)
     except OSError as error:
         listener.close()
-        raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror}; choose another --port.") from None
+        advice = "choose another --port" if error.errno == errno.EADDRINUSE else "--host is an address of this machine"
+        raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror}; {advice}.") from None
     return listener

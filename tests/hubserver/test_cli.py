@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("dulwich")
 
 from hub_moe.hubserver.store import Store
+from hub_moe.hubserver.store.errors import UnauthenticatedError
 
 COMMAND = [sys.executable, "-c", "from hub_moe.cli.hub import hub; hub()"]
 ASK = "import os, huggingface_hub as h; print(h.HfApi().whoami()['name'])"
@@ -84,8 +85,11 @@ def test_a_port_that_is_taken_is_one_sentence(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = run("serve", "--root", tmp_path, "--port", taken.getsockname()[1])
+        done = run("serve", "--root", tmp_path / "hub", "--port", taken.getsockname()[1])
     assert "choose another --port" in done.stderr
+    assert "HF_TOKEN" not in done.stderr
+    assert not (tmp_path / "hub").exists()
+    assert "--host is an address of this machine" in run("serve", "--root", tmp_path, "--host", "999.1.1.1").stderr
 
 
 def test_gc_backup_and_restore_say_what_they_did(tmp_path):
@@ -105,3 +109,38 @@ def test_gc_backup_and_restore_say_what_they_did(tmp_path):
     assert "everything is whole" in run("restore", tmp_path / "b.tar", "--root", tmp_path / "again").stderr
     assert json.loads(run("check", "--json", "--root", tmp_path / "again").stdout) == {"faults": [], "orphans": []}
     assert run("restore", tmp_path / "nothing", "--root", tmp_path / "third").returncode == 1
+
+
+def test_a_second_token_leaves_the_first_alone_and_one_is_replaced_only_when_told_so(tmp_path):
+    root = ("--root", tmp_path)
+    first = run("user", "add", "carol", *root).stdout.strip()
+    second = run("token", "create", "carol", *root).stdout.strip()
+    assert "has a token named 'default' already" in run("token", "create", "carol", "--name", "default", *root).stderr
+    third = run("token", "create", "carol", "--name", "default-2", "--replace", *root).stdout.strip()
+    assert "cannot be empty" in run("token", "create", "carol", "--name", "", *root).stderr
+    with Store(tmp_path) as store:
+        assert store.accounts.identify(first).user == store.accounts.identify(third).user == "carol"
+        with pytest.raises(UnauthenticatedError):
+            store.accounts.identify(second)
+
+
+@pytest.mark.parametrize("options", [["--member", "carol"], ["--org", "--member", "carol", "--member", "nobody"]])
+def test_a_user_that_cannot_be_added_wholly_is_not_added(tmp_path, options):
+    root = ("--root", tmp_path)
+    run("user", "add", "carol", *root)
+    assert run("user", "add", "lab", *options, *root).returncode == 1
+    assert [one["name"] for one in json.loads(run("user", "list", "--json", *root).stdout)] == ["carol"]
+
+
+def test_a_folder_of_something_else_is_not_made_a_hub(tmp_path):
+    (tmp_path / "card.md").write_text("mine")
+    assert "holds 'card.md' and no Hub" in run("serve", "--root", tmp_path).stderr
+    assert "is not a folder" in run("serve", "--root", tmp_path / "card.md").stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["card.md"]
+
+
+def test_nobody_else_on_the_machine_can_read_the_database(tmp_path):
+    (tmp_path / "hub").mkdir(mode=0o755)
+    with Store(tmp_path / "hub") as store:
+        store.accounts.add_user("carol")
+        assert {path.stat().st_mode & 0o077 for path in (tmp_path / "hub").glob("hub.sqlite3*")} == {0}

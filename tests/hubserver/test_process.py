@@ -64,9 +64,21 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
         refused = client.client.put(upload, content=TOO_MUCH)
         assert (refused.status_code, refused.json()["error"][:30]) == (507, "This Hub has no room left on i")
         assert client.commit("m", {"inline": os.urandom(700_000)}).status_code == 507
+        resource.prlimit(hub.pid, resource.RLIMIT_FSIZE, (1, unlimited[1]))  # not even a download can be counted
+        headers = {"x-hf-download-counter": "1"}
+        assert client.send("GET", "/alice/m/resolve/main/before", headers=headers).content == b"1" * 1000
         resource.prlimit(hub.pid, resource.RLIMIT_FSIZE, unlimited)
         assert client.commit("m", {"after": TOO_MUCH}, as_large=True).status_code == 200
         files = {file["path"] for file in client.send("GET", "/api/models/alice/m/tree/main").json()}
     assert files == {".gitattributes", "before", "after"}
     with Store(hub.root) as store:
         assert list(find_faults(store)) == []
+
+
+def test_all_files_that_a_client_takes_at_once_are_one_download(hub):
+    with Client(hub) as client:
+        client.create("counted")
+        client.commit("counted", {"a": b"1", "b": b"2"})
+        for path in ("a", "b", "a"):
+            client.send("GET", f"/alice/counted/resolve/main/{path}", headers={"x-hf-download-counter": "1"})
+        assert client.send("GET", "/api/models/alice/counted").json()["downloads"] == 1

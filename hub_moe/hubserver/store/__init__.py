@@ -26,6 +26,7 @@ from .commits import Commits
 from .contents import Contents
 from .database import Database
 from .discussions import Discussions
+from .download_counts import DownloadCounts
 from .files import Files
 from .git import GitRepo
 from .large_files import LargeFiles
@@ -44,6 +45,7 @@ __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 
 DATABASE_NAME = "hub.sqlite3"
 _SECRET_BYTES = 32
+_OWN_NAMES = {"attachments", "blobs", "incoming", "repos", "secret", "serving.lock", "xorbs"}
 
 
 class Store:
@@ -57,6 +59,7 @@ class Store:
         self.root = root
         if not create and not (root / DATABASE_NAME).is_file():
             raise ConfigError(f"There is no Hub in {root}; name its folder by --root, or start one there.")
+        _require_own_folder(root)
         root.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._stack = ExitStack()
         if serve:
@@ -77,6 +80,7 @@ class Store:
         self.merges = Merges(self.repos, self.commits, self.discussions)
         self.large_files = LargeFiles(self.database, self.contents, self.repos, self.files, self.commits)
         self.likes = Likes(self.database)
+        self.downloads = DownloadCounts(self.database)
         self.attachments = Attachments(root / "attachments", blobs)
         self.pushes = Pushes(self.repos, self.commits, self.discussions)
         self.xet = XetStore(self.database, self.xorbs, self.contents, self.commits)
@@ -109,6 +113,15 @@ class Store:
         for pack in self.root.glob("repos/*.git/objects/pack/*.pack"):
             if not pack.with_suffix(".idx").exists():
                 pack.unlink()
+
+
+def _require_own_folder(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"{root} is not a folder.")
+    if root.is_dir() and not (root / DATABASE_NAME).is_file():
+        others = [path.name for path in root.iterdir() if path.name not in _OWN_NAMES and path.name[0] != "."]
+        if others:
+            raise ConfigError(f"{root} holds {others[0]!r} and no Hub; name a new or empty folder.")
 
 
 def _read_secret(path: Path) -> bytes:

@@ -1,8 +1,10 @@
 """Users, organisations and tokens. A token is kept only as its sha256."""
 
 import hashlib
+import itertools
 import secrets
 import sqlite3
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .database import Database, now
@@ -33,15 +35,27 @@ class Accounts:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add_user(self, name: str, *, fullname: str = "", email: str = "", kind: str = "user") -> None:
-        """Create a user (or `kind="org"`, an organisation); ConflictError if the name is taken in any case."""
+    def add_user(
+        self, name: str, *, fullname: str = "", email: str = "", kind: str = "user", members: Sequence[str] = ()
+    ) -> None:
+        """Create a user, or with `kind="org"` an organisation of `members`, who may write.
+
+        Raises:
+            ConflictError: If the name is taken, in upper or lower case.
+        """
         if check_name(name).lower() in RESERVED_OWNERS:
             raise InvalidInputError(f"The name {name!r} is reserved.")
+        if members and kind != "org":
+            raise InvalidInputError("Only an organisation has members.")
+        for member in members:
+            self._require(member, "user")
         try:
             with self._database.transaction() as connection:
                 connection.execute(
                     "INSERT INTO users VALUES (?, ?, ?, ?, ?)", (name, kind, fullname or name, email, now())
                 )
+                rows = [(name, member) for member in members]
+                connection.executemany("INSERT OR REPLACE INTO members VALUES (?, ?, 'write')", rows)
         except sqlite3.IntegrityError:
             raise ConflictError(f"There is already a user or organisation named {name!r}.") from None
 
@@ -54,13 +68,24 @@ class Accounts:
         with self._database.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?)", (org, user, role))
 
-    def create_token(self, user: str, *, name: str = "default", role: str = "write") -> str:
-        """A new token, shown only here; a token of the same name is replaced."""
+    def create_token(self, user: str, *, name: str | None = None, role: str = "write", replace: bool = False) -> str:
+        """A new token, shown only here. Without a name it gets one that is free.
+
+        Raises:
+            ConflictError: If there is one of this name, unless it shall be replaced.
+        """
         self._require(user, "user")
         if role not in {"read", "write"}:
             raise InvalidInputError(f"A token's role is read or write; got {role!r}.")
+        if name is not None and not name.strip():
+            raise InvalidInputError("The name of a token cannot be empty.")
         token = f"hf_{secrets.token_urlsafe(27)}"
         with self._database.transaction() as connection:
+            rows = connection.execute("SELECT name FROM tokens WHERE user = ?", (user,)).fetchall()
+            taken = {row["name"] for row in rows}
+            name = name or next(one for one in _token_names() if one not in taken)
+            if name in taken and not replace:
+                raise ConflictError(f"{user} has a token named {name!r} already; choose another name.")
             connection.execute("DELETE FROM tokens WHERE user = ? AND name = ?", (user, name))
             connection.execute("INSERT INTO tokens VALUES (?, ?, ?, ?, ?)", (_hash(token), user, name, role, now()))
         return token
@@ -125,6 +150,11 @@ class Accounts:
     def _require(self, name: str, kind: str) -> None:
         if self.find(name)["kind"] != kind:
             raise InvalidInputError(f"{name!r} is not {'a user' if kind == 'user' else 'an organisation'}.")
+
+
+def _token_names() -> Iterator[str]:
+    yield "default"
+    yield from (f"default-{number}" for number in itertools.count(2))
 
 
 def _hash(token: str) -> str:

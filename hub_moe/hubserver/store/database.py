@@ -1,12 +1,15 @@
 """The SQLite file: users, tokens, repo settings, who may read which content."""
 
+import logging
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (
@@ -144,6 +147,8 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        path.touch(mode=0o600)
+        path.chmod(0o600)  # it holds the names of private repos; its log files get the same rights
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
         self._connection.row_factory = sqlite3.Row
         self._connection.execute("PRAGMA journal_mode = WAL")
@@ -162,6 +167,14 @@ class Database:
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
+
+    def try_to_write(self, query: str, values: Iterable[tuple[Any, ...]], *, what: str) -> None:
+        """Write what can be done without: where there is no room for it, that is logged."""
+        try:
+            with self.transaction() as connection:
+                connection.executemany(query, values)
+        except sqlite3.OperationalError as error:
+            _log.warning("%s was not written: %s", what, error)
 
     def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
         """Every row that a SELECT finds."""

@@ -43,11 +43,9 @@ class Files:
         known = self._read_facts(wanted)
         missing = [_measure(oid, git.read_file(oid)) for oid in wanted if oid not in known]
         if missing:
-            with self._database.transaction() as connection:
-                connection.executemany(
-                    "INSERT OR IGNORE INTO file_facts (oid, size_bytes, sha256) VALUES (?, ?, ?)",
-                    [(facts.oid, facts.size_bytes, facts.sha256) for facts in missing],
-                )
+            query = "INSERT OR IGNORE INTO file_facts (oid, size_bytes, sha256) VALUES (?, ?, ?)"
+            rows = [(facts.oid, facts.size_bytes, facts.sha256) for facts in missing]
+            self._database.try_to_write(query, rows, what="What is known of files")
         return known | {facts.oid: facts for facts in missing}
 
     def find(self, git: GitRepo, commit: str, path: str) -> FileFacts:

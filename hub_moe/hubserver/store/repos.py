@@ -236,11 +236,6 @@ class Repos:
         with self._database.transaction() as connection:
             connection.execute("UPDATE repos SET modified_at = ? WHERE id = ?", (now(), repo.uid))
 
-    def count_download(self, repo: Repo) -> None:
-        """Count one download."""
-        with self._database.transaction() as connection:
-            connection.execute("UPDATE repos SET downloads = downloads + 1 WHERE id = ?", (repo.uid,))
-
     def access_status(self, repo: Repo, user: str) -> str | None:
         """`pending`, `accepted` or `rejected`; None for who never asked."""
         row = self._database.row("SELECT status FROM grants WHERE repo = ? AND user = ?", repo.uid, user)
