@@ -22,7 +22,7 @@ from starlette.routing import Route
 from .calls import Call, route
 from .downloads import answer_part
 from .permits import repo_to_contribute, repo_to_read, sign_for
-from .receiving import discard, receive
+from .receiving import receive
 from .signing import LinkExpiredError, read_signed, sign
 from .store import Store
 from .store.errors import ForbiddenError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
@@ -70,13 +70,14 @@ def find_chunk(call: Call) -> Response:
 
 
 async def add_xorb(request: Request) -> Response:
-    """`POST {address}/v1/xorbs/{prefix}/{hash}`. The answer does not tell whether somebody else has the xorb."""
+    """`POST {address}/v1/xorbs/{prefix}/{hash}`.
+
+    Who has the xorb already sends and proves it all the same, so that the answer does not tell whether anybody has it.
+    """
     store: Store = request.app.state.store
     await run_in_threadpool(_read_token, request, "xet-write")
-    if await run_in_threadpool(store.xet.renew_xorb, request.path_params["hash"]):
-        await discard(request)
-    else:
-        await receive(request, store.xorbs.receive(request.path_params["hash"]))
+    await run_in_threadpool(store.xet.renew_xorb, request.path_params["hash"])
+    await receive(request, store.xorbs.receive(request.path_params["hash"]))
     return JSONResponse({"was_inserted": True})
 
 

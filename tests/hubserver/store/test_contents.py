@@ -12,7 +12,7 @@ from hub_moe.hubserver.store.check import find_faults
 from hub_moe.hubserver.store.commits import AddLargeFile
 from hub_moe.hubserver.store.errors import InvalidInputError, NotFoundError, TooLargeError
 from hub_moe.hubserver.store.gc import collect
-from hub_moe.hubserver.store.shards import parse_shard
+from hub_moe.hubserver.store.shards import Term, parse_shard
 from hub_moe.hubserver.store.xorb_format import MAX_CHUNK_BYTES, XorbReader, unpack_run
 
 from ..xet_by_hand import File, Xorb, pack_chunk, pack_shard
@@ -122,6 +122,20 @@ def test_check_finds_a_xorb_whose_index_is_cut(kept, length):
 
 
 @pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        (Term(ONE.name, 5, 7, 6), "has no chunks"),
+        (Term(ONE.name, 5, 0, 21), "has no chunks"),
+        (Term(ONE.name, 5, 0, 20), "bytes, not 5"),
+        (ONE.term(0, 2), "verification entry for the xorb .* is wrong"),
+    ],
+)
+def test_who_has_a_xorb_already_is_told_what_is_false_about_a_term_of_it(kept, repo, term, said):
+    with pytest.raises(InvalidInputError, match=said):
+        add_shard(kept, repo, pack_shard(File([(ONE, 0, 1)], terms=[term])))
+
+
+@pytest.mark.parametrize(
     ("false", "said"),
     [
         ({"sha256": "0" * 64}, "sha256"),
@@ -129,9 +143,7 @@ def test_check_finds_a_xorb_whose_index_is_cut(kept, length):
         ({"proofs": [bytes(32)] * 4}, "verification entry"),
         ({"terms": [ONE.term(0, 20)] * 4}, "verification entry"),
         ({"terms": [Xorb([b"never sent"]).term()] * 4}, "is not here"),
-        ({"terms": [ONE.term(0, 20).__class__(ONE.name, 5, 7, 6)] * 4}, "has no chunks"),
-        ({"terms": [ONE.term(0, 20).__class__(ONE.name, 5, 0, 21)] * 4}, "has no chunks"),
-        ({"terms": [ONE.term(0, 20).__class__(ONE.name, 5, 0, 20)] * 4}, "bytes, not 5"),
+        ({"terms": [Term(ONE.name, 5, 0, 21)] * 4}, "verification entry"),
         ({"flags": 1 << 30}, "verification entries"),
         ({"flags": 1 << 31}, "no sha256"),
         ({"count": 4_000_000_000}, "cut short"),
