@@ -93,6 +93,25 @@ def join_org(
     say(f"{name} is a member of {org} and may {role}.")
 
 
+@user.command("leave")
+def leave_org(
+    name: Annotated[str, typer.Argument(metavar="USER", help="Who leaves.")],
+    org: Annotated[str, typer.Argument(help="Which organisation.")],
+    root: Root = DEFAULT_ROOT,
+) -> None:
+    """Take a user out of an organisation, at once; revoke no token: the user keeps what is their own.
+
+    \b
+    Examples:
+      hub-moe hub user leave carol lab
+    """
+    from ..hubserver.store import Store
+
+    with Store(root, create=False) as store:
+        store.accounts.remove_member(org, name)
+    say(f"{name} is no member of {org} any more.")
+
+
 @user.command("list")
 def list_users(root: Root = DEFAULT_ROOT, as_json: AsJson = False) -> None:
     """Show who is on this Hub.

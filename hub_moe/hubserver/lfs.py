@@ -14,8 +14,9 @@ from starlette.routing import Route
 from .calls import MAX_JSON_BYTES, Call, refuse, route
 from .downloads import answer_content
 from .git_http import challenge, git_route
+from .permits import repo_to_contribute, repo_to_read, sign_for
 from .receiving import receive
-from .signing import read_signed, sign
+from .signing import read_signed
 from .store import Repo, RepoId, Store
 from .store.errors import InvalidInputError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
 from .store.names import check_sha256
@@ -108,36 +109,53 @@ def delete_files(call: Call) -> Response:
 
 def verify(call: Call) -> Response:
     """`POST /lfs/verify/{link}`: whether an upload arrived."""
-    fields = read_signed(call.store.secret, "upload", call.param("link"))
-    if call.store.contents.size_bytes(fields["oid"]) != fields["size"]:
+    fields = _read_upload_link(call.store, call.param("link"))
+    if not _has_arrived(call.store, fields):
         raise NotFoundError("upload", f"The content {fields['oid']} has not been uploaded.")
     return Response(status_code=200)
 
 
 def complete(call: Call) -> Response:
     """`POST /lfs/upload/{link}`: join the parts of a multipart upload."""
-    fields = read_signed(call.store.secret, "upload", call.param("link"))
+    fields = _read_upload_link(call.store, call.param("link"))
     parts = call.json().get("parts")
     if not isinstance(parts, list) or len(parts) != fields["parts"]:
         raise InvalidInputError(f"Expected a list of {fields['parts']} parts.")
     sha256, size = fields["oid"], fields["size"]
-    if call.store.contents.size_bytes(sha256) != size:
+    if not _has_arrived(call.store, fields):  # what another repo has does not count: its sha256 may be known to all
         call.store.parts.complete(fields["upload"], parts=fields["parts"], sha256=sha256, size_bytes=size)
-    call.store.commits.register(fields["repo"], sha256)
+    _register(call.store, fields)
     return JSONResponse({"success": True})
+
+
+def _read_upload_link(store: Store, link: str) -> dict[str, Any]:
+    fields = read_signed(store.secret, "upload", link)
+    repo_to_contribute(store, fields)
+    return fields
+
+
+def _register(store: Store, fields: dict[str, Any]) -> None:
+    repo_to_contribute(store, fields)  # the bytes may have taken hours
+    store.commits.register(fields["repo"], fields["oid"])
+
+
+def _has_arrived(store: Store, fields: dict[str, Any]) -> bool:
+    """Whether the repo that an upload link is for has the content."""
+    is_here = store.contents.size_bytes(fields["oid"]) == fields["size"]
+    return is_here and store.commits.has_uploaded(fields["repo"], fields["oid"])
 
 
 async def upload(request: Request) -> Response:
     """`PUT /lfs/upload/{link}`: a whole content, or one part of it, straight to disk."""
     store: Store = request.app.state.store
-    fields = read_signed(store.secret, "upload", request.path_params["link"])
+    fields = await run_in_threadpool(_read_upload_link, store, request.path_params["link"])
     if "part" in fields:
         await receive(request, _part(store, fields))
     elif "parts" in fields:
         raise InvalidInputError("This upload goes in parts.")
     else:
         await receive(request, store.contents.receive(sha256=fields["oid"], size_bytes=fields["size"]))
-        await run_in_threadpool(store.commits.register, fields["repo"], fields["oid"])
+        await run_in_threadpool(_register, store, fields)
     return Response(status_code=200, headers={"ETag": f'"{fields["oid"]}-{fields.get("part", 0)}"'})
 
 
@@ -149,7 +167,9 @@ def _part(store: Store, fields: dict[str, Any]) -> IncomingPart:
 def download(call: Call) -> Response:
     """`GET /lfs/download/{link}`."""
     fields = read_signed(call.store.secret, "download", call.param("link"))
-    oid = fields["oid"]
+    oid, repo = fields["oid"], repo_to_read(call.store, fields)
+    if not call.store.commits.has_content(repo, oid):
+        raise NotFoundError("entry", "This repo has the file no more.")
     return answer_content(call.store.contents, oid, request=call.request, headers={"ETag": f'"{oid}"'})
 
 
@@ -170,19 +190,19 @@ def _plan_upload(call: Call, repo: Repo, oid: str, size: int, *, part_bytes: int
     """No actions for what this repo has already: the client then sends nothing."""
     if call.store.commits.has_content(repo, oid):
         return {}
-    fields: dict[str, Any] = {"repo": repo.uid, "oid": oid, "size": size}
+    fields: dict[str, Any] = {"oid": oid, "size": size}
     if size <= part_bytes:
-        link = sign(call.store.secret, "upload", fields)
+        link = sign_for(call, "upload", repo, fields)
         upload_action: dict[str, Any] = {"href": f"{call.base_url}/lfs/upload/{link}"}
     else:
         count = ceil(size / part_bytes)
         fields |= {"parts": count, "upload": secrets.token_hex(32)}
-        link = sign(call.store.secret, "upload", fields)
+        link = sign_for(call, "upload", repo, fields)
         headers = {"chunk_size": str(part_bytes)}
         for number in range(1, count + 1):
             offset = (number - 1) * part_bytes
             part = {"part": number, "offset": offset, "part_size": min(part_bytes, size - offset)}
-            headers[str(number)] = f"{call.base_url}/lfs/upload/{sign(call.store.secret, 'upload', fields | part)}"
+            headers[str(number)] = f"{call.base_url}/lfs/upload/{sign_for(call, 'upload', repo, fields | part)}"
         upload_action = {"href": f"{call.base_url}/lfs/upload/{link}", "header": headers}
     actions = {"upload": upload_action, "verify": {"href": f"{call.base_url}/lfs/verify/{link}"}}
     return {"authenticated": True, "actions": actions}
@@ -191,7 +211,7 @@ def _plan_upload(call: Call, repo: Repo, oid: str, size: int, *, part_bytes: int
 def _plan_download(call: Call, repo: Repo, oid: str, size: int) -> dict[str, Any]:
     if not call.store.commits.has_content(repo, oid):
         return {"error": {"code": 404, "message": "Object does not exist"}}
-    link = sign(call.store.secret, "download", {"oid": oid})
+    link = sign_for(call, "download", repo, {"oid": oid})
     return {"authenticated": True, "actions": {"download": {"href": f"{call.base_url}/lfs/download/{link}"}}}
 
 

@@ -61,12 +61,3 @@ async def _read_pieces(request: Request) -> AsyncIterator[memoryview]:
     except ClientDisconnect:
         raise InvalidInputError("The upload was cut short.") from None
     yield filling[:filled]
-
-
-async def discard(request: Request) -> None:
-    """Read the body of a request to its end and forget it."""
-    try:
-        async for _ in request.stream():
-            pass
-    except ClientDisconnect:
-        raise InvalidInputError("The upload was cut short.") from None

@@ -21,7 +21,8 @@ from starlette.routing import Route
 
 from .calls import Call, route
 from .downloads import answer_part
-from .receiving import discard, receive
+from .permits import repo_to_contribute, repo_to_read, sign_for
+from .receiving import receive
 from .signing import LinkExpiredError, read_signed, sign
 from .store import Store
 from .store.errors import ForbiddenError, NotFoundError, StoreError, TooLargeError, UnauthenticatedError
@@ -45,7 +46,7 @@ def give_read_token(call: Call) -> Response:
 
 def _give_token(call: Call, repo: Repo, purpose: str) -> Response:
     until = int(time.time()) + _LIFE_S
-    token = sign(call.store.secret, purpose, {"repo": repo.uid}, life_s=_LIFE_S)
+    token = sign_for(call, purpose, repo, {}, life_s=_LIFE_S)
     url = f"{call.base_url}/xet/{call.store.xet.generation()}"
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(until)}
     return JSONResponse({"casUrl": url, "accessToken": token, "exp": until}, headers=headers)
@@ -69,13 +70,14 @@ def find_chunk(call: Call) -> Response:
 
 
 async def add_xorb(request: Request) -> Response:
-    """`POST {address}/v1/xorbs/{prefix}/{hash}`. The answer does not tell whether somebody else has the xorb."""
+    """`POST {address}/v1/xorbs/{prefix}/{hash}`.
+
+    Who has the xorb already sends and proves it all the same, so that the answer does not tell whether anybody has it.
+    """
     store: Store = request.app.state.store
-    _read_token(request, "xet-write")
-    if await run_in_threadpool(store.xet.renew_xorb, request.path_params["hash"]):
-        await discard(request)
-    else:
-        await receive(request, store.xorbs.receive(request.path_params["hash"]))
+    await run_in_threadpool(_read_token, request, "xet-write")
+    await run_in_threadpool(store.xet.renew_xorb, request.path_params["hash"])
+    await receive(request, store.xorbs.receive(request.path_params["hash"]))
     return JSONResponse({"was_inserted": True})
 
 
@@ -136,6 +138,7 @@ def reconstruct_by_url(call: Call) -> Response:
 def give_xorb(call: Call) -> Response:
     """`GET /xet/xorb/{link}`: the bytes that the link was signed for, or a part of them; never more."""
     fields = read_signed(call.store.secret, "xorb", call.param("link"))
+    call.store.xet.find_file(repo_to_read(call.store, fields).uid, fields["file"])
     match = _RANGE.fullmatch(call.request.headers.get("range", ""))
     if not match or not fields["first"] <= int(match[1]) <= int(match[2]) <= fields["last"]:
         raise ForbiddenError(f"This link is good for the range bytes={fields['first']}-{fields['last']} only.")
@@ -152,11 +155,13 @@ def _reconstruct(call: Call, key: str, describe: Callable[[str, dict[str, int], 
     terms, offset = _select(call, recipe, start, min(end, recipe.size_bytes))
     shown = [{"hash": t.xorb, "unpacked_length": t.size_bytes, "range": _range(t.first, t.end)} for t in terms]
     parts: dict[str, list[Any]] = {}
+    whose = {key: fields.get(key, "") for key in ("repo", "by")}
     for xorb in dict.fromkeys(term.xorb for term in terms):
         parts[xorb] = []
         for first, last in _join(terms, xorb):
             place = call.store.xet.locate(xorb, first, last)
-            link = sign(call.store.secret, "xorb", {"xorb": xorb, "first": place[0], "last": place[1]}, life_s=_LIFE_S)
+            says = {**whose, "file": recipe.name, "xorb": xorb, "first": place[0], "last": place[1]}
+            link = sign(call.store.secret, "xorb", says, life_s=_LIFE_S)
             parts[xorb].append(describe(f"{call.base_url}/xet/xorb/{link}", _range(first, last), _range(*place)))
     return JSONResponse({"offset_into_first_range": offset, "terms": shown, key: parts})
 
@@ -191,18 +196,24 @@ def _check_read_token(request: Request) -> None:
 
 
 def _check_nothing(_: Request) -> None:
-    """The link itself is the permission."""
+    """The link says who may use it."""
 
 
 def _read_token(request: Request, purpose: str) -> dict[str, Any]:
-    """What a token says. 401 makes the client fetch a new one, 403 means that a new one would not help."""
+    """What a token says, if who asked for it still may do what it is for.
+
+    401 makes the client fetch a new one, 403 means that a new one would not help.
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         raise UnauthenticatedError(f"This needs a token from {purpose}-token.")
+    store: Store = request.app.state.store
     try:
-        return read_signed(request.app.state.store.secret, purpose, token.strip())
+        fields = read_signed(store.secret, purpose, token.strip())
     except LinkExpiredError as error:
         raise UnauthenticatedError(str(error)) from None
+    (repo_to_contribute if purpose == "xet-write" else repo_to_read)(store, fields)
+    return fields
 
 
 _CAS = "/xet/{generation}"

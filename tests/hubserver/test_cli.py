@@ -42,6 +42,11 @@ def test_people_and_tokens_are_listed_and_join_organisations(tmp_path):
     assert "may read" in run("user", "join", "carol", "lab", "--role", "read", *root).stderr
     with Store(tmp_path) as store:
         assert store.accounts.role_in("lab", "carol") == "read"
+    assert "no member of lab any more" in run("user", "leave", "carol", "lab", *root).stderr
+    with Store(tmp_path) as store:
+        assert store.accounts.role_in("lab", "carol") is None
+    again = run("user", "leave", "carol", "lab", *root)
+    assert (again.returncode, "carol is not a member of lab" in again.stderr) == (1, True)
     assert "admin, write or read" in run("user", "join", "carol", "lab", "--role", "boss", *root).stderr
 
 

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import httpx2
 import pytest
@@ -128,6 +129,29 @@ def test_nobody_learns_whether_another_has_a_xorb(bob, xorb):
     fresh = Xorb([CHANCE.randbytes(100)])
     unknown = bob.cas("POST", f"/v1/xorbs/default/{fresh.name}", token, content=fresh.body)
     assert (known.status_code, known.json()) == (unknown.status_code, unknown.json()) == (200, {"was_inserted": True})
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_false_xorb_is_refused_whether_somebody_has_the_true_one_or_not(bob, xorb, known):
+    name = xorb.name if known else Xorb([b"nobody has this"]).name
+    token = bob.token("write", "bob/xet-bob")
+    for body in (b"x", Xorb([b"another"]).body):
+        answer = bob.cas("POST", f"/v1/xorbs/default/{name}", token, content=body)
+        assert (answer.status_code, "cut short" in answer.text or "have the hash" in answer.text) == (400, True)
+
+
+def test_a_shard_about_anothers_xorb_is_answered_like_one_about_a_xorb_that_nobody_has(alice, bob, xorb):
+    unknown = Xorb([CHANCE.randbytes(2000) for _ in range(4)])
+
+    def ask(client, repo, one, **claim):
+        term = replace(one.term(2, 4), **claim)
+        shard = pack_shard(File([(one, 2, 4)], terms=[term], proofs=[bytes(32)]))
+        answer = client.cas("POST", "/v1/shards", client.token("write", repo), content=shard)
+        return answer.status_code, answer.json()["error"].replace(one.name, "X")
+
+    for claim in ({}, {"end": 300}, {"size_bytes": 1}):
+        assert ask(bob, "bob/xet-bob", xorb, **claim) == ask(bob, "bob/xet-bob", unknown, **claim)
+        assert "is not here, or" not in ask(alice, "alice/xet-closed", xorb, **claim)[1]
 
 
 def test_who_has_the_xorb_in_this_repo_need_not_send_it_again(alice, xorb):

@@ -11,10 +11,16 @@ from .database import Database, now
 from .errors import ConflictError, InvalidInputError, NotFoundError, UnauthenticatedError
 from .names import RESERVED_OWNERS, check_name
 
+SELECT_IDENTITY = (
+    "SELECT u.name, u.fullname, u.email, t.name AS token_name, t.role, t.created_at, substr(t.hash, 1, 16) "
+    "FROM tokens t JOIN users u ON u.name = t.user"
+)
+"""The rows of `Identity`, by the table `t` of tokens."""
+
 
 @dataclass(frozen=True)
 class Identity:
-    """Who asks: a user by one of their tokens."""
+    """Who asks: a user by one of their tokens. `token_id`, the start of its hash, may stand in links."""
 
     user: str
     fullname: str
@@ -22,6 +28,7 @@ class Identity:
     token_name: str
     token_role: str
     token_created_at: str
+    token_id: str
 
     @property
     def can_write(self) -> bool:
@@ -68,6 +75,14 @@ class Accounts:
         with self._database.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO members VALUES (?, ?, ?)", (org, user, role))
 
+    def remove_member(self, org: str, user: str) -> None:
+        """Take a user out of an organisation."""
+        self._require(org, "org")
+        with self._database.transaction() as connection:
+            done = connection.execute("DELETE FROM members WHERE org = ? AND user = ?", (org, user))
+            if not done.rowcount:
+                raise NotFoundError("user", f"{user} is not a member of {org}.")
+
     def create_token(self, user: str, *, name: str | None = None, role: str = "write", replace: bool = False) -> str:
         """A new token, shown only here. Without a name it gets one that is free.
 
@@ -99,13 +114,16 @@ class Accounts:
 
     def identify(self, token: str) -> Identity:
         """Who holds this token; UnauthenticatedError if nobody does."""
-        row = self._database.row(
-            "SELECT u.name, u.fullname, u.email, t.name AS token_name, t.role, t.created_at FROM tokens t "
-            "JOIN users u ON u.name = t.user WHERE t.hash = ?",
-            _hash(token),
-        )
+        row = self._database.row(f"{SELECT_IDENTITY} WHERE t.hash = ?", _hash(token))
         if row is None:
             raise UnauthenticatedError("Invalid credentials in Authorization header")
+        return Identity(*row)
+
+    def identify_by_id(self, token_id: str) -> Identity:
+        """Who holds the token that a signed link names; UnauthenticatedError if it was revoked."""
+        row = self._database.row(f"{SELECT_IDENTITY} WHERE t.hash BETWEEN ? AND ? || 'g'", token_id, token_id)
+        if row is None:
+            raise UnauthenticatedError("The token for which this link was made has been revoked.")
         return Identity(*row)
 
     def orgs(self, user: str) -> list[tuple[str, str]]:

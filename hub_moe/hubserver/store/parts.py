@@ -14,7 +14,7 @@ from types import TracebackType
 
 from .blobs import COPY_BYTES, move_into_place, sync_folder
 from .contents import Contents
-from .errors import InvalidInputError, NotFoundError, TooLargeError
+from .errors import ConflictError, InvalidInputError, NotFoundError, TooLargeError
 from .names import check_sha256
 from .syncing import Syncing
 
@@ -26,13 +26,16 @@ class _Upload:
     path: Path
     lock: Lock = field(default_factory=Lock)
     done: set[int] = field(default_factory=set)
+    writing: list[int] = field(default_factory=list)  # the number of each part that somebody holds open
+    is_complete: bool = False
     hashed_bytes: int = 0
+    forgotten: int = 0  # how often the hash was: one that began before knows bytes that are no more
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     used_at_s: float = field(default_factory=time.monotonic)
 
     def forget_hash(self) -> None:
         """What was hashed is being written again."""
-        self.hashed_bytes, self.digest = 0, hashlib.sha256()
+        self.hashed_bytes, self.digest, self.forgotten = 0, hashlib.sha256(), self.forgotten + 1
 
 
 class PartStore:
@@ -49,20 +52,24 @@ class PartStore:
         return IncomingPart(self._find(name), number, offset=offset, size_bytes=size_bytes)
 
     def complete(self, name: str, *, parts: int, sha256: str, size_bytes: int) -> None:
-        """Make the parts 1 to `parts` a stored content.
+        """Make the parts 1 to `parts` a stored content. Once done, a second time changes nothing.
 
         Raises:
+            ConflictError: If one is being written: it would be written into what is stored.
             NotFoundError: If one is missing.
             InvalidInputError: If together they are not what was promised.
         """
         upload = self._find(name)
         with upload.lock:
+            if upload.is_complete:
+                return
+            if upload.writing:
+                raise ConflictError(f"Part {upload.writing[0]} is still being sent; complete the upload after it.")
             missing = next((number for number in range(1, parts + 1) if number not in upload.done), None)
             if missing:
                 raise NotFoundError("upload", f"Part {missing} of {parts} has not been uploaded.")
             self._keep(upload, sha256=sha256, size_bytes=size_bytes)
-        with self._lock:
-            self._uploads.pop(name, None)
+            upload.is_complete = True
 
     def _keep(self, upload: _Upload, *, sha256: str, size_bytes: int) -> None:
         with _open(upload.path) as file:
@@ -102,13 +109,18 @@ class IncomingPart:
         self._offset = offset
         self._size_bytes = size_bytes
         self._written_bytes = 0
-        self._file = _open(upload.path)
-        self._syncing = Syncing(self._file.fileno())
         with upload.lock:
+            if upload.is_complete:
+                raise ConflictError("This upload is complete; its parts cannot be sent again.")
+            self._file = _open(upload.path)
+            is_shared = number in upload.writing
+            upload.writing.append(number)
             upload.done.discard(number)
-            if offset < upload.hashed_bytes:
+            if offset < upload.hashed_bytes or is_shared:  # of two who write one part, nobody knows whose bytes stay
                 upload.forget_hash()
-            self._digest = upload.digest.copy() if offset == upload.hashed_bytes else None
+            self._forgotten = upload.forgotten
+            self._digest = upload.digest.copy() if offset == upload.hashed_bytes and not is_shared else None
+        self._syncing = Syncing(self._file.fileno())
 
     def write(self, chunk: bytes | memoryview) -> None:
         """Append a chunk; TooLargeError as soon as there is more than was promised."""
@@ -129,15 +141,20 @@ class IncomingPart:
             raise InvalidInputError(f"Got {self._written_bytes} bytes of the {self._size_bytes} that were announced.")
         with self._upload.lock:
             self._upload.done.add(self._number)
-            if self._digest and self._upload.hashed_bytes == self._offset:
+            is_next = self._upload.hashed_bytes == self._offset and self._upload.forgotten == self._forgotten
+            if self._digest and is_next:
                 self._upload.digest, self._upload.hashed_bytes = self._digest, self._offset + self._size_bytes
 
     def __enter__(self) -> "IncomingPart":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        with self._file:
-            self._syncing.wait()
+        try:
+            with self._file:
+                self._syncing.wait()
+        finally:
+            with self._upload.lock:  # free, or soon: `complete` keeps it only while nobody writes
+                self._upload.writing.remove(self._number)
 
 
 def _open(path: Path) -> FileIO:

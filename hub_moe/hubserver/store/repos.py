@@ -139,6 +139,13 @@ class Repos:
             raise MovedError(f"{repo_id} has moved to {repo.id}.", repo.id)
         return repo
 
+    def name_of(self, uid: str) -> RepoId:
+        """What a repo is called now; NotFoundError if it was deleted."""
+        row = self._database.row("SELECT kind, owner, name FROM repos WHERE id = ?", uid)
+        if row is None:
+            raise NotFoundError("repo", "Repository not found")
+        return RepoId(*row)
+
     def find_to_read(self, repo_id: RepoId, who: Identity | None) -> Repo:
         """A repo whose files `who` may read; GatedError while the owner has not granted it."""
         repo = self.find(repo_id, who)

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import time
 
-from .accounts import Accounts, Identity
+from .accounts import SELECT_IDENTITY, Accounts, Identity
 from .database import Database
 
 LIFE_S = 14 * 24 * 3600
@@ -30,8 +30,7 @@ class Sessions:
     def identify(self, session: str) -> Identity | None:
         """Who a session belongs to; None if it has ended."""
         row = self._database.row(
-            "SELECT u.name, u.fullname, u.email, t.name AS token_name, t.role, t.created_at FROM sessions s "
-            "JOIN tokens t ON t.hash = s.token JOIN users u ON u.name = t.user WHERE s.id = ? AND s.expires_at > ?",
+            f"{SELECT_IDENTITY} JOIN sessions s ON s.token = t.hash WHERE s.id = ? AND s.expires_at > ?",
             _hash(session),
             time.time(),
         )

@@ -10,10 +10,9 @@ from .contents import Contents
 from .database import Database
 from .errors import InvalidInputError, NotFoundError, TooLargeError
 from .recipes import Recipe
-from .shards import ShardFile
+from .shards import ShardFile, Term
 from .similar import Similar
 from .xet_hashes import Node, check_name, format_hash, hash_file, hash_term
-from .xorb_format import XorbIndex
 from .xorbs import XorbStore
 
 _MAX_FILE_BYTES = 1 << 40
@@ -37,7 +36,7 @@ class XetStore:
         """
         if file.size_bytes > _MAX_FILE_BYTES:
             raise TooLargeError(f"A file has at most {_MAX_FILE_BYTES} bytes.")
-        self._check_terms(file)
+        self._check_terms(repo_uid, file)
         known = self._contents.recipes.find_by_name(file.name)
         if known is None:
             yield from self._check_content(file)
@@ -53,13 +52,11 @@ class XetStore:
         )
         return self._database.row(query, check_name(name), repo_uid) is not None and self.xorbs.has(name)
 
-    def renew_xorb(self, name: str) -> bool:
-        """Whether a xorb is here; if so, `hub gc` takes it for a new one."""
+    def renew_xorb(self, name: str) -> None:
+        """If a xorb is here, `hub gc` takes it for a new one from now on."""
         with self._database.transaction():  # `hub gc` deletes xorbs in one
-            is_here = self.xorbs.has(name)
-            if is_here:
+            if self.xorbs.has(name):
                 os.utime(self.xorbs.path(name))
-        return is_here
 
     def find_file(self, repo_uid: str, name: str) -> Recipe:
         """A file of a repo by its Xet name."""
@@ -85,30 +82,33 @@ class XetStore:
         ends = self.xorbs.index(xorb).ends
         return ends[first], ends[end] - 1
 
-    def _check_terms(self, file: ShardFile) -> None:
+    def _check_terms(self, repo_uid: str, file: ShardFile) -> None:
         """That each term exists and the client knows its chunks, and that the file's name is true."""
         for term, proof in zip(file.terms, file.proofs, strict=True):
-            index = self._index(term.xorb)
-            if not term.first < term.end <= len(index):
-                raise InvalidInputError(f"The xorb {term.xorb} has no chunks {term.first} to {term.end}.")
-            size_bytes = index.size_bytes(term.first, term.end)
-            if size_bytes != term.size_bytes:
-                raise InvalidInputError(
-                    f"A term of the xorb {term.xorb} has {size_bytes} bytes, not {term.size_bytes}."
-                )
-            if hash_term(index.hashes_of(term.first, term.end)) != proof:
-                raise InvalidInputError(f"A verification entry for the xorb {term.xorb} is wrong.")
+            fault = self._find_fault(term, proof)
+            if fault and not self.has_xorb(repo_uid, term.xorb):  # it may be a secret that somebody else has it
+                fault = _UNPROVEN
+            if fault:
+                raise InvalidInputError(fault.format(term.xorb))
         name = format_hash(hash_file(self._nodes(file)))
         if name != file.name:
             raise InvalidInputError(f"The file has the Xet hash {name}, not {file.name}.")
 
     def _nodes(self, file: ShardFile) -> Iterator[Node]:
-        return (node for term in file.terms for node in self._index(term.xorb).nodes(term.first, term.end))
+        return (node for term in file.terms for node in self.xorbs.index(term.xorb).nodes(term.first, term.end))
 
-    def _index(self, xorb: str) -> XorbIndex:
-        if not self.xorbs.has(xorb):  # its index may still be remembered
-            raise InvalidInputError(_MISSING.format(xorb))
-        return self.xorbs.index(xorb)
+    def _find_fault(self, term: Term, proof: bytes) -> str | None:
+        """What is wrong with a term, with a place for the name of its xorb."""
+        if not self.xorbs.has(term.xorb):  # its index may still be remembered
+            return _UNPROVEN
+        index = self.xorbs.index(term.xorb)
+        if not term.first < term.end <= len(index):
+            return f"The xorb {{}} has no chunks {term.first} to {term.end}."
+        size_bytes = index.size_bytes(term.first, term.end)
+        if size_bytes != term.size_bytes:
+            return f"A term of the xorb {{}} has {size_bytes} bytes, not {term.size_bytes}."
+        is_proven = hash_term(index.hashes_of(term.first, term.end)) == proof
+        return None if is_proven else "A verification entry for the xorb {} is wrong."
 
     def _read(self, run: tuple[str, int, int]) -> memoryview:
         return self.xorbs.read(*run)
@@ -129,7 +129,7 @@ class XetStore:
             self._commits.note(connection, repo_uid, file.sha256)
 
 
-_MISSING = (
-    "The xorb {} is not here: it was never uploaded, or `hub-moe hub gc` has deleted it. Upload again; if that does "
-    "not help, delete the client's cache folder (HF_XET_CACHE)."
+_UNPROVEN = (
+    "The xorb {} is not here, or a verification entry for it is wrong: it was never uploaded, or `hub-moe hub gc` has "
+    "deleted it. Upload again; if that does not help, delete the client's cache folder (HF_XET_CACHE)."
 )

@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -15,6 +15,7 @@ from .xorb_format import TRAILER_BYTES, XorbIndex, XorbReader, count_index_bytes
 
 MAX_XORB_BYTES = 80 << 20
 _MAX_CACHED_CHUNKS = 1 << 19
+_Stamp = tuple[int, int]  # by which a file that was put in place of another is told from it
 
 
 class XorbStore:
@@ -23,9 +24,10 @@ class XorbStore:
     def __init__(self, root: Path, incoming: Path) -> None:
         self.root = root
         self._incoming = incoming
-        self._indexes: OrderedDict[str, XorbIndex] = OrderedDict()
+        self._indexes: OrderedDict[str, tuple[_Stamp, XorbIndex]] = OrderedDict()
         self._cached_chunks = 0
         self._lock = Lock()
+        self._publishing = Lock()
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
@@ -46,28 +48,23 @@ class XorbStore:
 
     def receive(self, name: str) -> "IncomingXorb":
         """A place to write a xorb into; it becomes visible by `finish` if its name is true."""
-        return IncomingXorb(self._incoming, self.path(name), name)
+        return IncomingXorb(self._incoming, self._publish, name)
+
+    def _publish(self, file: NewFile, name: str) -> None:
+        """Chunks packed in another way have the same name: the first stay, because links and readers count on them."""
+        with self._publishing:
+            if not self.has(name):
+                file.publish(self.path(name))
 
     def index(self, name: str) -> XorbIndex:
         """The index of a stored xorb; NotFoundError("upload") if it is not here."""
-        with self._lock:
-            index = self._indexes.get(name)
-            if index is not None:
-                self._indexes.move_to_end(name)
-                return index
-        index = self._read_index(name)
-        with self._lock:
-            if name not in self._indexes:
-                self._indexes[name] = index
-                self._cached_chunks += len(index)
-            while self._cached_chunks > _MAX_CACHED_CHUNKS:
-                self._cached_chunks -= len(self._indexes.popitem(last=False)[1])
-        return index
+        with self.open(name) as file:
+            return self._index_of(name, file)
 
     def read(self, name: str, first: int, end: int) -> memoryview:
         """The unpacked chunks `first` to `end` (exclusive), all at once; `split` says how many are few enough."""
-        index = self.index(name)
         with self.open(name) as file:
+            index = self._index_of(name, file)
             data = os.pread(file.fileno(), index.ends[end] - index.ends[first], index.ends[first])
         return unpack_run(data, size_bytes=index.size_bytes(first, end))
 
@@ -85,8 +82,8 @@ class XorbStore:
         """Whether a stored xorb still is what its name says; reads it through."""
         reader = XorbReader()
         try:
-            index = self._read_index(name)
             with self.open(name) as file:
+                index = _read_index(file)
                 for start in range(0, index.ends[-1], COPY_BYTES):
                     reader.feed(os.pread(file.fileno(), min(COPY_BYTES, index.ends[-1] - start), start))
             reader.finish()
@@ -105,23 +102,45 @@ class XorbStore:
         size_bytes = path.stat().st_size
         path.unlink()
         with self._lock:
-            index = self._indexes.pop(name, None)
-            self._cached_chunks -= len(index) if index else 0
+            self._forget(name)
         return size_bytes
 
-    def _read_index(self, name: str) -> XorbIndex:
-        with self.open(name) as file:
-            size_bytes = file.seek(0, os.SEEK_END)
-            trailer = os.pread(file.fileno(), TRAILER_BYTES, max(0, size_bytes - TRAILER_BYTES))
-            length = min(count_index_bytes(trailer), size_bytes)
-            return unpack_index(os.pread(file.fileno(), length, size_bytes - length))
+    def _index_of(self, name: str, file: BinaryIO) -> XorbIndex:
+        """The index of an open xorb. A remembered one is good for the same file only: `hub gc` may have deleted it."""
+        status = os.fstat(file.fileno())
+        stamp = status.st_ino, status.st_mtime_ns
+        with self._lock:
+            known = self._indexes.get(name)
+            if known and known[0] == stamp:
+                self._indexes.move_to_end(name)
+                return known[1]
+        index = _read_index(file)
+        with self._lock:
+            self._forget(name)
+            self._indexes[name] = stamp, index
+            self._cached_chunks += len(index)
+            while self._cached_chunks > _MAX_CACHED_CHUNKS:
+                self._forget(next(iter(self._indexes)))
+        return index
+
+    def _forget(self, name: str) -> None:
+        known = self._indexes.pop(name, None)
+        self._cached_chunks -= len(known[1]) if known else 0
+
+
+def _read_index(file: BinaryIO) -> XorbIndex:
+    size_bytes = file.seek(0, os.SEEK_END)
+    trailer = os.pread(file.fileno(), TRAILER_BYTES, max(0, size_bytes - TRAILER_BYTES))
+    length = min(count_index_bytes(trailer), size_bytes)
+    return unpack_index(os.pread(file.fileno(), length, size_bytes - length))
 
 
 class IncomingXorb:
     """A xorb on its way in, unpacked and hashed as it is written; deleted unless finished."""
 
-    def __init__(self, folder: Path, target: Path, name: str) -> None:
-        self._target = target
+    def __init__(self, folder: Path, publish: Callable[[NewFile, str], None], name: str) -> None:
+        check_name(name)
+        self._publish = publish
         self._name = name
         self._reader = XorbReader()
         self._written_bytes = 0
@@ -136,7 +155,7 @@ class IncomingXorb:
         self._file.write(data)
 
     def finish(self) -> None:
-        """Give the xorb its name; InvalidInputError if its chunks have another."""
+        """Give the xorb its name, if none has it yet; InvalidInputError if its chunks have another."""
         self._reader.finish()
         index = self._reader.index
         name = format_hash(hash_xorb(index.nodes()))
@@ -144,7 +163,7 @@ class IncomingXorb:
             raise InvalidInputError(f"The chunks of this xorb have the hash {name}, not {self._name}.")
         self._file.truncate(index.ends[-1])
         self._file.write(index.pack())
-        self._file.publish(self._target)
+        self._publish(self._file, name)
 
     def __enter__(self) -> "IncomingXorb":
         return self

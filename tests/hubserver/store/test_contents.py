@@ -12,7 +12,7 @@ from hub_moe.hubserver.store.check import find_faults
 from hub_moe.hubserver.store.commits import AddLargeFile
 from hub_moe.hubserver.store.errors import InvalidInputError, NotFoundError, TooLargeError
 from hub_moe.hubserver.store.gc import collect
-from hub_moe.hubserver.store.shards import parse_shard
+from hub_moe.hubserver.store.shards import Term, parse_shard
 from hub_moe.hubserver.store.xorb_format import MAX_CHUNK_BYTES, XorbReader, unpack_run
 
 from ..xet_by_hand import File, Xorb, pack_chunk, pack_shard
@@ -21,6 +21,7 @@ CHANCE = random.Random(0)
 CHUNKS = [CHANCE.randbytes(CHANCE.randint(1, 3000)) for _ in range(40)] + [b"a" * MAX_CHUNK_BYTES, b"b" * 4097]
 ONE, OTHER = Xorb(CHUNKS[:20]), Xorb(CHUNKS[20:], schemes=(2,))
 FILE = File([(ONE, 0, 20), (OTHER, 3, 22), (ONE, 5, 9), (OTHER, 0, 3)])
+LARGE = Xorb([bytes([number]) * 50_000 for number in range(4)], schemes=(0,))
 fixture_is_reused = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
@@ -65,6 +66,31 @@ def test_an_uploaded_file_takes_the_room_of_its_xorbs_and_no_more(kept):
     assert list(kept.contents.blobs.all()) == []
     assert list(kept.contents.all()) == [sha256_of(FILE.content)]
     assert kept.contents.size_bytes(sha256_of(FILE.content)) == len(FILE.content)
+
+
+def test_chunks_that_come_again_packed_in_another_way_change_nothing_for_who_reads_them(store, repo):
+    file, again = File([(LARGE, 0, 4)]), Xorb(LARGE.chunks, schemes=(1,))
+    late = store.xorbs.receive(again.name)  # begun before anybody has the xorb
+    add_xorb(store, LARGE)
+    add_shard(store, repo, pack_shard(file))
+    place = store.xet.locate(LARGE.name, 1, 4)
+    with late:
+        late.write(again.body)
+        late.finish()
+    assert store.xet.locate(LARGE.name, 1, 4) == place
+    assert store.xorbs.path(LARGE.name).read_bytes().startswith(LARGE.body)
+    assert b"".join(store.contents.read(sha256_of(file.content))) == file.content
+    assert list(store.contents.blobs.incoming.iterdir()) == []
+
+
+def test_a_xorb_that_was_deleted_by_another_process_and_came_again_is_read_by_its_own_index(store, repo):
+    file, again = File([(LARGE, 0, 4)]), Xorb(LARGE.chunks, schemes=(1,))
+    add_xorb(store, LARGE)
+    add_shard(store, repo, pack_shard(file))
+    store.xorbs.path(LARGE.name).unlink()
+    add_xorb(store, again)
+    assert b"".join(store.contents.read(sha256_of(file.content))) == file.content
+    assert store.xet.locate(LARGE.name, 0, 4) == (0, len(again.body) - 1)
 
 
 def test_an_empty_file_has_a_recipe_without_terms(store, repo):
@@ -122,6 +148,20 @@ def test_check_finds_a_xorb_whose_index_is_cut(kept, length):
 
 
 @pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        (Term(ONE.name, 5, 7, 6), "has no chunks"),
+        (Term(ONE.name, 5, 0, 21), "has no chunks"),
+        (Term(ONE.name, 5, 0, 20), "bytes, not 5"),
+        (ONE.term(0, 2), "verification entry for the xorb .* is wrong"),
+    ],
+)
+def test_who_has_a_xorb_already_is_told_what_is_false_about_a_term_of_it(kept, repo, term, said):
+    with pytest.raises(InvalidInputError, match=said):
+        add_shard(kept, repo, pack_shard(File([(ONE, 0, 1)], terms=[term])))
+
+
+@pytest.mark.parametrize(
     ("false", "said"),
     [
         ({"sha256": "0" * 64}, "sha256"),
@@ -129,9 +169,7 @@ def test_check_finds_a_xorb_whose_index_is_cut(kept, length):
         ({"proofs": [bytes(32)] * 4}, "verification entry"),
         ({"terms": [ONE.term(0, 20)] * 4}, "verification entry"),
         ({"terms": [Xorb([b"never sent"]).term()] * 4}, "is not here"),
-        ({"terms": [ONE.term(0, 20).__class__(ONE.name, 5, 7, 6)] * 4}, "has no chunks"),
-        ({"terms": [ONE.term(0, 20).__class__(ONE.name, 5, 0, 21)] * 4}, "has no chunks"),
-        ({"terms": [ONE.term(0, 20).__class__(ONE.name, 5, 0, 20)] * 4}, "bytes, not 5"),
+        ({"terms": [Term(ONE.name, 5, 0, 21)] * 4}, "verification entry"),
         ({"flags": 1 << 30}, "verification entries"),
         ({"flags": 1 << 31}, "no sha256"),
         ({"count": 4_000_000_000}, "cut short"),
