@@ -15,6 +15,7 @@ from .store.git import LogEntry
 
 _MAX_CACHED = 5000
 _MAX_HEADER_BYTES = 25_000_000
+_MAX_HEADERS_BYTES = 100_000_000
 _SHOWN_CONFIG = ("architectures", "model_type", "auto_map", "quantization_config")
 
 
@@ -120,14 +121,17 @@ def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
 
 def _read_safetensors(store: Store, git: GitRepo, files: tuple[RepoFile, ...]) -> dict[str, Any] | None:
     """Parameters by dtype over the weights at the top of the repo; an adapter's own files count like a model's."""
-    headers = []
-    for file in files:
-        if file.path.endswith(".safetensors") and "/" not in file.path:
-            header = read_weights_header(store, git, file.facts)
-            if header is None:
-                return None
-            headers.append(header)
-    return count_parameters(headers)
+    weights = [file.facts for file in files if file.path.endswith(".safetensors") and "/" not in file.path]
+    return count_parameters(_read_headers(store, git, {facts.oid: facts for facts in weights}.values()))
+
+
+def _read_headers(store: Store, git: GitRepo, weights: Iterable[FileFacts]) -> Iterator[bytes]:
+    """The header of each file; an empty one, which cannot be counted, for no header and after too many bytes."""
+    left_bytes = _MAX_HEADERS_BYTES
+    for facts in weights:
+        header = read_weights_header(store, git, facts) or b""
+        left_bytes -= len(header)
+        yield header if left_bytes >= 0 else b""
 
 
 def read_weights_header(store: Store, git: GitRepo, facts: FileFacts) -> bytes | None:
