@@ -122,3 +122,16 @@ def test_long_yaml_is_refused_and_a_long_text_below_it_is_not():
 def test_what_is_nested_as_cards_are_is_read():
     text = "[" * 50 + "]" * 50
     assert parse_yaml(text) == json.loads(text) == parse_object(f'{{"a": {text}}}'.encode())["a"]
+
+
+def test_a_page_renders_only_as_many_comments_as_it_can_bear(client):
+    client.create("talk")
+    body = {"title": "Long talk", "description": "**first**"}
+    client.send("POST", "/api/models/alice/talk/discussions", json=body).raise_for_status()
+    comment = {"comment": "<script>" + "**bold** " * 6_000}
+    for _ in range(9):
+        client.send("POST", "/api/models/alice/talk/discussions/1/comment", json=comment).raise_for_status()
+    page = client.send("GET", "/alice/talk/discussions/1").text
+    assert "<strong>first</strong>" in page
+    assert page.count("**bold**") == 2 * 6_000
+    assert "<script" not in page
