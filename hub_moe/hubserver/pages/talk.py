@@ -26,7 +26,7 @@ _MAX_RENDERED = 400_000
 
 def show_discussions(call: Call) -> Response:
     """`GET /{id}/discussions`."""
-    repo, query = call.repo(), call.request.query_params
+    repo, query = call.repo_to_read(), call.request.query_params
     status = query.get("status", "open") if query.get("status") in _STATUSES else "open"
     kind = query.get("type", "all") if query.get("type") in _TYPES else "all"
     everything = call.store.discussions.list_all(repo, is_pull_request=_TYPES[kind])
