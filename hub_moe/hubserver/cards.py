@@ -137,6 +137,19 @@ def read_object(content: bytes) -> dict[str, Any]:
     return {_to_text(key): _to_json(inner) for key, inner in found.items()}
 
 
+def weigh(value: Any) -> int:
+    """About how many bytes of memory a JSON value takes."""
+    weight, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        weight += 64 + (len(one) if isinstance(one, str) else 0)
+        if isinstance(one, dict):
+            rest += [*one, *one.values()]
+        elif isinstance(one, list):
+            rest += one
+    return weight
+
+
 def parse_yaml(text: str) -> Any:
     """A YAML text as JSON values; ValueError with one sentence if it is malformed.
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -178,8 +179,11 @@ def _bases(_: Call, profile: Profile) -> dict[str, Any] | None:
 
 
 def _count_children(call: Call, profile: Profile) -> int:
-    tag = f"base_model:{profile.repo.id}"
-    return sum(tag in one.tags for one in read_mains(call.store, call.store.repos.visible("model", call.who)))
+    state = call.request.state
+    if not hasattr(state, "base_counts"):  # once for a whole list
+        models = read_mains(call.store, call.store.repos.visible("model", call.who))
+        state.base_counts = Counter(name for one in models for name in {*one.bases[1]})
+    return int(state.base_counts[str(profile.repo.id)])
 
 
 _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from .cards import MAX_CARD_BYTES, Card, count_parameters, find_bases, find_tags, parse_object, read_card
+from .cards import MAX_CARD_BYTES, Card, count_parameters, find_bases, find_tags, parse_object, read_card, weigh
 from .evaluations import parse_benchmark
 from .store import GitRepo, Repo, Store
 from .store.errors import NotFoundError
 from .store.files import FileFacts
 from .store.git import LogEntry
 
-_MAX_CACHED = 5000
+_BYTES_PER_FILE = 600
 _MAX_HEADER_BYTES = 25_000_000
 _MAX_HEADERS_BYTES = 100_000_000
 _SHOWN_CONFIG = ("architectures", "model_type", "auto_map", "quantization_config")
@@ -59,6 +59,13 @@ class Profile:
         return (*tags, "benchmark:official") if self.benchmark_tasks else tuple(tags)
 
     @property
+    def weight_bytes(self) -> int:
+        """About how much memory it takes."""
+        files = _BYTES_PER_FILE * len(self.files) + sum(len(file.path) for file in self.files)
+        read = [self.card.data, self.card.text, list(self.card.errors), self.config, self.safetensors]
+        return files + weigh([*read, self.head.message, list(self.benchmark_tasks)])
+
+    @property
     def bases(self) -> tuple[str | None, list[str]]:
         """The relation to the base models, and their names."""
         return find_bases(self.card)
@@ -66,7 +73,7 @@ class Profile:
     @property
     def shown_config(self) -> dict[str, Any] | None:
         """The part of config.json that the Hub shows."""
-        return {key: self.config[key] for key in _SHOWN_CONFIG if key in self.config} or None
+        return self.config or None
 
 
 def read_profile(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
@@ -75,9 +82,7 @@ def read_profile(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile
     profile = store.profiles.get(key)
     if not isinstance(profile, Profile):
         profile = _compute(store, repo, git, commit)
-        if len(store.profiles) >= _MAX_CACHED:
-            store.profiles.clear()
-        store.profiles[key] = profile
+        store.profiles.put(key, profile, size=profile.weight_bytes)
     return replace(profile, repo=repo)  # settings may have changed since
 
 
@@ -111,12 +116,17 @@ def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
         head=next(iter(git.log(commit))),
         files=files,
         card=read_card(read("README.md").decode("utf-8", "replace")),
-        config=parse_object(read("config.json")) if is_model else {},
+        config=_read_config(read("config.json")) if is_model else {},
         safetensors=_read_safetensors(store, git, files) if is_model else None,
         benchmark_tasks=tuple(parse_benchmark(read("eval.yaml").decode("utf-8", "replace")) or ())
         if is_dataset
         else (),
     )
+
+
+def _read_config(content: bytes) -> dict[str, Any]:
+    found = parse_object(content)
+    return {key: found[key] for key in _SHOWN_CONFIG if key in found}
 
 
 def _read_safetensors(store: Store, git: GitRepo, files: tuple[RepoFile, ...]) -> dict[str, Any] | None:

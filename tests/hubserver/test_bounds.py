@@ -135,3 +135,21 @@ def test_a_page_renders_only_as_many_comments_as_it_can_bear(client):
     assert "<strong>first</strong>" in page
     assert page.count("**bold**") == 2 * 6_000
     assert "<script" not in page
+
+
+def test_children_are_counted_once_for_a_whole_list(client):
+    for number in range(25):
+        client.create(f"family-{number}")
+        client.commit(f"family-{number}", {"README.md": b"---\nbase_model: alice/family-0\n---\n"})
+
+    def measure_s(path):
+        start_s = time.monotonic()
+        found = client.send("GET", path).json()
+        return time.monotonic() - start_s, found
+
+    plain, counted = "/api/models?search=family-&expand=tags", "/api/models?search=family-&expand=childrenModelCount"
+    plain_s = min(measure_s(plain)[0] for _ in range(3))
+    counted_s, found = min((measure_s(counted) for _ in range(3)), key=lambda one: one[0])
+    assert {one["id"]: one["childrenModelCount"] for one in found}["alice/family-0"] == 25
+    assert sum(one["childrenModelCount"] for one in found) == 25
+    assert counted_s < 8 * plain_s
