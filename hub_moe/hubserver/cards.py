@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -11,6 +11,11 @@ from typing import Any
 import yaml
 
 MAX_CARD_BYTES = 1 << 20
+_MAX_YAML_CHARACTERS = 200_000
+_MAX_DEPTH = 100
+_MAX_DIMENSIONS = 16
+_MAX_DTYPES = 100
+_TOO_MANY = 1 << 63
 _FRONT_MATTER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _ARXIV = re.compile(r"arxiv\.org/(?:abs|pdf)/([0-9]{4}\.[0-9]{4,5})")
 _LISTS = ("tags", "datasets", "metrics", "language", "base_model")
@@ -19,6 +24,7 @@ _DATASET_TAGS = (
     *("task_categories", "task_ids", "size_categories", "language", "annotations_creators", "modality"),
     *("language_creators", "multilinguality", "source_datasets"),
 )
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # written in C where PyYAML was built with libyaml
 _RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 
 
@@ -83,53 +89,103 @@ def find_bases(card: Card) -> tuple[str | None, list[str]]:
     return "adapter" if is_adapter else "finetune", bases
 
 
-def count_parameters(headers: list[bytes]) -> dict[str, Any] | None:
-    """`{"parameters": {dtype: count}, "total"}` over the headers of safetensors files; None if one is malformed."""
+def count_parameters(headers: Iterable[bytes]) -> dict[str, Any] | None:
+    """`{"parameters": {dtype: count}, "total"}` over the headers of safetensors files; None if one is malformed.
+
+    Of the headers only the one being counted is held.
+    """
     counts: dict[str, int] = {}
     for header in headers:
         try:
             tensors = json.loads(header)
             for name, tensor in tensors.items():
                 if name != "__metadata__":
-                    size = math.prod(int(length) for length in tensor["shape"])
-                    counts[str(tensor["dtype"])] = counts.get(str(tensor["dtype"]), 0) + size
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+                    dtype = str(tensor["dtype"])[:16]
+                    counts[dtype] = counts.get(dtype, 0) + math.prod(read_shape(tensor["shape"]))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+        if len(counts) > _MAX_DTYPES or sum(counts.values()) >= _TOO_MANY:
             return None
     return {"parameters": counts, "total": sum(counts.values())} if counts else None
+
+
+def read_shape(value: object) -> tuple[int, ...]:
+    """The shape of a tensor whose size is a number of 63 bits; ValueError for anything else."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        raise ValueError(f"a shape is a list of at most {_MAX_DIMENSIONS} lengths")
+    if not all(type(length) is int and 0 <= length < _TOO_MANY for length in value) or math.prod(value) >= _TOO_MANY:
+        raise ValueError("a shape has lengths whose product is less than 2 to the power of 63")
+    return tuple(value)
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
     """A JSON object, empty if `content` is something else."""
     try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
+        return read_object(content)
+    except ValueError:
         return {}
-    return _to_json(found) if isinstance(found, dict) else {}
+
+
+def read_object(content: bytes) -> dict[str, Any]:
+    """A JSON object that can be sent again; ValueError if `content` is something else, or nested too deeply."""
+    try:
+        found = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return {_to_text(key): _to_json(inner) for key, inner in found.items()}
+
+
+def weigh(value: Any) -> int:
+    """About how many bytes of memory a JSON value takes."""
+    weight, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        weight += 64 + (len(one) if isinstance(one, str) else 0)
+        if isinstance(one, dict):
+            rest += [*one, *one.values()]
+        elif isinstance(one, list):
+            rest += one
+    return weight
 
 
 def parse_yaml(text: str) -> Any:
     """A YAML text as JSON values; ValueError with one sentence if it is malformed.
 
-    Aliases are refused: a few hundred bytes of them can stand for gigabytes.
+    Aliases are refused: a few hundred bytes of them can stand for gigabytes. So is what is nested deeply or long, for
+    which a parser takes minutes; cards with the results of a hundred benchmarks have 130,000 characters.
     """
+    if len(text) > _MAX_YAML_CHARACTERS:
+        raise ValueError(f"it has more than {_MAX_YAML_CHARACTERS} characters")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("aliases are not allowed")
-        return _to_json(yaml.safe_load(text))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        _check_events(text)
+        return _to_json(yaml.load(text, Loader=_LOADER))
     except yaml.YAMLError as error:
         raise ValueError(str(error).splitlines()[0]) from None
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError):  # from PyYAML, as for `!!bool "x"`
         raise ValueError("a value is not of the type that its tag says") from None
 
 
-def _to_json(value: Any) -> Any:
-    """A value that JSON can carry: dates as text, text keys, no NaN."""
+def _check_events(text: str) -> None:
+    """Stops the parser, which reads little ahead, before the depth of a text costs anything."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("aliases are not allowed")
+
+
+def _to_json(value: Any, depth: int = 0) -> Any:
+    """A value that JSON can carry: dates as text, text keys, no NaN, and no deeper than a JSON encoder can follow."""
+    if depth > _MAX_DEPTH:
+        raise ValueError("it is nested too deeply")
     if isinstance(value, dict):
-        return {_to_text(key): _to_json(inner) for key, inner in value.items()}
+        return {_to_text(key): _to_json(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_to_json(inner) for inner in value]
+        return [_to_json(inner, depth + 1) for inner in value]
     if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < 1 << 63):
         return value
     if isinstance(value, float):

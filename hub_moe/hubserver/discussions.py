@@ -18,7 +18,7 @@ _TYPES = {"": None, "all": None, "discussion": False, "pull_request": True}
 
 def list_discussions(call: Call) -> Response:
     """`GET /api/{kind}s/{id}/discussions`."""
-    repo, query = call.repo(), call.request.query_params
+    repo, query = call.repo_to_read(), call.request.query_params
     status, kind = query.get("status", ""), query.get("type", "")
     if status not in _STATUSES or kind not in _TYPES:
         raise InvalidInputError("status is open or closed, type is discussion or pull_request.")

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from .cards import MAX_CARD_BYTES, parse_yaml
+from .cards import MAX_CARD_BYTES, parse_yaml, weigh
 from .store import GitRepo, Repo, Store
 from .store.errors import NotFoundError
 
 FOLDER = ".eval_results"
 _MAX_FILES = 200
-_MAX_CACHED = 5000
 _DATASET_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 
 
@@ -89,9 +88,7 @@ def _read_folder(store: Store, repo: Repo, git: GitRepo, commit: str) -> dict[tu
             facts = store.files.facts(git, [entry.oid])[entry.oid]
             content = store.files.read(git, facts, limit_bytes=MAX_CARD_BYTES)
             scores = parse_scores(entry.path, content.decode("utf-8", "replace"))
-            if len(store.profiles) >= _MAX_CACHED:
-                store.profiles.clear()
-            store.profiles[key] = scores
+            store.profiles.put(key, scores, size=weigh([score.describe() for score in scores]))
         found[entry.path, entry.oid] = scores
     return found
 

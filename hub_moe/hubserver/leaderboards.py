@@ -1,4 +1,4 @@
-"""The leaderboard of a benchmark: the scores that public models report for its tasks."""
+"""The leaderboard of a benchmark: the scores that public models without a gate report for its tasks."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def show_leaderboard(call: Call) -> Response:
     Rank 1 has the highest value. A benchmark with several tasks has one ranking for each, one after another, and each
     entry says its `taskId`. Unless `base_model=false`, models that are made from another one are left out.
     """
-    repo = call.repo()
+    repo = call.repo_to_read()
     tasks = read_main(call.store, repo).benchmark_tasks
     if not tasks:
         raise NotFoundError("leaderboard", f"The dataset {repo.id} is not a benchmark: it has no valid eval.yaml.")
@@ -35,7 +35,7 @@ def show_leaderboard(call: Call) -> Response:
 def _find_best(call: Call, dataset: str, *, with_derived: bool) -> dict[tuple[str, str], tuple[Repo, Score]]:
     """By model and task, the score that counts: the best merged one, or without any the best that is proposed."""
     best: dict[tuple[str, str], tuple[Repo, Score]] = {}
-    public = call.store.repos.visible("model", None)  # the same for everybody, so that nothing private shows
+    public = [repo for repo in call.store.repos.visible("model", None) if not repo.gated]  # the same for everybody
     for profile in read_mains(call.store, public):
         repo = profile.repo
         for score in _read(call, profile) if with_derived or not profile.bases[1] else ():

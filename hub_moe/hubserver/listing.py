@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,7 @@ from .cards import MAX_CARD_BYTES, read_card
 from .evaluations import read_scores
 from .profiles import Profile, read_mains, read_profile
 from .refs import format_date
-from .store.errors import InvalidInputError, NotFoundError
+from .store.errors import GatedError, InvalidInputError, NotFoundError
 from .store.repos import Repo
 
 _MAX_REPOS = 1000
@@ -40,8 +41,8 @@ _UNKNOWN_HERE |= {"region", "runtime", "subdomain"}
 
 
 def show_repo(call: Call) -> Response:
-    """`GET /api/{kind}s/{id}[/revision/{rev}]`."""
-    repo = call.repo()
+    """`GET /api/{kind}s/{id}[/revision/{rev}]`; of a gated repo everybody may know what is on `main`."""
+    repo = call.repo() if _is_main(call) else call.repo_to_read()
     rev = call.param("rev") if "rev" in call.request.path_params else "main"
     with call.store.repos.open(repo) as git:
         profile = read_profile(call.store, repo, git, git.resolve(rev))
@@ -111,6 +112,15 @@ def describe(call: Call, profile: Profile, fields: list[str], *, with_blobs: boo
     return shown
 
 
+def _is_main(call: Call) -> bool:
+    """Whether the query is about the commit that `main` is at, by whatever name."""
+    rev = call.param("rev") if "rev" in call.request.path_params else "main"
+    if rev == "main":
+        return True
+    with call.store.repos.open(call.repo()) as git:
+        return rev == git.resolve("main")
+
+
 def _may_match(call: Call, repo: Repo) -> bool:
     """Whether a repo passes those filters of the query that are about its name and settings."""
     query = call.request.query_params
@@ -154,14 +164,26 @@ def _messages(texts: tuple[str, ...]) -> list[dict[str, str]]:
     return [{"message": text} for text in texts]
 
 
+def _scores(call: Call, profile: Profile) -> list[dict[str, Any]]:
+    """What the result files say; nothing to who may not read the files of a gated repo."""
+    try:
+        repo = call.store.repos.find_to_read(profile.repo.id, call.who)
+    except GatedError:
+        return []
+    return [score.describe() for score in read_scores(call.store, repo)]
+
+
 def _bases(_: Call, profile: Profile) -> dict[str, Any] | None:
     relation, names = profile.bases
     return {"relation": relation, "models": [{"id": name} for name in names]} if names else None
 
 
 def _count_children(call: Call, profile: Profile) -> int:
-    tag = f"base_model:{profile.repo.id}"
-    return sum(tag in one.tags for one in read_mains(call.store, call.store.repos.visible("model", call.who)))
+    state = call.request.state
+    if not hasattr(state, "base_counts"):  # once for a whole list
+        models = read_mains(call.store, call.store.repos.visible("model", call.who))
+        state.base_counts = Counter(name for one in models for name in {*one.bases[1]})
+    return int(state.base_counts[str(profile.repo.id)])
 
 
 _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
@@ -174,7 +196,7 @@ _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
     "disabled": lambda *_: False,
     "downloads": lambda _, profile: profile.repo.downloads,
     "downloadsAllTime": lambda _, profile: profile.repo.downloads,
-    "evalResults": lambda call, profile: [score.describe() for score in read_scores(call.store, profile.repo)],
+    "evalResults": _scores,
     "gated": lambda _, profile: profile.repo.gated or False,
     "lastModified": lambda _, profile: format_date(profile.head),
     "library_name": lambda _, profile: profile.card.data.get("library_name"),

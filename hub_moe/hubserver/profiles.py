@@ -6,15 +6,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from .cards import MAX_CARD_BYTES, Card, count_parameters, find_bases, find_tags, parse_object, read_card
+from .cards import MAX_CARD_BYTES, Card, count_parameters, find_bases, find_tags, parse_object, read_card, weigh
 from .evaluations import parse_benchmark
 from .store import GitRepo, Repo, Store
 from .store.errors import NotFoundError
 from .store.files import FileFacts
 from .store.git import LogEntry
 
-_MAX_CACHED = 5000
+_BYTES_PER_FILE = 600
 _MAX_HEADER_BYTES = 25_000_000
+_MAX_HEADERS_BYTES = 100_000_000
 _SHOWN_CONFIG = ("architectures", "model_type", "auto_map", "quantization_config")
 
 
@@ -58,6 +59,13 @@ class Profile:
         return (*tags, "benchmark:official") if self.benchmark_tasks else tuple(tags)
 
     @property
+    def weight_bytes(self) -> int:
+        """About how much memory it takes."""
+        files = _BYTES_PER_FILE * len(self.files) + sum(len(file.path) for file in self.files)
+        read = [self.card.data, self.card.text, list(self.card.errors), self.config, self.safetensors]
+        return files + weigh([*read, self.head.message, list(self.benchmark_tasks)])
+
+    @property
     def bases(self) -> tuple[str | None, list[str]]:
         """The relation to the base models, and their names."""
         return find_bases(self.card)
@@ -65,7 +73,7 @@ class Profile:
     @property
     def shown_config(self) -> dict[str, Any] | None:
         """The part of config.json that the Hub shows."""
-        return {key: self.config[key] for key in _SHOWN_CONFIG if key in self.config} or None
+        return self.config or None
 
 
 def read_profile(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
@@ -74,9 +82,7 @@ def read_profile(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile
     profile = store.profiles.get(key)
     if not isinstance(profile, Profile):
         profile = _compute(store, repo, git, commit)
-        if len(store.profiles) >= _MAX_CACHED:
-            store.profiles.clear()
-        store.profiles[key] = profile
+        store.profiles.put(key, profile, size=profile.weight_bytes)
     return replace(profile, repo=repo)  # settings may have changed since
 
 
@@ -110,7 +116,7 @@ def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
         head=next(iter(git.log(commit))),
         files=files,
         card=read_card(read("README.md").decode("utf-8", "replace")),
-        config=parse_object(read("config.json")) if is_model else {},
+        config=_read_config(read("config.json")) if is_model else {},
         safetensors=_read_safetensors(store, git, files) if is_model else None,
         benchmark_tasks=tuple(parse_benchmark(read("eval.yaml").decode("utf-8", "replace")) or ())
         if is_dataset
@@ -118,16 +124,24 @@ def _compute(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
     )
 
 
+def _read_config(content: bytes) -> dict[str, Any]:
+    found = parse_object(content)
+    return {key: found[key] for key in _SHOWN_CONFIG if key in found}
+
+
 def _read_safetensors(store: Store, git: GitRepo, files: tuple[RepoFile, ...]) -> dict[str, Any] | None:
     """Parameters by dtype over the weights at the top of the repo; an adapter's own files count like a model's."""
-    headers = []
-    for file in files:
-        if file.path.endswith(".safetensors") and "/" not in file.path:
-            header = read_weights_header(store, git, file.facts)
-            if header is None:
-                return None
-            headers.append(header)
-    return count_parameters(headers)
+    weights = [file.facts for file in files if file.path.endswith(".safetensors") and "/" not in file.path]
+    return count_parameters(_read_headers(store, git, {facts.oid: facts for facts in weights}.values()))
+
+
+def _read_headers(store: Store, git: GitRepo, weights: Iterable[FileFacts]) -> Iterator[bytes]:
+    """The header of each file; an empty one, which cannot be counted, for no header and after too many bytes."""
+    left_bytes = _MAX_HEADERS_BYTES
+    for facts in weights:
+        header = read_weights_header(store, git, facts) or b""
+        left_bytes -= len(header)
+        yield header if left_bytes >= 0 else b""
 
 
 def read_weights_header(store: Store, git: GitRepo, facts: FileFacts) -> bytes | None:

@@ -1,11 +1,9 @@
 """What tensors the weights of a model hold, without sending the weights."""
 
-import json
-
 from starlette.responses import JSONResponse, Response
 
 from .calls import Call, route
-from .cards import parse_object
+from .cards import parse_object, read_object
 from .profiles import read_weights_header
 from .store import GitRepo
 from .store.errors import InvalidInputError, NotFoundError
@@ -51,10 +49,9 @@ def _read(call: Call, git: GitRepo, commit: str, path: str) -> bytes:
 
 def _parse(header: bytes, shard: str) -> object:
     try:
-        found = json.loads(header, parse_constant=str)
-    except (ValueError, RecursionError):
+        return read_object(header)
+    except ValueError:
         raise NotFoundError("entry", f"{shard} is not a safetensors file.") from None
-    return found
 
 
 ROUTES = [route("/api/{kinds:model_kind}/{owner}/{name}/safetensors-metadata/{path:path}", show_metadata)]

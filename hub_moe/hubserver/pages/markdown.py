@@ -16,6 +16,7 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from ..store import RepoId
+from .tables import enable_tables
 from .urls import repo_url
 
 MAX_CHARACTERS = 120_000
@@ -198,7 +199,8 @@ def _text(content: str) -> Token:
 
 
 def _build_parser() -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    parser = MarkdownIt("commonmark", {"html": True}).enable("strikethrough")
+    enable_tables(parser)
     for rule in (_name_headings, _align_cells, _link_bare_urls):
         parser.core.ruler.push(rule.__name__, rule)
     return parser

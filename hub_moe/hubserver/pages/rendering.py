@@ -29,7 +29,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "private, no-cache",
     "Vary": "Cookie, Accept",
 }
 _PREFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -46,7 +45,7 @@ def show_page(
     return Response(
         text.encode("utf-8", "replace"),
         status_code=status_code,
-        headers=PAGE_HEADERS,
+        headers={**PAGE_HEADERS, "Cache-Control": "no-store" if who else "private, no-cache"},
         media_type="text/html; charset=utf-8",
     )
 

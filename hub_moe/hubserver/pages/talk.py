@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response
 
 from ..calls import Call
@@ -20,11 +21,12 @@ _PER_PAGE = 30
 _STATUSES: dict[str, tuple[str, ...]] = {"open": OPEN, "closed": CLOSED, "all": ()}
 _TYPES = {"all": None, "discussion": False, "pull_request": True}
 _MAX_EVENTS = 500
+_MAX_RENDERED = 400_000
 
 
 def show_discussions(call: Call) -> Response:
     """`GET /{id}/discussions`."""
-    repo, query = call.repo(), call.request.query_params
+    repo, query = call.repo_to_read(), call.request.query_params
     status = query.get("status", "open") if query.get("status") in _STATUSES else "open"
     kind = query.get("type", "all") if query.get("type") in _TYPES else "all"
     everything = call.store.discussions.list_all(repo, is_pull_request=_TYPES[kind])
@@ -50,8 +52,6 @@ def show_discussion(call: Call) -> Response:
     repo = call.repo_to_read()
     discussion = find_discussion(call, repo)
     events = call.store.discussions.events(repo, discussion)
-    place = Place(repo.id, "main", origin=call.base_url)
-    comments = {event.id: _render(event, place) for event in events if event.type == "comment"}
     may_control = call.who is not None and call.store.discussions.may_control(repo, discussion, call.who)
     return show_repo_page(
         call,
@@ -61,7 +61,7 @@ def show_discussion(call: Call) -> Response:
         discussion=discussion,
         events=events[:_MAX_EVENTS],
         more_events=max(0, len(events) - _MAX_EVENTS),
-        comments=comments,
+        comments=_render(events[:_MAX_EVENTS], Place(repo.id, "main", origin=call.base_url)),
         may_control=may_control,
         **_read_changes(call, repo, discussion),
     )
@@ -125,8 +125,15 @@ def _back(repo: Repo, discussion: Discussion) -> Response:
     return RedirectResponse(repo_url(repo.id, "discussions", str(discussion.num)), status_code=303)
 
 
-def _render(event: Event, place: Place) -> str:
-    return "" if event.data["hidden"] else render_markdown(event.data["latest"]["raw"], place)
+def _render(events: list[Event], place: Place) -> dict[str, Markup]:
+    """The comments that are not hidden, by id; as they were written once there is more than a page can render."""
+    shown, left = {}, _MAX_RENDERED
+    for event in events:
+        if event.type == "comment" and not event.data["hidden"]:
+            text = event.data["latest"]["raw"]
+            left -= len(text)
+            shown[event.id] = render_markdown(text, place) if left >= 0 else Markup("<pre>{}</pre>").format(text)
+    return shown
 
 
 def _read_changes(call: Call, repo: Repo, discussion: Discussion) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import json
 import math
 from dataclasses import dataclass
 
+from ..cards import read_shape
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -32,9 +34,4 @@ def parse_header(header: bytes) -> tuple[list[Tensor], dict[str, str]] | None:
 
 
 def _tensor(name: str, fields: dict[str, object]) -> Tensor:
-    shape = fields["shape"]
-    if not isinstance(shape, list) or not all(isinstance(length, int) and 0 <= length < 1 << 63 for length in shape):
-        raise ValueError("a shape is a list of lengths")
-    if len(shape) > 16:
-        raise ValueError("too many dimensions")
-    return Tensor(name, str(fields["dtype"])[:16], tuple(shape))
+    return Tensor(name, str(fields["dtype"])[:16], read_shape(fields["shape"]))

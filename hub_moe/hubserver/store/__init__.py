@@ -38,6 +38,7 @@ from .pushes import Pushes
 from .recipes import Recipes
 from .repos import Repo, Repos
 from .sessions import Sessions
+from .sized_cache import SizedCache
 from .xet import XetStore
 from .xorbs import XorbStore
 
@@ -46,6 +47,7 @@ __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 DATABASE_NAME = "hub.sqlite3"
 _SECRET_BYTES = 32
 _OWN_NAMES = {"attachments", "blobs", "incoming", "repos", "secret", "serving.lock", "xorbs"}
+_MAX_PROFILE_BYTES = 200_000_000
 
 
 class Store:
@@ -84,7 +86,7 @@ class Store:
         self.attachments = Attachments(root / "attachments", blobs)
         self.pushes = Pushes(self.repos, self.commits, self.discussions)
         self.xet = XetStore(self.database, self.xorbs, self.contents, self.commits)
-        self.profiles: dict[tuple[str, str], object] = {}
+        self.profiles: SizedCache[object] = SizedCache(_MAX_PROFILE_BYTES)
         if serve:
             self._clear_leftovers()
 

@@ -9,10 +9,11 @@ from .database import Database
 from .errors import NotFoundError
 from .git import GitRepo, TreeEntry, format_pointer, parse_pointer
 from .names import check_path
+from .sized_cache import SizedCache
 
 MAX_REGULAR_BYTES = 10_000_000
 _ROWS_PER_QUERY = 500
-_MAX_LISTINGS = 20
+_MAX_LISTED = 200_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Files:
     def __init__(self, database: Database, contents: Contents) -> None:
         self._database = database
         self._contents = contents
-        self._listings: dict[tuple[str, str, str, bool], list[TreeEntry]] = {}
+        self._listings: SizedCache[list[TreeEntry]] = SizedCache(_MAX_LISTED)
 
     def facts(self, git: GitRepo, oids: Iterable[str]) -> dict[str, FileFacts]:
         """The facts of git blobs, by oid."""
@@ -64,9 +65,7 @@ class Files:
         listing = self._listings.get(key)
         if listing is None:
             listing = list(git.walk(entry.oid, prefix=f"{folder}/" if folder else "", recursive=recursive))
-            if len(self._listings) >= _MAX_LISTINGS:
-                self._listings.clear()
-            self._listings[key] = listing
+            self._listings.put(key, listing, size=len(listing) + 1)
         return listing
 
     def read(self, git: GitRepo, facts: FileFacts, *, limit_bytes: int = MAX_REGULAR_BYTES) -> bytes:

@@ -55,7 +55,7 @@ class LargeFiles:
         return sum(self._contents.size_bytes(row["sha256"]) or 0 for row in rows)
 
     def duplicate(self, source: Repo, target: RepoId, who: Identity, *, private: bool) -> Repo:
-        """A new repo with the branches, tags and large files of another one, without its pull requests."""
+        """A new repo with the branches, tags, large files and gate of another one, without its pull requests."""
 
         def fill(git: GitRepo) -> dict[str, bool]:
             with self._repos.open(source) as original:
@@ -64,7 +64,11 @@ class LargeFiles:
                 named = {file.sha256 for file in self._find_named(original, refs)}
                 return {sha256: self._commits.has_content(source, sha256) for sha256 in named}
 
-        return self._repos.create(target, who, private=private, sdk=source.sdk, fill=fill)
+        # A gated copy is private until it has its gate: at no moment may everybody read it.
+        repo = self._repos.create(target, who, private=private or bool(source.gated), sdk=source.sdk, fill=fill)
+        if source.gated:
+            self._repos.update(target, who, private=private, gated=source.gated)
+        return self._repos.find(repo.id, who)
 
     def delete(self, repo: Repo, sha256s: Iterable[str], *, rewrite_history: bool) -> None:
         """Forget large files of a repo. With `rewrite_history` no commit names them any more; all its ids change.

@@ -1,6 +1,7 @@
 """Cards and comments as HTML: what is kept, what is rewritten, what never comes through."""
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hub_moe.hubserver.pages.markdown import MAX_CHARACTERS, Place, render_markdown
+from hub_moe.hubserver.pages.tables import MAX_CELLS
 from hub_moe.hubserver.store import RepoId
 
 from .xss import VECTORS
@@ -139,3 +141,31 @@ def test_a_long_text_is_cut_and_the_nastiest_nesting_is_no_trouble():
     assert len(render_markdown("x" * (MAX_CHARACTERS + 1000), PLACE)) < MAX_CHARACTERS + 100
     for text in ("> " * 40_000, "<div>" * 8_000, "[" * 20_000, "<b>" * 8_000, "- " * 40_000, "*a_" * 8_000):
         render_markdown(text, PLACE)
+
+
+def write_table(columns, rows, row="|"):
+    return "|a" * columns + "\n" + "|-" * columns + "\n" + f"{row}\n" * rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        write_table(200, 7000),
+        write_table(1000, 1000) * 19,
+        (write_table(500, 30) + "\n") * 50,
+        "|a\n|-\n> b\n" * 14_000,
+        "> " + write_table(1000, 1000).replace("\n", "\n> "),
+    ],
+)
+def test_small_tables_that_stand_for_many_cells_are_shown_as_they_were_written(text):
+    start_s = time.monotonic()
+    html = render_markdown(text, PLACE)
+    assert time.monotonic() - start_s < 10
+    assert html.count("<td") + html.count("<th>") <= MAX_CELLS
+    assert "|" in html
+
+
+def test_a_table_of_honest_size_is_a_table_and_text_after_a_refused_one_too():
+    assert render_markdown(write_table(10, 500, "|b"), PLACE).count("<td") == 5000
+    html = render_markdown(write_table(1000, 1000) + "\n" + write_table(2, 1, "|b|c"), PLACE)
+    assert (html.count("<table"), html.count("<td")) == (1, 2)

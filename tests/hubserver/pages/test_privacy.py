@@ -62,3 +62,9 @@ def test_pages_are_not_kept_by_caches_that_serve_others(stranger):
     headers = stranger.get("/").headers
     assert headers["cache-control"] == "private, no-cache"
     assert "Cookie" in headers["vary"]
+
+
+def test_a_page_for_who_is_logged_in_is_kept_nowhere(visit):
+    alice = visit("alice")
+    for path in ("/", "/models", "/no/such"):
+        assert alice.get(path).headers["cache-control"] == "no-store"
