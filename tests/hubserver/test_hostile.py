@@ -199,6 +199,14 @@ def test_a_large_body_without_a_token_is_refused(hub, client):
         assert nobody.send("POST", "/api/validate-yaml", content=b"x" * 2_000_000).status_code == 413
 
 
+def test_a_pattern_of_many_stars_holds_up_nobody(client):
+    body = {"files": [{"path": "a" * 60, "size": 1, "sample": ""}], "gitIgnore": "*a" * 40 + "b"}
+    answer = client.send("POST", "/api/models/alice/hostile/preupload/main", json=body, timeout=10)
+    assert answer.json()["files"][0]["shouldIgnore"] is False
+    answer = client.send("POST", "/api/models/alice/hostile/preupload/main", json=body | {"gitIgnore": "a" * 70_000})
+    assert (answer.status_code, "gitIgnore" in answer.json()["error"]) == (400, True)
+
+
 def test_a_file_is_never_a_page_of_this_site(client):
     client.commit("hostile", {"x.html": b"<script>alert(1)</script>"})
     answer = client.send("GET", "/alice/hostile/resolve/main/x.html")
