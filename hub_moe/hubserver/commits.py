@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from .calls import Call, route
 from .ndjson import read_header, read_operations
 from .store import Repo
-from .store.discussions import Discussion, check_title
+from .store.discussions import Discussion, check_comment, check_title
 from .store.errors import InvalidInputError, NotFoundError, StaleParentError
 from .store.git import GitRepo
 from .store.ignores import Ignores
@@ -57,6 +57,7 @@ def _open_pull_request(call: Call) -> Response:
     repo, revision = call.repo_to_contribute(), call.param("rev")
     header = read_header(call.body)
     title = check_title(header.summary[:200].ljust(3, "."))
+    description = check_comment(header.description if header.description.strip() else header.summary)
     with call.store.repos.open(repo) as git:
         target = git.find_writable_ref(revision)
         head = git.resolve(target)
@@ -72,7 +73,7 @@ def _open_pull_request(call: Call) -> Response:
         message=header.message,
     )
     discussion = call.store.discussions.create(
-        repo, call.identity, num=num, title=title, description=header.description or header.summary, target=target
+        repo, call.identity, num=num, title=title, description=description, target=target
     )
     data = {"subject": header.summary, "oid": oid}
     call.store.discussions.add_event(repo, discussion, call.identity, "commit", data)

@@ -207,6 +207,31 @@ def test_a_pattern_of_many_stars_holds_up_nobody(client):
     assert (answer.status_code, "gitIgnore" in answer.json()["error"]) == (400, True)
 
 
+def test_what_is_refused_is_not_done(client):
+    client.create("refused").raise_for_status()
+    talk = "/api/models/alice/refused/discussions"
+    long = "x" * 70_000
+    assert client.commit("refused", {"a": b"1"}, header={"description": long}, create_pr="1").status_code == 400
+    assert client.send("POST", talk, json={"title": "Talk", "description": long}).status_code == 400
+    assert (
+        client.send("POST", talk, json={"title": "Talk", "pullRequest": True, "description": long}).status_code == 400
+    )
+    assert client.send("GET", talk).json()["count"] == 0
+    assert client.send("GET", "/api/models/alice/refused/refs?include_prs=1").json()["pullRequests"] == []
+    assert client.send("POST", talk, json={"title": "Talk", "description": "  "}).status_code == 200
+    client.commit("refused", {"a": b"1"}, header={"description": " "}, create_pr="1").raise_for_status()
+    number = client.send("GET", talk).json()["discussions"][0]["num"]
+    for body in (b'{"comment": 5}', json.dumps({"comment": long}), b"[]", b"{"):
+        assert client.send("POST", f"{talk}/{number}/merge", content=body).status_code == 400
+    for comment in (5, long):
+        body = {"status": "closed", "comment": comment}
+        assert client.send("POST", f"{talk}/{number}/status", json=body).status_code == 400
+    shown = client.send("GET", f"{talk}/{number}").json()
+    assert (shown["status"], [event["type"] for event in shown["events"]]) == ("open", ["comment", "commit"])
+    assert client.send("POST", f"{talk}/{number}/merge", json={"comment": "thanks"}).status_code == 200
+    assert client.send("GET", f"{talk}/{number}").json()["events"][-1]["data"]["latest"]["raw"] == "thanks"
+
+
 def test_a_file_is_never_a_page_of_this_site(client):
     client.commit("hostile", {"x.html": b"<script>alert(1)</script>"})
     answer = client.send("GET", "/alice/hostile/resolve/main/x.html")

@@ -179,7 +179,10 @@ class Repos:
         """A number for a discussion or pull request, never given twice."""
         with self._database.transaction() as connection:
             query = "UPDATE repos SET last_num = last_num + 1 WHERE id = ? RETURNING last_num"
-            return int(connection.execute(query, (repo.uid,)).fetchall()[0][0])
+            found = connection.execute(query, (repo.uid,)).fetchall()
+        if not found:
+            raise NotFoundError("repo", "Repository not found")
+        return int(found[0][0])
 
     def delete(self, repo_id: RepoId, who: Identity | None) -> None:
         """Forget a repo and its history; `hub gc` frees the room that its large files take."""
