@@ -60,10 +60,8 @@ def show(call: Call) -> Response:
     shown = _describe(repo, discussion)
     shown["events"] = [_describe_event(event) for event in call.store.discussions.events(repo, discussion)]
     if discussion.is_pull_request:
-        with call.store.repos.open(repo) as git:
-            shown["changes"] = {"base": discussion.target, "mergeCommitId": discussion.merge_commit}
-            shown["filesWithConflicts"] = find_conflicts(git, discussion) if discussion.status in OPEN else []
-            shown["diff"] = render_diff(git, discussion) if call.flag("diff") else None
+        shown["changes"] = {"base": discussion.target, "mergeCommitId": discussion.merge_commit}
+        shown |= _describe_changes(call, repo, discussion)
     return JSONResponse(shown)
 
 
@@ -128,6 +126,19 @@ def show_attachment(call: Call) -> Response:
     """`GET /uploads/{name}`: for whoever has the address."""
     path, media_type = call.store.attachments.find(call.param("name"))
     return FileResponse(path, media_type=media_type, headers=SAFE_HEADERS)
+
+
+def _describe_changes(call: Call, repo: Repo, discussion: Discussion) -> dict[str, Any]:
+    """Conflicts and diff; neither when the branch that the pull request is for was deleted."""
+    with call.store.repos.open(repo) as git:
+        try:
+            conflicts = find_conflicts(git, discussion) if discussion.status in OPEN else []
+            return {
+                "filesWithConflicts": conflicts,
+                "diff": render_diff(git, discussion) if call.flag("diff") else None,
+            }
+        except NotFoundError:
+            return {"filesWithConflicts": [], "diff": None}
 
 
 def _read_comment(call: Call, fields: dict[str, Any]) -> str | None:

@@ -232,6 +232,18 @@ def test_what_is_refused_is_not_done(client):
     assert client.send("GET", f"{talk}/{number}").json()["events"][-1]["data"]["latest"]["raw"] == "thanks"
 
 
+def test_a_pull_request_for_a_branch_that_is_gone_is_still_shown(client):
+    client.create("gone").raise_for_status()
+    client.send("POST", "/api/models/alice/gone/branch/side", json={}).raise_for_status()
+    line = b'{"key": "file", "value": {"path": "a", "content": "1"}}'
+    path = "/api/models/alice/gone/commit/side?create_pr=1"
+    client.send("POST", path, content=HEADER.encode() + line).raise_for_status()
+    client.send("DELETE", "/api/models/alice/gone/branch/side").raise_for_status()
+    shown = client.send("GET", "/api/models/alice/gone/discussions/1?diff=1").json()
+    assert (shown["status"], shown["diff"], shown["filesWithConflicts"]) == ("open", None, [])
+    assert client.send("GET", "/alice/gone/discussions/1").status_code == 200
+
+
 def test_a_file_is_never_a_page_of_this_site(client):
     client.commit("hostile", {"x.html": b"<script>alert(1)</script>"})
     answer = client.send("GET", "/alice/hostile/resolve/main/x.html")

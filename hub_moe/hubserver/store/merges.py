@@ -63,8 +63,18 @@ def render_diff(git: GitRepo, discussion: Discussion) -> str:
 def find_range(git: GitRepo, discussion: Discussion) -> tuple[str | None, str]:
     """The commits between which a pull request's changes lie: where it left its target, and its head."""
     head = git.resolve(discussion.ref)
-    start = discussion.merge_commit and git.parents(discussion.merge_commit)[0]
-    return git.find_merge_base(start or git.resolve(discussion.target), head), head
+    start = _find_start(git, discussion.merge_commit, head) or git.resolve(discussion.target)
+    return git.find_merge_base(start, head), head
+
+
+def _find_start(git: GitRepo, merge_commit: str | None, head: str) -> str | None:
+    """What the target was before a merge; None before it, and where an older `hub gc` has deleted the merge commit."""
+    if merge_commit is None or merge_commit not in git.objects:
+        return None
+    parents = git.parents(merge_commit)
+    return (
+        parents[0] if head in parents[1:] else merge_commit
+    )  # an empty pull request is merged by no commit of its own
 
 
 def _write_merge(git: GitRepo, base: str | None, target: str, head: str, who: Identity, discussion: Discussion) -> str:

@@ -7,6 +7,8 @@ import pytest
 from hub_moe.hubserver.store.commits import MAX_MESSAGE_CHARACTERS, AddFile
 from hub_moe.hubserver.store.discussions import MAX_COMMENT_CHARACTERS, MAX_HISTORY
 from hub_moe.hubserver.store.errors import InvalidInputError, NotFoundError
+from hub_moe.hubserver.store.gc import collect
+from hub_moe.hubserver.store.merges import render_diff
 
 LONG = "x" * (MAX_COMMENT_CHARACTERS + 1)
 
@@ -150,3 +152,36 @@ def test_a_comment_keeps_its_last_versions(store, repo, bob, propose):
         event = store.discussions.edit_comment(repo, one, bob, event.id, str(number))
     assert [version["raw"] for version in event.data["history"]] == [str(n) for n in range(4, MAX_HISTORY + 4)]
     assert store.discussions.events(repo, one)[-1] == event
+
+
+def render(store, repo, num):
+    with store.repos.open(repo) as git:
+        return render_diff(git, store.discussions.find(repo, num))
+
+
+@pytest.mark.parametrize("commits", [0, 1])
+def test_a_merged_pull_request_without_changes_shows_none(store, repo, alice, bob, commits):
+    for number in range(commits):
+        store.commits.commit(repo, [AddFile("b", b"%d" % number)], revision="main", who=alice, message="m")
+    with store.commits.changing(repo) as git:
+        git.move_ref("refs/pr/1", old=None, new=git.resolve("main"))
+    one = store.discussions.create(repo, bob, num=1, title="title", description="d", target="refs/heads/main")
+    store.merges.merge(repo, one, alice)
+    assert render(store, repo, 1) == ""
+
+
+def test_a_merged_pull_request_shows_the_same_after_squash_and_gc(store, repo, alice, propose):
+    one = propose()
+    store.commits.commit(repo, [AddFile("b", b"1")], revision="main", who=alice, message="m")
+    merge_commit = store.merges.merge(repo, one, alice)
+    before = render(store, repo, one.num)
+    assert "diff --git a/a b/a" in before
+    assert "b/b" not in before
+    store.commits.squash(repo, branch="main", who=alice, message="")
+    collect(store, older_than_s=-5)
+    assert render(store, repo, one.num) == before
+    with store.repos.open(repo) as git:
+        assert git.resolve(merge_commit) == merge_commit
+        (git.path / "objects" / merge_commit[:2] / merge_commit[2:]).unlink()  # as an older `hub gc` has done
+    assert "diff --git a/a b/a" in render(store, repo, one.num)
+    assert collect(store, older_than_s=-5).skipped == []
