@@ -4,15 +4,15 @@ import base64
 import binascii
 from typing import Any
 
-from dulwich.ignore import IgnoreFilter
 from starlette.responses import JSONResponse, Response
 
 from .calls import Call, route
 from .ndjson import read_header, read_operations
 from .store import Repo
-from .store.discussions import Discussion, check_title
+from .store.discussions import Discussion, check_comment, check_title
 from .store.errors import InvalidInputError, NotFoundError, StaleParentError
 from .store.git import GitRepo
+from .store.ignores import Ignores
 from .store.names import check_path
 
 _MAX_FILES = 1000
@@ -26,8 +26,8 @@ def preupload(call: Call) -> Response:
         raise InvalidInputError(f"'files' must be a list of at most {_MAX_FILES} files.")
     with call.store.repos.open(repo) as git:
         commit = git.resolve(call.param("rev"))
-        ignored = _ignore_filter(call, git, commit, fields)
-        return JSONResponse({"files": [_plan(call, git, commit, ignored, file) for file in files]})
+        ignores = _read_ignores(call, git, commit, fields)
+        return JSONResponse({"files": [_plan(call, git, commit, ignores, file) for file in files]})
 
 
 def commit(call: Call) -> Response:
@@ -57,6 +57,7 @@ def _open_pull_request(call: Call) -> Response:
     repo, revision = call.repo_to_contribute(), call.param("rev")
     header = read_header(call.body)
     title = check_title(header.summary[:200].ljust(3, "."))
+    description = check_comment(header.description if header.description.strip() else header.summary)
     with call.store.repos.open(repo) as git:
         target = git.find_writable_ref(revision)
         head = git.resolve(target)
@@ -72,7 +73,7 @@ def _open_pull_request(call: Call) -> Response:
         message=header.message,
     )
     discussion = call.store.discussions.create(
-        repo, call.identity, num=num, title=title, description=header.description or header.summary, target=target
+        repo, call.identity, num=num, title=title, description=description, target=target
     )
     data = {"subject": header.summary, "oid": oid}
     call.store.discussions.add_event(repo, discussion, call.identity, "commit", data)
@@ -98,15 +99,14 @@ def _describe_commit(call: Call, repo: Repo, oid: str) -> dict[str, Any]:
     return {"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""}
 
 
-def _ignore_filter(call: Call, git: GitRepo, commit: str, fields: dict[str, Any]) -> IgnoreFilter:
-    text = fields.get("gitIgnore")
-    if text is not None:
-        return IgnoreFilter(call.text(fields, "gitIgnore").encode().splitlines())
+def _read_ignores(call: Call, git: GitRepo, commit: str, fields: dict[str, Any]) -> Ignores:
+    if fields.get("gitIgnore") is not None:
+        return Ignores.from_client(call.text(fields, "gitIgnore"))
     entry = git.find_entry(commit, ".gitignore")
-    return IgnoreFilter(git.read_file(entry.oid).splitlines() if entry and not entry.is_folder else [])
+    return Ignores.from_repo(git.read_file(entry.oid)) if entry and not entry.is_folder else Ignores()
 
 
-def _plan(call: Call, git: GitRepo, commit: str, ignored: IgnoreFilter, file: object) -> dict[str, Any]:
+def _plan(call: Call, git: GitRepo, commit: str, ignores: Ignores, file: object) -> dict[str, Any]:
     if not isinstance(file, dict):
         raise InvalidInputError("Each of 'files' must be an object.")
     path, size_bytes = check_path(call.text(file, "path")), file.get("size", 0)
@@ -120,7 +120,7 @@ def _plan(call: Call, git: GitRepo, commit: str, ignored: IgnoreFilter, file: ob
     return {
         "path": path,
         "uploadMode": "lfs" if is_large else "regular",
-        "shouldIgnore": bool(ignored.is_ignored(path)),
+        "shouldIgnore": ignores.ignores(path),
         "oid": _current_oid(call, git, commit, path),
     }
 

@@ -6,7 +6,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 
 from .calls import Call, route
 from .downloads import SAFE_HEADERS
-from .store.discussions import CLOSED, OPEN, Discussion, Event, check_title
+from .store.discussions import CLOSED, OPEN, Discussion, Event, check_comment, check_title
 from .store.errors import ForbiddenError, InvalidInputError, NotFoundError
 from .store.merges import find_conflicts, render_diff
 from .store.repos import Repo
@@ -34,7 +34,7 @@ def create(call: Call) -> Response:
     """`POST /api/{kind}s/{id}/discussions`; a pull request made so is a draft on the target's head."""
     repo, fields = call.repo_to_contribute(), call.json()
     title = check_title(call.text(fields, "title"))
-    description = call.text(fields, "description", "") or "No description."
+    description = check_comment(call.text(fields, "description", "").strip() or "No description.")
     num = call.store.repos.next_number(repo)
     is_pull_request = fields.get("pullRequest") is True
     if is_pull_request:
@@ -60,10 +60,8 @@ def show(call: Call) -> Response:
     shown = _describe(repo, discussion)
     shown["events"] = [_describe_event(event) for event in call.store.discussions.events(repo, discussion)]
     if discussion.is_pull_request:
-        with call.store.repos.open(repo) as git:
-            shown["changes"] = {"base": discussion.target, "mergeCommitId": discussion.merge_commit}
-            shown["filesWithConflicts"] = find_conflicts(git, discussion) if discussion.status in OPEN else []
-            shown["diff"] = render_diff(git, discussion) if call.flag("diff") else None
+        shown["changes"] = {"base": discussion.target, "mergeCommitId": discussion.merge_commit}
+        shown |= _describe_changes(call, repo, discussion)
     return JSONResponse(shown)
 
 
@@ -101,16 +99,18 @@ def change_status(call: Call) -> Response:
     """`POST …/{num}/status`."""
     repo, discussion = _find(call, call.repo_to_contribute())
     fields = call.json()
-    event = call.store.discussions.change_status(repo, discussion, call.identity, call.text(fields, "status"))
-    _comment_too(call, repo, discussion, fields)
+    status, text = call.text(fields, "status"), _read_comment(call, fields)
+    event = call.store.discussions.change_status(repo, discussion, call.identity, status, comment=text)
     return JSONResponse({"newStatus": _describe_event(event)})
 
 
 def merge(call: Call) -> Response:
     """`POST …/{num}/merge`: for who may write to the repo."""
     repo, discussion = _find(call, call.repo_to_write())
+    text = _read_comment(call, call.json_or_null())
     commit = call.store.merges.merge(repo, discussion, call.identity)
-    _comment_too(call, repo, discussion, call.json_or_null())
+    if text:
+        call.store.discussions.comment(repo, discussion, call.identity, text)
     return JSONResponse({"success": True, "mergeCommitId": commit})
 
 
@@ -128,10 +128,23 @@ def show_attachment(call: Call) -> Response:
     return FileResponse(path, media_type=media_type, headers=SAFE_HEADERS)
 
 
-def _comment_too(call: Call, repo: Repo, discussion: Discussion, fields: dict[str, Any]) -> None:
+def _describe_changes(call: Call, repo: Repo, discussion: Discussion) -> dict[str, Any]:
+    """Conflicts and diff; neither when the branch that the pull request is for was deleted."""
+    with call.store.repos.open(repo) as git:
+        try:
+            conflicts = find_conflicts(git, discussion) if discussion.status in OPEN else []
+            return {
+                "filesWithConflicts": conflicts,
+                "diff": render_diff(git, discussion) if call.flag("diff") else None,
+            }
+        except NotFoundError:
+            return {"filesWithConflicts": [], "diff": None}
+
+
+def _read_comment(call: Call, fields: dict[str, Any]) -> str | None:
+    """What is to be said along with a change."""
     text = call.text(fields, "comment") if fields.get("comment") else ""
-    if text.strip():
-        call.store.discussions.comment(repo, discussion, call.identity, text)
+    return check_comment(text) if text.strip() else None
 
 
 def _find(call: Call, repo: Repo) -> tuple[Repo, Discussion]:

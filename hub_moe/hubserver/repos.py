@@ -71,12 +71,7 @@ def check_auth(call: Call) -> Response:
 
 def ask_access(call: Call) -> Response:
     """`POST /api/{kind}s/{id}/ask-access`: what the button on a gated repo's page does."""
-    repo, user = call.repo(), call.identity.user
-    if not repo.gated:
-        raise InvalidInputError(f"{repo.id} is not gated.")
-    status = call.store.repos.access_status(repo, user) or ("accepted" if repo.gated == "auto" else "pending")
-    call.store.repos.set_access(repo, user, status)
-    return JSONResponse({"status": status})
+    return JSONResponse({"status": call.store.repos.ask_access(call.repo(), call.identity)})
 
 
 def list_access(call: Call) -> Response:
@@ -97,18 +92,16 @@ def handle_access(call: Call) -> Response:
     user, status = call.text(fields, "requestId" if "requestId" in fields else "user"), call.text(fields, "status")
     if status not in {"pending", "accepted", "rejected"}:
         raise InvalidInputError(f"status is pending, accepted or rejected; got {status!r}.")
-    if call.store.repos.access_status(repo, user) in {None, status}:
+    if not call.store.repos.change_access(repo, user, status):
         raise NotFoundError("request", f"{user} has no request for access that is not {status} already.")
-    call.store.repos.set_access(repo, user, status)
     return JSONResponse({"status": status})
 
 
 def grant_access(call: Call) -> Response:
     """`POST /api/{kind}s/{id}/user-access-request/grant`: let somebody in who has not asked."""
     repo, user = _gated_repo(call), call.text(call.json(), "user")
-    if call.store.repos.access_status(repo, user):
+    if not call.store.repos.add_access(repo, user, "accepted"):
         raise InvalidInputError(f"{user} has asked for access already; handle the request.")
-    call.store.repos.set_access(repo, user, "accepted")
     return JSONResponse({"status": "accepted"})
 
 

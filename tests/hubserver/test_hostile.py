@@ -199,6 +199,51 @@ def test_a_large_body_without_a_token_is_refused(hub, client):
         assert nobody.send("POST", "/api/validate-yaml", content=b"x" * 2_000_000).status_code == 413
 
 
+def test_a_pattern_of_many_stars_holds_up_nobody(client):
+    body = {"files": [{"path": "a" * 60, "size": 1, "sample": ""}], "gitIgnore": "*a" * 40 + "b"}
+    answer = client.send("POST", "/api/models/alice/hostile/preupload/main", json=body, timeout=10)
+    assert answer.json()["files"][0]["shouldIgnore"] is False
+    answer = client.send("POST", "/api/models/alice/hostile/preupload/main", json=body | {"gitIgnore": "a" * 70_000})
+    assert (answer.status_code, "gitIgnore" in answer.json()["error"]) == (400, True)
+
+
+def test_what_is_refused_is_not_done(client):
+    client.create("refused").raise_for_status()
+    talk = "/api/models/alice/refused/discussions"
+    long = "x" * 70_000
+    assert client.commit("refused", {"a": b"1"}, header={"description": long}, create_pr="1").status_code == 400
+    assert client.send("POST", talk, json={"title": "Talk", "description": long}).status_code == 400
+    assert (
+        client.send("POST", talk, json={"title": "Talk", "pullRequest": True, "description": long}).status_code == 400
+    )
+    assert client.send("GET", talk).json()["count"] == 0
+    assert client.send("GET", "/api/models/alice/refused/refs?include_prs=1").json()["pullRequests"] == []
+    assert client.send("POST", talk, json={"title": "Talk", "description": "  "}).status_code == 200
+    client.commit("refused", {"a": b"1"}, header={"description": " "}, create_pr="1").raise_for_status()
+    number = client.send("GET", talk).json()["discussions"][0]["num"]
+    for body in (b'{"comment": 5}', json.dumps({"comment": long}), b"[]", b"{"):
+        assert client.send("POST", f"{talk}/{number}/merge", content=body).status_code == 400
+    for comment in (5, long):
+        body = {"status": "closed", "comment": comment}
+        assert client.send("POST", f"{talk}/{number}/status", json=body).status_code == 400
+    shown = client.send("GET", f"{talk}/{number}").json()
+    assert (shown["status"], [event["type"] for event in shown["events"]]) == ("open", ["comment", "commit"])
+    assert client.send("POST", f"{talk}/{number}/merge", json={"comment": "thanks"}).status_code == 200
+    assert client.send("GET", f"{talk}/{number}").json()["events"][-1]["data"]["latest"]["raw"] == "thanks"
+
+
+def test_a_pull_request_for_a_branch_that_is_gone_is_still_shown(client):
+    client.create("gone").raise_for_status()
+    client.send("POST", "/api/models/alice/gone/branch/side", json={}).raise_for_status()
+    line = b'{"key": "file", "value": {"path": "a", "content": "1"}}'
+    path = "/api/models/alice/gone/commit/side?create_pr=1"
+    client.send("POST", path, content=HEADER.encode() + line).raise_for_status()
+    client.send("DELETE", "/api/models/alice/gone/branch/side").raise_for_status()
+    shown = client.send("GET", "/api/models/alice/gone/discussions/1?diff=1").json()
+    assert (shown["status"], shown["diff"], shown["filesWithConflicts"]) == ("open", None, [])
+    assert client.send("GET", "/alice/gone/discussions/1").status_code == 200
+
+
 def test_a_file_is_never_a_page_of_this_site(client):
     client.commit("hostile", {"x.html": b"<script>alert(1)</script>"})
     answer = client.send("GET", "/alice/hostile/resolve/main/x.html")

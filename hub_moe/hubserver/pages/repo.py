@@ -10,7 +10,7 @@ from ..profiles import Profile, read_profile
 from ..sessions import identify_person, read_own_form
 from ..store import GitRepo, Repo
 from ..store.discussions import OPEN
-from ..store.errors import GatedError, InvalidInputError
+from ..store.errors import GatedError
 from .facts import write_snippets
 from .lineage import read_lineage
 from .markdown import MAX_CHARACTERS, Place, render_markdown
@@ -53,11 +53,8 @@ def show_repo(call: Call) -> Response:
 def ask_access(call: Call) -> Response:
     """`POST /{id}/ask-access`."""
     read_own_form(call)
-    repo, user = call.repo(), call.identity.user
-    if not repo.gated:
-        raise InvalidInputError(f"{repo.id} is not gated.")
-    if call.store.repos.access_status(repo, user) is None:
-        call.store.repos.set_access(repo, user, "accepted" if repo.gated == "auto" else "pending")
+    repo = call.repo()
+    call.store.repos.ask_access(repo, call.identity)
     return RedirectResponse(repo_url(repo.id), status_code=303)
 
 

@@ -86,12 +86,10 @@ def answer(call: Call) -> Response:
     text, status, title = (fields.get(name, "") for name in ("comment", "status", "title"))
     if not (text.strip() or status or title):
         raise InvalidInputError("Write something first.")
-    if title:
-        call.store.discussions.rename(repo, discussion, call.identity, title)
-    if text.strip():
-        call.store.discussions.comment(repo, discussion, call.identity, text)
-    if status:
-        call.store.discussions.change_status(repo, discussion, call.identity, status)
+    comment = text if text.strip() else None
+    call.store.discussions.change(
+        repo, discussion, call.identity, title=title or None, comment=comment, status=status or None
+    )
     return _back(repo, discussion)
 
 

@@ -72,8 +72,7 @@ class Commits:
             StaleParentError: If `parent` (a commit id or its beginning) is not the branch's head.
             InvalidInputError: If an operation is impossible; then nothing has changed.
         """
-        if not message.strip() or len(message) > MAX_MESSAGE_CHARACTERS:
-            raise InvalidInputError(f"A commit message has 1 to {MAX_MESSAGE_CHARACTERS} characters.")
+        check_message(message)
         with self._repos.open(repo) as git:
             ref = git.find_writable_ref(revision)
             added, deleted = self._store(repo, git, operations)
@@ -95,6 +94,7 @@ class Commits:
         self, repo: Repo, operations: Iterable[Operation], *, ref: str, revision: str, who: Identity, message: str
     ) -> str:
         """Like `commit`, but the head of `revision` stays and a new ref gets the commit: a pull request's first."""
+        check_message(message)
         with self._repos.open(repo) as git:
             head = git.resolve(git.find_writable_ref(revision))
             added, deleted = self._store(repo, git, operations)
@@ -118,12 +118,11 @@ class Commits:
 
     def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
         """Replace the history of a branch or pull request by one commit with the same files."""
+        message = check_message(message.strip() or f"Squash {branch}")
         with self._lock(repo), self._repos.open(repo) as git:
             ref = git.find_writable_ref(branch)
             head = git.resolve(ref)
-            commit = git.write_commit(
-                tree=git.tree_of(head), parents=[], author=format_author(who), message=message or f"Squash {branch}"
-            )
+            commit = git.write_commit(tree=git.tree_of(head), parents=[], author=format_author(who), message=message)
             git.move_ref(ref, old=head, new=commit)
         self._repos.touch(repo)
         return commit
@@ -139,6 +138,7 @@ class Commits:
 
     def create_tag(self, repo: Repo, tag: str, *, at: str, who: Identity, message: str = "") -> None:
         """A new tag at a revision, annotated when it has a message; ConflictError if there is one of this name."""
+        message = check_message(message) if message.strip() else ""
         with self._lock(repo), self._repos.open(repo) as git:
             oid = commit = git.resolve(at)
             ref = f"refs/tags/{check_ref_name(tag)}"
@@ -226,6 +226,13 @@ class Commits:
                 f"{operation.path} names the large file {operation.sha256}, which was never uploaded to this repo."
             )
         return format_pointer(operation.sha256, size_bytes)
+
+
+def check_message(message: str) -> str:
+    """`message` if a commit or tag may carry it: 1 to 65,536 characters, not all of them spaces."""
+    if not message.strip() or len(message) > MAX_MESSAGE_CHARACTERS:
+        raise InvalidInputError(f"A commit message has 1 to {MAX_MESSAGE_CHARACTERS} characters.")
+    return message
 
 
 def format_author(who: Identity) -> str:

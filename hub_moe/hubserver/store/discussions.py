@@ -3,7 +3,9 @@
 import json
 import secrets
 import sqlite3
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .accounts import Identity
@@ -12,8 +14,10 @@ from .errors import ForbiddenError, InvalidInputError, NotFoundError
 from .repos import Repo, Repos
 
 MAX_COMMENT_CHARACTERS = 65_536
+MAX_HISTORY = 20
 OPEN = ("open", "draft")
 CLOSED = ("closed", "merged")
+_FIND = "SELECT * FROM discussions WHERE repo = ? AND num = ?"
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,18 @@ class Discussions:
     ) -> Discussion:
         """Open a discussion, or with `target` a pull request whose ref exists already."""
         row = (repo.uid, num, check_title(title), status, int(target is not None), who.user, now(), target or "")
-        with self._database.transaction() as connection:
-            connection.execute("INSERT INTO discussions VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
-        self.comment(repo, self.find(repo, num), who, description)
+        first = _comment_data(description, who, [])
+        try:
+            with self._database.transaction() as connection:
+                connection.execute("INSERT INTO discussions VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
+                _add_event(connection, repo, num, _new_event(who, "comment", first))
+        except sqlite3.IntegrityError:
+            raise NotFoundError("repo", "Repository not found") from None  # it was deleted in the meantime
         return self.find(repo, num)
 
     def find(self, repo: Repo, num: int) -> Discussion:
         """A discussion by its number."""
-        row = self._database.row("SELECT * FROM discussions WHERE repo = ? AND num = ?", repo.uid, num)
+        row = self._database.row(_FIND, repo.uid, num)
         if row is None:
             raise NotFoundError("discussion", f"{repo.id} has no discussion {num}.")
         return _discussion(row)
@@ -99,10 +107,9 @@ class Discussions:
 
     def add_event(self, repo: Repo, discussion: Discussion, who: Identity, kind: str, data: dict[str, Any]) -> Event:
         """Note that something happened."""
-        event = Event(secrets.token_hex(12), kind, who.user, now(), data)
-        values = (event.id, repo.uid, discussion.num, kind, who.user, event.created_at, json.dumps(data))
+        event = _new_event(who, kind, data)
         with self._database.transaction() as connection:
-            connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            _add_event(connection, repo, discussion.num, event)
         return event
 
     def comment(self, repo: Repo, discussion: Discussion, who: Identity, text: str) -> Event:
@@ -110,46 +117,76 @@ class Discussions:
         return self.add_event(repo, discussion, who, "comment", _comment_data(text, who, []))
 
     def edit_comment(self, repo: Repo, discussion: Discussion, who: Identity, event_id: str, text: str) -> Event:
-        """Change one's own comment; what it said before stays in its history."""
-        event = self._find_comment(repo, discussion, event_id)
-        if event.author.lower() != who.user.lower():
-            raise ForbiddenError("Only its author may edit a comment.")
-        if event.data["hidden"]:
-            raise InvalidInputError("A hidden comment cannot be edited.")
-        data = _comment_data(text, who, [*event.data["history"], event.data["latest"]])
-        return self._replace_data(event, data | {"edited": True})
+        """Change one's own comment; what it said before stays in its history, the last 20 versions."""
+        with self._database.transaction() as connection:
+            event = _find_comment(connection, repo, discussion, event_id)
+            if event.author.lower() != who.user.lower():
+                raise ForbiddenError("Only its author may edit a comment.")
+            if event.data["hidden"]:
+                raise InvalidInputError("A hidden comment cannot be edited.")
+            history = [*event.data["history"], event.data["latest"]][-MAX_HISTORY:]
+            return _replace_data(connection, event, _comment_data(text, who, history) | {"edited": True})
 
     def hide_comment(self, repo: Repo, discussion: Discussion, who: Identity, event_id: str) -> Event:
         """Take a comment out of sight for good: its author may, and who may write to the repo."""
-        event = self._find_comment(repo, discussion, event_id)
-        if event.author.lower() != who.user.lower() and not self._repos.may_write(repo, who):
-            raise ForbiddenError("Only its author and the repo's owners may hide a comment.")
-        data = _comment_data("This comment has been hidden", who, [])
-        return self._replace_data(event, data | {"hidden": True, "hiddenBy": who.user})
+        may_write = self._repos.may_write(repo, who)
+        data = _comment_data("This comment has been hidden", who, []) | {"hidden": True, "hiddenBy": who.user}
+        with self._database.transaction() as connection:
+            event = _find_comment(connection, repo, discussion, event_id)
+            if event.author.lower() != who.user.lower() and not may_write:
+                raise ForbiddenError("Only its author and the repo's owners may hide a comment.")
+            return _replace_data(connection, event, data)
 
     def rename(self, repo: Repo, discussion: Discussion, who: Identity, title: str) -> Event:
         """Change the title."""
-        self._require_control(repo, discussion, who)
-        self._update(repo, discussion, title=check_title(title))
-        data = {"from": discussion.title, "to": title.strip()}
-        return self.add_event(repo, discussion, who, "title-change", data)
+        return self.change(repo, discussion, who, title=title)[0]
 
-    def change_status(self, repo: Repo, discussion: Discussion, who: Identity, status: str) -> Event:
-        """Open or close; what is merged stays so, and only a pull request can be a draft."""
-        self._require_control(repo, discussion, who)
-        if status not in {"open", "closed", "draft"} or (status == "draft" and not discussion.is_pull_request):
-            raise InvalidInputError(f"The status cannot become {status!r}; use open or closed.")
-        if discussion.status == "merged":
-            raise InvalidInputError("A merged pull request stays merged.")
-        if discussion.status == status:
-            raise InvalidInputError(f"The status is {status} already.")
-        self._update(repo, discussion, status=status)
-        return self.add_event(repo, discussion, who, "status-change", {"status": status})
+    def change_status(
+        self, repo: Repo, discussion: Discussion, who: Identity, status: str, *, comment: str | None = None
+    ) -> Event:
+        """Open or close; what is merged stays so, and only a pull request can be a draft. A comment may go along."""
+        return self.change(repo, discussion, who, status=status, comment=comment)[-1]
 
-    def mark_merged(self, repo: Repo, discussion: Discussion, who: Identity, commit: str) -> Event:
-        """Note that a pull request was merged by a commit."""
-        self._update(repo, discussion, status="merged", merge_commit=commit)
-        return self.add_event(repo, discussion, who, "status-change", {"status": "merged"})
+    def change(
+        self,
+        repo: Repo,
+        discussion: Discussion,
+        who: Identity,
+        *,
+        title: str | None = None,
+        comment: str | None = None,
+        status: str | None = None,
+    ) -> list[Event]:
+        """Rename, comment and set the status, as far as each is given: all of it or nothing."""
+        if title is not None or status is not None:
+            self._require_control(repo, discussion, who)
+        events = [] if comment is None else [_new_event(who, "comment", _comment_data(comment, who, []))]
+        with self._database.transaction() as connection:
+            current = _read(connection, repo, discussion)
+            if title is not None:
+                data = {"from": current.title, "to": check_title(title)}
+                _update(connection, repo, current, title=check_title(title))
+                events.insert(0, _new_event(who, "title-change", data))
+            if status is not None:
+                _check_change(current, status)
+                _update(connection, repo, current, status=status)
+                events.append(_new_event(who, "status-change", {"status": status}))
+            for event in events:
+                _add_event(connection, repo, current.num, event)
+        return events
+
+    @contextmanager
+    def merging(self, repo: Repo, discussion: Discussion, who: Identity, commit: str) -> Iterator[None]:
+        """Note that an open pull request is merged by a commit, if the block gets to its end.
+
+        Nobody changes the discussion meanwhile, so that a branch never moves for a pull request that was closed.
+        """
+        with self._database.transaction() as connection:
+            current = _read(connection, repo, discussion)
+            require_open(current)
+            _update(connection, repo, current, status="merged", merge_commit=commit)
+            _add_event(connection, repo, current.num, _new_event(who, "status-change", {"status": "merged"}))
+            yield
 
     def may_control(self, repo: Repo, discussion: Discussion, who: Identity) -> bool:
         """Whether `who` may close, open or rename a discussion: its author, and who may write to the repo."""
@@ -166,23 +203,18 @@ class Discussions:
         if not self.may_control(repo, discussion, who):
             raise ForbiddenError("Only its author and the repo's owners may do this.")
 
-    def _find_comment(self, repo: Repo, discussion: Discussion, event_id: str) -> Event:
-        query = "SELECT * FROM events WHERE repo = ? AND num = ? AND id = ? AND type = 'comment'"
-        row = self._database.row(query, repo.uid, discussion.num, event_id)
-        if row is None:
-            raise NotFoundError("comment", f"There is no comment {event_id}.")
-        return _event(row)
 
-    def _replace_data(self, event: Event, data: dict[str, Any]) -> Event:
-        with self._database.transaction() as connection:
-            connection.execute("UPDATE events SET data = ? WHERE id = ?", (json.dumps(data), event.id))
-        return Event(event.id, event.type, event.author, event.created_at, data)
+def require_open(discussion: Discussion) -> None:
+    """Refuse to merge what is no open pull request."""
+    if not discussion.is_pull_request or discussion.status != "open":
+        raise InvalidInputError(f"Only an open pull request can be merged; this one is {discussion.status}.")
 
-    def _update(self, repo: Repo, discussion: Discussion, **values: str) -> None:
-        with self._database.transaction() as connection:
-            columns = ", ".join(f"{column} = ?" for column in values)
-            query = f"UPDATE discussions SET {columns} WHERE repo = ? AND num = ?"
-            connection.execute(query, (*values.values(), repo.uid, discussion.num))
+
+def check_comment(text: str) -> str:
+    """`text` if it may be a comment: 1 to 65,536 characters, not all of them spaces."""
+    if not text.strip() or len(text) > MAX_COMMENT_CHARACTERS:
+        raise InvalidInputError(f"A comment has 1 to {MAX_COMMENT_CHARACTERS} characters.")
+    return text
 
 
 def check_title(title: str) -> str:
@@ -193,10 +225,53 @@ def check_title(title: str) -> str:
 
 
 def _comment_data(text: str, who: Identity, history: list[dict[str, Any]]) -> dict[str, Any]:
-    if not text.strip() or len(text) > MAX_COMMENT_CHARACTERS:
-        raise InvalidInputError(f"A comment has 1 to {MAX_COMMENT_CHARACTERS} characters.")
-    latest = {"raw": text, "html": "", "updatedAt": now(), "author": {"name": who.user}}
+    latest = {"raw": check_comment(text), "html": "", "updatedAt": now(), "author": {"name": who.user}}
     return {"edited": False, "hidden": False, "latest": latest, "history": history}
+
+
+def _check_change(discussion: Discussion, status: str) -> None:
+    if status not in {"open", "closed", "draft"} or (status == "draft" and not discussion.is_pull_request):
+        raise InvalidInputError(f"The status cannot become {status[:40]!r}; use open or closed.")
+    if discussion.status == "merged":
+        raise InvalidInputError("A merged pull request stays merged.")
+    if discussion.status == status:
+        raise InvalidInputError(f"The status is {status} already.")
+
+
+def _new_event(who: Identity, kind: str, data: dict[str, Any]) -> Event:
+    return Event(secrets.token_hex(12), kind, who.user, now(), data)
+
+
+def _add_event(connection: sqlite3.Connection, repo: Repo, num: int, event: Event) -> None:
+    values = (event.id, repo.uid, num, event.type, event.author, event.created_at, json.dumps(event.data))
+    connection.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _read(connection: sqlite3.Connection, repo: Repo, discussion: Discussion) -> Discussion:
+    """The discussion as it is inside a transaction."""
+    row = connection.execute(_FIND, (repo.uid, discussion.num)).fetchone()
+    if row is None:
+        raise NotFoundError("discussion", f"{repo.id} has no discussion {discussion.num}.")
+    return _discussion(row)
+
+
+def _update(connection: sqlite3.Connection, repo: Repo, discussion: Discussion, **values: str) -> None:
+    columns = ", ".join(f"{column} = ?" for column in values)
+    query = f"UPDATE discussions SET {columns} WHERE repo = ? AND num = ?"
+    connection.execute(query, (*values.values(), repo.uid, discussion.num))
+
+
+def _find_comment(connection: sqlite3.Connection, repo: Repo, discussion: Discussion, event_id: str) -> Event:
+    query = "SELECT * FROM events WHERE repo = ? AND num = ? AND id = ? AND type = 'comment'"
+    row = connection.execute(query, (repo.uid, discussion.num, event_id)).fetchone()
+    if row is None:
+        raise NotFoundError("comment", f"There is no comment {event_id}.")
+    return _event(row)
+
+
+def _replace_data(connection: sqlite3.Connection, event: Event, data: dict[str, Any]) -> Event:
+    connection.execute("UPDATE events SET data = ? WHERE id = ?", (json.dumps(data), event.id))
+    return replace(event, data=data)
 
 
 def _discussion(row: sqlite3.Row) -> Discussion:

@@ -102,6 +102,7 @@ class _Run:
 
     def _clean_alone(self, repo: Repo, git: GitRepo, reachable: Reachable) -> None:
         reachable.add_refs(git)
+        reachable.add(git, self._list_merges(repo, git))
         garbage = GitGarbage(git, reachable, before_s=self._before_s)
         for size_bytes in garbage.count() if self._dry_run else garbage.delete():
             self.freed.add("git objects", size_bytes)
@@ -113,6 +114,12 @@ class _Run:
         if forgotten and not self._dry_run:
             with self._store.database.transaction() as connection:
                 connection.executemany("DELETE FROM repo_blobs WHERE repo = ? AND sha256 = ?", forgotten)
+
+    def _list_merges(self, repo: Repo, git: GitRepo) -> list[str]:
+        """The commits that merged pull requests: their pages show them, even when the branch was squashed since."""
+        query = "SELECT DISTINCT merge_commit FROM discussions WHERE repo = ? AND merge_commit IS NOT NULL"
+        rows = self._store.database.rows(query, repo.uid)
+        return [row["merge_commit"] for row in rows if row["merge_commit"] in git.objects]
 
     def clean_folders(self) -> None:
         """Delete git repositories that belong to no repo."""

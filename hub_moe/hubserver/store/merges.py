@@ -3,8 +3,8 @@
 from .accounts import Identity
 from .commits import Commits, format_author
 from .diffs import diff_commits
-from .discussions import Discussion, Discussions
-from .errors import ConflictError, InvalidInputError
+from .discussions import Discussion, Discussions, require_open
+from .errors import ConflictError
 from .git import EXECUTABLE_MODE, FILE_MODE, GitRepo
 from .repos import Repo, Repos
 
@@ -28,16 +28,15 @@ class Merges:
         """
         with self._commits.changing(repo) as git:
             discussion = self._discussions.find(repo, discussion.num)
-            if not discussion.is_pull_request or discussion.status != "open":
-                raise InvalidInputError(f"Only an open pull request can be merged; this one is {discussion.status}.")
+            require_open(discussion)
             target, head = git.resolve(discussion.target), git.resolve(discussion.ref)
             base = git.find_merge_base(target, head)
-            if base == head:  # an earlier merge was cut short after it had moved the target
-                commit = target
-            else:
-                commit = _write_merge(git, base, target, head, who, discussion)
-                git.move_ref(discussion.target, old=target, new=commit)
-            self._discussions.mark_merged(repo, discussion, who, commit)
+            # when they are the same, an earlier merge was cut short after it had moved the target
+            commit = target if base == head else _write_merge(git, base, target, head, who, discussion)
+            git.objects.flush()
+            with self._discussions.merging(repo, discussion, who, commit):
+                if commit != target:
+                    git.move_ref(discussion.target, old=target, new=commit)
         self._repos.touch(repo)
         return commit
 
@@ -64,8 +63,18 @@ def render_diff(git: GitRepo, discussion: Discussion) -> str:
 def find_range(git: GitRepo, discussion: Discussion) -> tuple[str | None, str]:
     """The commits between which a pull request's changes lie: where it left its target, and its head."""
     head = git.resolve(discussion.ref)
-    start = discussion.merge_commit and git.parents(discussion.merge_commit)[0]
-    return git.find_merge_base(start or git.resolve(discussion.target), head), head
+    start = _find_start(git, discussion.merge_commit, head) or git.resolve(discussion.target)
+    return git.find_merge_base(start, head), head
+
+
+def _find_start(git: GitRepo, merge_commit: str | None, head: str) -> str | None:
+    """What the target was before a merge; None before it, and where an older `hub gc` has deleted the merge commit."""
+    if merge_commit is None or merge_commit not in git.objects:
+        return None
+    parents = git.parents(merge_commit)
+    return (
+        parents[0] if head in parents[1:] else merge_commit
+    )  # an empty pull request is merged by no commit of its own
 
 
 def _write_merge(git: GitRepo, base: str | None, target: str, head: str, who: Identity, discussion: Discussion) -> str:

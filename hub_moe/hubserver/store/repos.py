@@ -186,7 +186,10 @@ class Repos:
         """A number for a discussion or pull request, never given twice."""
         with self._database.transaction() as connection:
             query = "UPDATE repos SET last_num = last_num + 1 WHERE id = ? RETURNING last_num"
-            return int(connection.execute(query, (repo.uid,)).fetchall()[0][0])
+            found = connection.execute(query, (repo.uid,)).fetchall()
+        if not found:
+            raise NotFoundError("repo", "Repository not found")
+        return int(found[0][0])
 
     def delete(self, repo_id: RepoId, who: Identity | None) -> None:
         """Forget a repo and its history; `hub gc` frees the room that its large files take."""
@@ -248,11 +251,27 @@ class Repos:
         row = self._database.row("SELECT status FROM grants WHERE repo = ? AND user = ?", repo.uid, user)
         return row["status"] if row else None
 
-    def set_access(self, repo: Repo, user: str, status: str) -> None:
-        """Record the state of a user's access to a gated repo."""
+    def ask_access(self, repo: Repo, who: Identity) -> str:
+        """Ask for the files of a gated repo; the state of it, which asking again does not change."""
+        if not who.can_write:
+            raise ForbiddenError("You have read access but not the required permissions: this token cannot write.")
+        if not repo.gated:
+            raise InvalidInputError(f"{repo.id} is not gated.")
+        self.add_access(repo, who.user, "accepted" if repo.gated == "auto" else "pending")
+        return self.access_status(repo, who.user) or "pending"
+
+    def add_access(self, repo: Repo, user: str, status: str) -> bool:
+        """Record the state of a user's access, if there is none yet; whether it was recorded."""
         name = self._accounts.find(user)["name"]
+        query = "INSERT INTO grants SELECT id, ?, ?, ? FROM repos WHERE id = ? ON CONFLICT DO NOTHING"
         with self._database.transaction() as connection:
-            connection.execute("INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?)", (repo.uid, name, status, now()))
+            return connection.execute(query, (name, status, now(), repo.uid)).rowcount == 1
+
+    def change_access(self, repo: Repo, user: str, status: str) -> bool:
+        """Change the state of access for who has one; whether it was another one before."""
+        query = "UPDATE grants SET status = ?, asked_at = ? WHERE repo = ? AND user = ? AND status != ?"
+        with self._database.transaction() as connection:
+            return connection.execute(query, (status, now(), repo.uid, user, status)).rowcount == 1
 
     def access_requests(self, repo: Repo, status: str) -> list[tuple[str, str]]:
         """The users with this status and when it was set."""

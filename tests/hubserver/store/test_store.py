@@ -201,8 +201,44 @@ def test_a_gated_repo_opens_to_who_was_granted(store, repo, alice, bob):
     for who in (bob, None):
         with pytest.raises(GatedError):
             store.repos.find_to_read(MODEL, who)
-    store.repos.set_access(repo, "bob", "accepted")
+    repo = store.repos.find(MODEL, alice)
+    assert store.repos.ask_access(repo, bob) == "pending"
+    assert store.repos.change_access(repo, "Bob", "accepted")
     assert store.repos.find_to_read(MODEL, bob).gated == "manual"
+
+
+def test_asking_for_access_needs_a_token_that_may_write_and_undoes_nothing(store, repo, alice, bob):
+    reader = store.accounts.identify(store.accounts.create_token("bob", name="r", role="read"))
+    with pytest.raises(InvalidInputError, match="not gated"):
+        store.repos.ask_access(repo, bob)
+    store.repos.update(MODEL, alice, private=None, gated="auto")
+    repo = store.repos.find(MODEL, alice)
+    with pytest.raises(ForbiddenError):
+        store.repos.ask_access(repo, reader)
+    assert store.repos.access_status(repo, "bob") is None
+    assert store.repos.ask_access(repo, bob) == "accepted"
+    assert not store.repos.change_access(repo, "bob", "accepted")
+    assert store.repos.change_access(repo, "bob", "rejected")
+    assert store.repos.ask_access(repo, bob) == "rejected"
+    assert not store.repos.add_access(repo, "bob", "accepted")
+    assert store.repos.access_status(repo, "bob") == "rejected"
+
+
+def test_who_asks_while_the_request_is_rejected_is_not_let_in(store, repo, alice, bob):
+    store.repos.update(MODEL, alice, private=None, gated="auto")
+    repo = store.repos.find(MODEL, alice)
+    for number in range(10):
+        name = f"user{number}"
+        store.accounts.add_user(name)
+        who = store.accounts.identify(store.accounts.create_token(name))
+        store.repos.add_access(repo, name, "pending")
+        threads = [threading.Thread(target=store.repos.ask_access, args=(repo, who)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        store.repos.change_access(repo, name, "rejected")
+        for thread in threads:
+            thread.join()
+        assert store.repos.access_status(repo, name) == "rejected"
 
 
 def test_an_organisation_shares_its_repos_with_its_members_by_role(store, alice, bob):
