@@ -84,9 +84,8 @@ async def add_xorb(request: Request) -> Response:
 def add_shard(call: Call) -> Response:
     """`POST {address}/v1/shards`: when this answers, every file of the shard can be committed."""
     fields = _read_token(call.request, "xet-write")
-    for file in _read_shard(call):
-        for _ in call.store.xet.add_file(fields["repo"], file):
-            pass
+    for _ in call.store.xet.add_files(fields["repo"], _read_shard(call)):
+        pass
     return JSONResponse({"result": 1})
 
 
@@ -101,10 +100,9 @@ def add_shard_with_progress(call: Call) -> Response:
 def _report(store: Store, repo_uid: str, files: list[ShardFile]) -> Iterator[dict[str, Any]]:
     total, verified = sum(len(file.terms) for file in files), 0
     try:
-        for file in files:
-            for _ in store.xet.add_file(repo_uid, file):
-                verified += 1
-                yield {"type": "validating", "verified": verified, "total": total}
+        for _ in store.xet.add_files(repo_uid, files):
+            verified += 1
+            yield {"type": "validating", "verified": verified, "total": total}
         yield {"type": "result"}
     except StoreError as error:
         yield {"type": "error", "message": str(error), "retryable": False}

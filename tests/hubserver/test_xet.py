@@ -223,6 +223,16 @@ def test_a_malformed_shard_is_refused_with_a_sentence(alice, version, shard):
     assert answer.json()["error"].endswith(".")
 
 
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_small_shard_that_asks_for_much_work_is_refused_at_once(alice, version):
+    tiny = Xorb([b"x"] * 3000)
+    token = alice.token("write", "alice/xet-open")
+    alice.cas("POST", f"/v1/xorbs/default/{tiny.name}", token, content=tiny.body).raise_for_status()
+    answer = alice.cas("POST", f"/{version}/shards", token, content=pack_shard(File([(tiny, 0, 3000)] * 40)))
+    assert (answer.status_code, "too many chunks" in answer.text) == ({"v1": 413, "v2": 200}[version], True)
+    assert version == "v1" or json.loads(answer.text)["type"] == "error"
+
+
 @pytest.mark.parametrize("name", ["x", "0" * 63, "A" * 64, "..%2f" + "0" * 59, "0" * 64])
 @pytest.mark.parametrize(
     "body", [b"", b"x", b"XETBLOB", bytes(100), Xorb([b"a"]).body, b"\0\xff\xff\xff\0\xff\xff\xff"]

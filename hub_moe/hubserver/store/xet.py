@@ -16,6 +16,10 @@ from .xet_hashes import Node, check_name, format_hash, hash_file, hash_term
 from .xorbs import XorbStore
 
 _MAX_FILE_BYTES = 1 << 40
+_MIN_CHUNK_BYTES = 8 << 10  # of hf_xet; only the last chunk of a file or before another term may have less
+_SMALL_CHUNKS_PER_TERM = 8
+_REPEATS = 4
+_REPEATED_BYTES = 4 << 30
 
 
 class XetStore:
@@ -27,6 +31,28 @@ class XetStore:
         self._contents = contents
         self.xorbs = xorbs
         self.similar = Similar(database, xorbs, contents.recipes)
+
+    def add_files(self, repo_uid: str, files: list[ShardFile]) -> Iterator[int]:
+        """`add_file` for each file of a shard, unless that is too much work for what was sent."""
+        self._check_work(repo_uid, files)
+        for file in files:
+            yield from self.add_file(repo_uid, file)
+
+    def _check_work(self, repo_uid: str, files: list[ShardFile]) -> None:
+        """Refuse a shard whose verification would be out of all proportion to what was sent for it.
+
+        Zeros may stand in a file again and again, but they are read and hashed each time.
+        """
+        terms = [term for file in files for term in file.terms]
+        for term in terms:  # what is added up must be true
+            self._refuse(repo_uid, term, self._find_misfit(term))
+        chunks, size_bytes = sum(term.end - term.first for term in terms), sum(term.size_bytes for term in terms)
+        if chunks > size_bytes // _MIN_CHUNK_BYTES + _SMALL_CHUNKS_PER_TERM * len(terms):
+            raise TooLargeError(f"The files of this shard have too many chunks of less than {_MIN_CHUNK_BYTES} bytes.")
+        if size_bytes > _REPEATS * _count_distinct_bytes(terms) + _REPEATED_BYTES:
+            raise TooLargeError(
+                "The files of this shard repeat the same chunks too often; send them with HF_HUB_DISABLE_XET=1."
+            )
 
     def add_file(self, repo_uid: str, file: ShardFile) -> Iterator[int]:
         """Verify a file of a shard and register it with a repo, yielding how many more bytes were verified.
@@ -85,11 +111,7 @@ class XetStore:
     def _check_terms(self, repo_uid: str, file: ShardFile) -> None:
         """That each term exists and the client knows its chunks, and that the file's name is true."""
         for term, proof in zip(file.terms, file.proofs, strict=True):
-            fault = self._find_fault(term, proof)
-            if fault and not self.has_xorb(repo_uid, term.xorb):  # it may be a secret that somebody else has it
-                fault = _UNPROVEN
-            if fault:
-                raise InvalidInputError(fault.format(term.xorb))
+            self._refuse(repo_uid, term, self._find_misfit(term) or self._find_false_proof(term, proof))
         name = format_hash(hash_file(self._nodes(file)))
         if name != file.name:
             raise InvalidInputError(f"The file has the Xet hash {name}, not {file.name}.")
@@ -97,8 +119,13 @@ class XetStore:
     def _nodes(self, file: ShardFile) -> Iterator[Node]:
         return (node for term in file.terms for node in self.xorbs.index(term.xorb).nodes(term.first, term.end))
 
-    def _find_fault(self, term: Term, proof: bytes) -> str | None:
-        """What is wrong with a term, with a place for the name of its xorb."""
+    def _refuse(self, repo_uid: str, term: Term, fault: str | None) -> None:
+        """Say what is wrong with a term, if anything is, but to nobody that somebody else has the xorb."""
+        if fault:
+            raise InvalidInputError((fault if self.has_xorb(repo_uid, term.xorb) else _UNPROVEN).format(term.xorb))
+
+    def _find_misfit(self, term: Term) -> str | None:
+        """Where a term does not fit its xorb, with a place for the xorb's name."""
         if not self.xorbs.has(term.xorb):  # its index may still be remembered
             return _UNPROVEN
         index = self.xorbs.index(term.xorb)
@@ -107,7 +134,10 @@ class XetStore:
         size_bytes = index.size_bytes(term.first, term.end)
         if size_bytes != term.size_bytes:
             return f"A term of the xorb {{}} has {size_bytes} bytes, not {term.size_bytes}."
-        is_proven = hash_term(index.hashes_of(term.first, term.end)) == proof
+        return None
+
+    def _find_false_proof(self, term: Term, proof: bytes) -> str | None:
+        is_proven = hash_term(self.xorbs.index(term.xorb).hashes_of(term.first, term.end)) == proof
         return None if is_proven else "A verification entry for the xorb {} is wrong."
 
     def _read(self, run: tuple[str, int, int]) -> memoryview:
@@ -127,6 +157,15 @@ class XetStore:
             self._contents.recipes.add(connection, file)
             self.similar.add(connection, file.sha256, self._nodes(file))
             self._commits.note(connection, repo_uid, file.sha256)
+
+
+def _count_distinct_bytes(terms: list[Term]) -> int:
+    """How many bytes the terms have at least, those that several terms have counted once."""
+    total, xorb, end = 0, "", 0
+    for term in sorted(terms, key=lambda term: (term.xorb, term.first, -term.end)):
+        if term.xorb != xorb or term.first >= end:
+            total, xorb, end = total + term.size_bytes, term.xorb, term.end
+    return total
 
 
 _UNPROVEN = (

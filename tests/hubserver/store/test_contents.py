@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hub_moe.hubserver.store import Store, xorbs
+from hub_moe.hubserver.store import Store, xet, xorbs
 from hub_moe.hubserver.store.check import find_faults
 from hub_moe.hubserver.store.commits import AddLargeFile
 from hub_moe.hubserver.store.errors import InvalidInputError, NotFoundError, TooLargeError
@@ -270,3 +270,31 @@ def test_few_indexes_are_remembered(kept, monkeypatch):
 def test_a_content_that_is_nowhere_is_not_found(store):
     with pytest.raises(NotFoundError):
         store.contents.read("0" * 64)
+
+
+TINY = Xorb([b"x"] * 3000)
+WORK = [
+    ([(TINY, 0, 3000)] * 40, {}, "too many chunks"),
+    ([(LARGE, 0, 4)] * 9, {}, "repeat"),
+    ([(LARGE, 0, 4), (LARGE, 0, 3), (LARGE, 0, 2), (LARGE, 1, 4), (LARGE, 1, 3), (LARGE, 2, 4)] * 2, {}, "repeat"),
+    ([(TINY, 0, 3000)] * 3, {"terms": [TINY.term(), Term(TINY.name, 1 << 31, 0, 3000)]}, "not here"),
+    ([(TINY, 0, 3000)] * 3, {"terms": [TINY.term(), Term(TINY.name, 3000, 3000, 0)]}, "not here"),
+    ([(LARGE, 0, 4)] * 4, {}, None),
+    ([(LARGE, 0, 1), (LARGE, 1, 2), (LARGE, 2, 3), (LARGE, 3, 4)] * 4, {}, None),
+    ([(TINY, 0, 8)], {}, None),
+]
+
+
+@pytest.mark.parametrize(("runs", "false", "said"), WORK)
+def test_a_small_shard_cannot_ask_for_the_work_of_a_large_upload(store, repo, monkeypatch, runs, false, said):
+    monkeypatch.setattr(xet, "_REPEATED_BYTES", 10_000)
+    add_xorb(store, TINY)
+    add_xorb(store, LARGE)
+    files = parse_shard(pack_shard(File(runs[: len(runs) // 2]), File(runs[len(runs) // 2 :], **false)))
+    if said is None:
+        list(store.xet.add_files(repo.uid, files))
+        assert all(store.contents.size_bytes(file.sha256) == file.size_bytes for file in files)
+        return
+    steps = store.xet.add_files(repo.uid, files)
+    with pytest.raises((TooLargeError, InvalidInputError), match=said):
+        next(steps)  # before anything was read
