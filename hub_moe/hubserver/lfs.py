@@ -36,6 +36,8 @@ def batch(call: Call) -> Response:
         raise InvalidInputError(f"'objects' must be a list of at most {_MAX_OBJECTS} objects.")
     repo = call.repo_to_contribute() if is_upload else call.repo_to_read()
     transfers = fields.get("transfers") or ["basic"]
+    if not isinstance(transfers, list):
+        raise InvalidInputError("'transfers' must be a list of names.")
     wanted = [_read_object(one) for one in objects]
     most = max((size for _, size in wanted), default=0)
     is_multipart = is_upload and "multipart" in transfers and most > _part_bytes(call)  # git-lfs cannot
@@ -118,6 +120,8 @@ def verify(call: Call) -> Response:
 def complete(call: Call) -> Response:
     """`POST /lfs/upload/{link}`: join the parts of a multipart upload."""
     fields = _read_upload_link(call.store, call.param("link"))
+    if "parts" not in fields or "part" in fields:
+        raise InvalidInputError("This link takes the bytes by PUT; nothing is to be completed.")
     parts = call.json().get("parts")
     if not isinstance(parts, list) or len(parts) != fields["parts"]:
         raise InvalidInputError(f"Expected a list of {fields['parts']} parts.")
@@ -150,7 +154,7 @@ async def upload(request: Request) -> Response:
     store: Store = request.app.state.store
     fields = await run_in_threadpool(_read_upload_link, store, request.path_params["link"])
     if "part" in fields:
-        await receive(request, _part(store, fields))
+        await receive(request, await run_in_threadpool(_part, store, fields))  # `complete` may hold its lock for long
     elif "parts" in fields:
         raise InvalidInputError("This upload goes in parts.")
     else:

@@ -1,15 +1,19 @@
 """Links for large files in wrong hands, used again or too late: only who sent the bytes has them."""
 
+import asyncio
 import hashlib
 import socket
 import time
+from threading import Timer
 from urllib.parse import urlsplit
 
 import httpx2
 import pytest
 
+from hub_moe.hubserver.app import build_app
 from hub_moe.hubserver.pytest_plugin import create_hub
-from hub_moe.hubserver.store import Store
+from hub_moe.hubserver.signing import sign
+from hub_moe.hubserver.store import RepoId, Store
 
 from .client_over_http import Client
 from .xet_by_hand import File, XetClient, Xorb, pack_shard
@@ -73,6 +77,43 @@ def test_a_part_that_is_held_open_cannot_be_written_into_the_stored_file(alice):
     assert httpx2.put(action["header"]["1"], content=b"E" * 1000).status_code == 409
     alice.commit("open", {"x.bin": content}, as_large=True).raise_for_status()
     assert alice.send("GET", "/alice/open/resolve/main/x.bin").content == content
+
+
+def test_a_link_that_takes_bytes_completes_nothing(alice):
+    whole = alice.batch("open", "2" * 64, 5)["actions"]["upload"]
+    part = alice.batch("open", "2" * 64, 2500)["actions"]["upload"]["header"]["1"]
+    for link in (whole["href"], part):
+        answer = httpx2.post(link, json={"oid": "2" * 64, "parts": [{}, {}, {}]})
+        assert (answer.status_code, "by PUT" in answer.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("transfers", [1, "basic", {"basic": 1}, True])
+def test_a_batch_whose_transfers_are_no_list_is_refused_with_a_sentence(alice, transfers):
+    body = {"operation": "upload", "transfers": transfers, "objects": [{"oid": "2" * 64, "size": 2500}]}
+    answer = alice.send("POST", "/alice/open.git/info/lfs/objects/batch", json=body)
+    assert (answer.status_code, answer.json()["error"]) == (400, "'transfers' must be a list of names.")
+
+
+def test_the_hub_answers_others_while_a_part_waits_for_its_upload_to_be_joined(tmp_path):
+    async def ask(store, part, upload):
+        transport = httpx2.ASGITransport(app=build_app(store))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://hub") as client:
+            waiting = asyncio.create_task(client.put(f"/lfs/upload/{part}", content=b"x"))
+            await asyncio.sleep(0.2)
+            answer = await client.get("/api/models/alice/m")
+            assert (answer.status_code, upload.lock.locked()) == (200, True)
+            return await waiting
+
+    with Store(tmp_path / "hub") as store:
+        store.accounts.add_user("alice")
+        alice = store.accounts.identify(store.accounts.create_token("alice"))
+        repo = store.repos.create(RepoId("model", "alice", "m"), alice)
+        fields = {"repo": repo.uid, "by": alice.token_id, "oid": "0" * 64, "upload": "3" * 64}
+        part = sign(store.secret, "upload", fields | {"part": 1, "offset": 0, "part_size": 1})
+        upload = store.parts._find("3" * 64)
+        upload.lock.acquire()  # as `complete` does while it hashes
+        Timer(1.5, upload.lock.release).start()
+        assert asyncio.run(ask(store, part, upload)).status_code == 200
 
 
 def test_a_link_ends_with_the_token_for_which_it_was_made(small_parts, alice):

@@ -58,6 +58,12 @@ class XorbStore:
 
     def index(self, name: str) -> XorbIndex:
         """The index of a stored xorb; NotFoundError("upload") if it is not here."""
+        try:
+            known = self._recall(name, self.path(name).stat())  # a shard may ask a million times
+        except FileNotFoundError:
+            known = None
+        if known is not None:
+            return known
         with self.open(name) as file:
             return self._index_of(name, file)
 
@@ -108,20 +114,25 @@ class XorbStore:
     def _index_of(self, name: str, file: BinaryIO) -> XorbIndex:
         """The index of an open xorb. A remembered one is good for the same file only: `hub gc` may have deleted it."""
         status = os.fstat(file.fileno())
-        stamp = status.st_ino, status.st_mtime_ns
-        with self._lock:
-            known = self._indexes.get(name)
-            if known and known[0] == stamp:
-                self._indexes.move_to_end(name)
-                return known[1]
+        known = self._recall(name, status)
+        if known is not None:
+            return known
         index = _read_index(file)
         with self._lock:
             self._forget(name)
-            self._indexes[name] = stamp, index
+            self._indexes[name] = (status.st_ino, status.st_mtime_ns), index
             self._cached_chunks += len(index)
             while self._cached_chunks > _MAX_CACHED_CHUNKS:
                 self._forget(next(iter(self._indexes)))
         return index
+
+    def _recall(self, name: str, status: os.stat_result) -> XorbIndex | None:
+        with self._lock:
+            stamp, index = self._indexes.get(name, (None, None))
+            if stamp != (status.st_ino, status.st_mtime_ns):
+                return None
+            self._indexes.move_to_end(name)
+            return index
 
     def _forget(self, name: str) -> None:
         known = self._indexes.pop(name, None)
