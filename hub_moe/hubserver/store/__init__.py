@@ -31,12 +31,13 @@ from .files import Files
 from .git import GitRepo
 from .large_files import LargeFiles
 from .likes import Likes
+from .locks import take
 from .merges import Merges
 from .names import RepoId
 from .parts import PartStore
 from .pushes import Pushes
 from .recipes import Recipes
-from .repos import Repo, Repos
+from .repos import IN_USE, Repo, Repos
 from .sessions import Sessions
 from .sized_cache import SizedCache
 from .xet import XetStore
@@ -110,9 +111,20 @@ class Store:
         self.contents.blobs.clear_incoming()
         for leftover in [*self.root.glob("repos/*.git/refs/**/*.lock"), *self.root.glob("repos/*.git/*.lock")]:
             leftover.unlink()
-        for leftover in self.root.glob("repos/*.git/objects/tmp_obj_*"):
+        with take(self.repos.cleaning_lock, alone=False) as is_held:
+            if is_held:  # else what looks left over may belong to a running `hub gc`; a later start deletes the rest
+                for folder in self.root.glob("repos/*.git"):
+                    _clear_objects(folder)
+
+
+def _clear_objects(folder: Path) -> None:
+    """Delete the half-written objects of a repository in which nobody works."""
+    with take(folder / IN_USE) as is_held:
+        if not is_held:
+            return
+        for leftover in folder.glob("objects/tmp_obj_*"):
             leftover.unlink()
-        for pack in self.root.glob("repos/*.git/objects/pack/*.pack"):
+        for pack in folder.glob("objects/pack/*.pack"):
             if not pack.with_suffix(".idx").exists():
                 pack.unlink()
 

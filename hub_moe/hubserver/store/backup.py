@@ -128,8 +128,8 @@ def _read_refs(store: Store, uid: str) -> Iterator[Entry]:
 def _list_objects(store: Store, uid: str) -> Iterator[Entry]:
     folder = store.root / "repos" / f"{uid}.git"
     loose = list((folder / "objects").glob("[0-9a-f][0-9a-f]/*"))
-    indexes = list((folder / "objects/pack").glob("*.idx"))
-    for path in sorted([*loose, *indexes, *(index.with_suffix(".pack") for index in indexes)]):
+    packs = [pack for pack in (folder / "objects/pack").glob("*.pack") if pack.with_suffix(".idx").is_file()]
+    for path in sorted([*loose, *packs, *(pack.with_suffix(".idx") for pack in packs)]):
         yield f"repos/{folder.name}/{path.relative_to(folder).as_posix()}", path
 
 

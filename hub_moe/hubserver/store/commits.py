@@ -171,6 +171,19 @@ class Commits:
         connection.execute(query, (sha256, repo_uid))
         connection.execute("DELETE FROM deleted_blobs WHERE repo = ? AND sha256 = ?", (repo_uid, sha256))
 
+    def copy_notes(self, connection: sqlite3.Connection, source: Repo, target_uid: str, sha256s: Iterable[str]) -> None:
+        """Note that a copy has the contents of a repo, as they are in this transaction; NotFoundError if it is gone.
+
+        A content that the repo names and has no more was deleted from it for good, and so from the copy.
+        """
+        if connection.execute("SELECT 1 FROM repos WHERE id = ?", (source.uid,)).fetchone() is None:
+            raise NotFoundError("repo", "Repository not found")
+        for sha256 in sha256s:
+            query = "SELECT 1 FROM repo_blobs WHERE repo = ? AND sha256 = ?"
+            is_owned = connection.execute(query, (source.uid, sha256)).fetchone() is not None
+            table = "repo_blobs" if is_owned and self._contents.size_bytes(sha256) is not None else "deleted_blobs"
+            connection.execute(f"INSERT INTO {table} (repo, sha256) VALUES (?, ?)", (target_uid, sha256))
+
     def has_content(self, repo: Repo, sha256: str) -> bool:
         """Whether a commit to this repo may name this content: knowing a sha256 is not owning the bytes."""
         return self.has_uploaded(repo.uid, sha256) and self._contents.size_bytes(sha256) is not None

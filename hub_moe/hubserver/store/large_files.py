@@ -11,7 +11,7 @@ from .database import Database
 from .files import FileFacts, Files
 from .git import GitRepo
 from .names import RepoId, check_sha256
-from .repos import Repo, Repos
+from .repos import OnCreated, Repo, Repos
 
 _PREFIXES = ("refs/heads/", "refs/tags/", "refs/pr/")
 
@@ -57,12 +57,12 @@ class LargeFiles:
     def duplicate(self, source: Repo, target: RepoId, who: Identity, *, private: bool) -> Repo:
         """A new repo with the branches, tags, large files and gate of another one, without its pull requests."""
 
-        def fill(git: GitRepo) -> dict[str, bool]:
+        def fill(git: GitRepo) -> OnCreated:
             with self._repos.open(source) as original:
                 refs = {ref: oid for ref, oid in _list_refs(original).items() if not ref.startswith("refs/pr/")}
                 original.copy_history(git, refs)
                 named = {file.sha256 for file in self._find_named(original, refs)}
-                return {sha256: self._commits.has_content(source, sha256) for sha256 in named}
+            return lambda connection, uid: self._commits.copy_notes(connection, source, uid, named)
 
         # A gated copy is private until it has its gate: at no moment may everybody read it.
         repo = self._repos.create(target, who, private=private or bool(source.gated), sdk=source.sdk, fill=fill)

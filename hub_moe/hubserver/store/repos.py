@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ _SELECT = "SELECT *, (SELECT COUNT(*) FROM likes WHERE likes.repo = repos.id) AS
 _INSERT = (
     "INSERT INTO repos (id, kind, owner, name, private, sdk, created_at, modified_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
+OnCreated = Callable[[sqlite3.Connection, str], None]
 SDKS = ("docker", "gradio", "static", "streamlit")
 _GATES = {"": "", False: "", None: "", "auto": "auto", "manual": "manual"}
 
@@ -93,12 +94,12 @@ class Repos:
         *,
         private: bool = False,
         sdk: str | None = None,
-        fill: Callable[[GitRepo], Mapping[str, bool]] | None = None,
+        fill: Callable[[GitRepo], OnCreated] | None = None,
     ) -> Repo:
         """A new repo with one commit (`.gitattributes`, a Space's card); ConflictError if there is one of this name.
 
-        With `fill` it has instead what that function writes. It returns the sha256 of each large file that is named,
-        with False for those that were deleted for good.
+        With `fill` it has instead what that function writes. It returns what is to be done in the transaction that
+        makes the repo, with the connection and the repo's uid: to note large files that `hub gc` may delete just now.
         """
         self._require_owner(repo_id.owner, who, {"admin", "write"})
         if sdk is not None and sdk not in SDKS:
@@ -108,19 +109,20 @@ class Repos:
         uid = uuid.uuid4().hex
         GitRepo.create(path := self._folder / f"{uid}.git")
         with share(path / IN_USE), GitRepo(path) as git:
-            contents = fill(git) if fill else _write_first_commit(git, who, _first_files(repo_id, sdk))
             owner = self._accounts.find(repo_id.owner)["name"]
             try:
+                on_created = fill(git) if fill else _write_first_commit(git, who, _first_files(repo_id, sdk))
                 with self._database.transaction() as connection:
                     values = (uid, repo_id.kind, owner, repo_id.name, int(private), sdk, now(), now())
                     connection.execute(_INSERT, values)
-                    for sha256, is_here in contents.items():
-                        table = "repo_blobs" if is_here else "deleted_blobs"
-                        connection.execute(f"INSERT INTO {table} (repo, sha256) VALUES (?, ?)", (uid, sha256))
+                    on_created(connection, uid)
                     _forget_redirect(connection, repo_id)
             except sqlite3.IntegrityError:
                 shutil.rmtree(path)
                 raise ConflictError(f"You already created this {repo_id.kind} repo") from None
+            except NotFoundError:  # what was to be copied has been deleted in the meantime
+                shutil.rmtree(path)
+                raise
         return self.find(repo_id, who)
 
     def find(self, repo_id: RepoId, who: Identity | None) -> Repo:
@@ -308,7 +310,7 @@ def _first_files(repo_id: RepoId, sdk: str | None) -> dict[str, bytes]:
     return files
 
 
-def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) -> dict[str, bool]:
+def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) -> OnCreated:
     tree = git.write_tree(None, {path: git.write_file(content) for path, content in files.items()})
     author = f"{who.user} <{who.user}@users.noreply>"
     git.move_ref(
@@ -316,7 +318,7 @@ def _write_first_commit(git: GitRepo, who: Identity, files: dict[str, bytes]) ->
         old=None,
         new=git.write_commit(tree=tree, parents=[], author=author, message="initial commit"),
     )
-    return {}
+    return lambda connection, uid: None
 
 
 def _repo(row: sqlite3.Row) -> Repo:

@@ -88,6 +88,16 @@ def test_garbage_is_not_backed_up(filled, repo, alice, tmp_path):
     assert names & {sha256, Xorb([b"of no file"]).name, "half", "secret", "incoming"} == set()
 
 
+def test_a_pack_without_its_index_and_an_index_without_its_pack_are_not_backed_up(filled, repo, tmp_path):
+    packs = filled.repos.path(repo) / "objects/pack"
+    (packs / "pack-1.pack").touch()
+    (packs / "pack-2.idx").touch()
+    back_up(filled, tmp_path / "b")
+    names = {path.name for path in (tmp_path / "b").rglob("pack-*")}
+    assert names & {"pack-1.pack", "pack-2.idx"} == set()
+    assert {path.rpartition(".")[2] for path in names} == {"pack", "idx"}
+
+
 def test_what_exists_is_not_overwritten(filled, tmp_path):
     back_up(filled, tmp_path / "b.tar")
     with pytest.raises(ConfigError, match="exists already"):

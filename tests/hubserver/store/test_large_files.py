@@ -6,7 +6,7 @@ import pytest
 
 from hub_moe.hubserver.profiles import read_main
 from hub_moe.hubserver.store import RepoId
-from hub_moe.hubserver.store.check import find_faults
+from hub_moe.hubserver.store.check import find_faults, find_orphans
 from hub_moe.hubserver.store.commits import AddFile, AddLargeFile, DeleteFile
 from hub_moe.hubserver.store.errors import InvalidInputError, NotFoundError
 from hub_moe.hubserver.store.gc import collect
@@ -112,3 +112,32 @@ def test_a_short_commit_id_must_be_unique(store, repo, commit):
         for wrong in (ids[0][:6], "0" * 7, ids[0][:7].upper() + "g", git.tree_of(ids[0])[:10]):
             with pytest.raises(NotFoundError):
                 git.resolve(wrong)
+
+
+def copy_after(store, repo, alice, sha256, action):
+    """Copy the large files of a repo; `action` comes between the copy of the history and the note of the files."""
+
+    def fill(git):
+        with store.repos.open(repo) as original:
+            original.copy_history(git, {"refs/heads/main": original.resolve("main")})
+        action()
+        collect(store, older_than_s=-5)
+        return lambda connection, uid: store.commits.copy_notes(connection, repo, uid, [sha256])
+
+    return store.repos.create(RepoId("model", "alice", "copy"), alice, fill=fill)
+
+
+def test_a_copy_of_a_repo_that_is_deleted_meanwhile_is_not_made(store, repo, alice, weights):
+    with pytest.raises(NotFoundError):
+        copy_after(store, repo, alice, weights, lambda: store.repos.delete(repo.id, alice))
+    assert store.contents.size_bytes(weights) is None
+    assert (store.repos.all(), find_orphans(store), list(find_faults(store))) == ([], [], [])
+
+
+def test_a_copy_knows_what_was_deleted_for_good_while_it_was_made(store, repo, alice, weights):
+    def delete():
+        store.large_files.delete(repo, [weights], rewrite_history=False)
+
+    copy = copy_after(store, repo, alice, weights, delete)
+    assert store.commits.was_deleted(copy, weights)
+    assert list(find_faults(store)) == []

@@ -20,6 +20,8 @@ from hub_moe.hubserver.store.errors import (
     UnauthenticatedError,
 )
 from hub_moe.hubserver.store.git import format_pointer, parse_pointer
+from hub_moe.hubserver.store.locks import take
+from hub_moe.hubserver.store.repos import IN_USE
 
 from .conftest import MODEL
 
@@ -281,6 +283,21 @@ def test_a_server_clears_what_a_killed_one_left(store, repo, alice, tmp_path):
         commit(again, repo, alice, AddFile("x", b"1"))
         assert list(again.contents.blobs.incoming.iterdir()) == []
     assert not list(git.glob("objects/tmp_obj_*"))
+
+
+@pytest.mark.parametrize("lock", ["cleaning.lock", "repo"])
+def test_a_server_that_starts_beside_a_gc_leaves_what_that_is_writing(store, repo, alice, lock):
+    git = store.repos.path(repo)
+    (git / "refs/heads/main.lock").touch()
+    half = [git / "objects/tmp_obj_x", git / "objects/pack/pack-1.pack"]
+    for path in half:
+        path.touch()
+    with take(git / IN_USE if lock == "repo" else store.root / lock), Store(store.root, serve=True):
+        assert [path.exists() for path in half] == [True, True]
+    commit(store, repo, alice, AddFile("x", b"1"))
+    with Store(store.root, serve=True) as again:
+        assert [path.exists() for path in half] == [False, False]
+        assert list(find_faults(again)) == []
 
 
 def test_check_finds_a_damaged_object_a_missing_file_and_a_false_sha256(store, repo, alice):
