@@ -139,8 +139,8 @@ def test_a_user_that_cannot_be_added_wholly_is_not_added(tmp_path, options):
 
 def test_a_folder_of_something_else_is_not_made_a_hub(tmp_path):
     (tmp_path / "card.md").write_text("mine")
-    assert "holds 'card.md' and no Hub" in run("serve", "--root", tmp_path).stderr
-    assert "is not a folder" in run("serve", "--root", tmp_path / "card.md").stderr
+    for root, refusal in ((tmp_path, "holds 'card.md' and no Hub"), (tmp_path / "card.md", "is not a folder")):
+        assert refusal in " ".join(run("serve", "--root", root).stderr.split())
     assert [path.name for path in tmp_path.iterdir()] == ["card.md"]
 
 
