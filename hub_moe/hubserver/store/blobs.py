@@ -25,7 +25,7 @@ class BlobStore:
     def __init__(self, root: Path, incoming: Path) -> None:
         self.root = root
         self.incoming = incoming
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         incoming.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
@@ -81,7 +81,7 @@ class NewFile:
     def publish(self, target: Path) -> None:
         """Give the file its name for good, in place of what has it now."""
         self._syncing.wait()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         move_into_place(self._file, self._path, target)
         sync_folder(target.parent)
 
@@ -143,6 +143,14 @@ def move_into_place(file: IO[bytes], path: Path, target: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     os.replace(path, target)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that their names survive a power cut."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
 
 
 def sync_folder(folder: Path) -> None:

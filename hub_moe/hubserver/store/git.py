@@ -76,6 +76,8 @@ class GitRepo:
         """Make an empty bare repository with `main` as HEAD in a folder that does not exist yet."""
         path.mkdir(parents=True)
         Repo.init_bare(str(path), default_branch=b"main").close()
+        for folder in (path / "refs", path, path.parent):
+            sync_folder(folder)
 
     def __enter__(self) -> "GitRepo":
         return self
@@ -145,8 +147,11 @@ class GitRepo:
             raise ConflictError(f"{ref} and a ref above or below it cannot both exist.") from None
         if not done:
             raise ConflictError(f"{ref} was changed at the same time; try again.")
-        if (folder := (self.path / ref).parent).is_dir():
-            sync_folder(folder)
+        for folder in (self.path / ref).parents:  # some of them may be new, or gone with a ref that was deleted
+            if folder == self.path:
+                break
+            if folder.is_dir():
+                sync_folder(folder)
 
     def tree_of(self, commit: str) -> str:
         """The root tree of a commit."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
-from .blobs import COPY_BYTES, move_into_place, sync_folder
+from .blobs import COPY_BYTES, make_folder, move_into_place, sync_folder
 from .contents import Contents
 from .errors import ConflictError, InvalidInputError, NotFoundError, TooLargeError
 from .names import check_sha256
@@ -82,7 +82,7 @@ class PartStore:
                 raise InvalidInputError(f"The parts together have not the sha256 {sha256} and {size_bytes} bytes.")
             target = self._contents.place(sha256)
             if target:
-                target.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(target.parent)
                 move_into_place(file, upload.path, target)
                 sync_folder(target.parent)
         upload.path.unlink(missing_ok=True)

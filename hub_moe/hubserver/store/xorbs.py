@@ -8,7 +8,7 @@ from threading import Lock
 from types import TracebackType
 from typing import BinaryIO
 
-from .blobs import COPY_BYTES, NewFile
+from .blobs import COPY_BYTES, NewFile, make_folder
 from .errors import InvalidInputError, NotFoundError, TooLargeError
 from .xet_hashes import check_name, format_hash, hash_xorb
 from .xorb_format import TRAILER_BYTES, XorbIndex, XorbReader, count_index_bytes, unpack_index, unpack_run
@@ -28,7 +28,7 @@ class XorbStore:
         self._cached_chunks = 0
         self._lock = Lock()
         self._publishing = Lock()
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
 
     def path(self, name: str) -> Path:
         """Where the xorb of this name lies, or would lie."""
