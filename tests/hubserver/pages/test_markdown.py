@@ -160,7 +160,7 @@ def write_table(columns, rows, row="|"):
 def test_small_tables_that_stand_for_many_cells_are_shown_as_they_were_written(text):
     start_s = time.monotonic()
     html = render_markdown(text, PLACE)
-    assert time.monotonic() - start_s < 10
+    assert time.monotonic() - start_s < 30
     assert html.count("<td") + html.count("<th>") <= MAX_CELLS
     assert "|" in html
 

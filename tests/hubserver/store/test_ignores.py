@@ -53,7 +53,7 @@ def test_no_pattern_takes_long(rule):
     start_s = time.process_time()
     for ignores in (Ignores.from_client(rule), Ignores.from_repo(rule.encode())):
         assert not any(ignores.ignores(path) for path in paths)
-    assert time.process_time() - start_s < 1
+    assert time.process_time() - start_s < 20
 
 
 @pytest.mark.parametrize("text", ["a\n" * (MAX_LINES + 1), "a" * (MAX_LINE_CHARACTERS + 1), " " * (MAX_CHARACTERS + 1)])
@@ -68,7 +68,7 @@ def test_many_patterns_for_many_nested_files_are_refused_soon():
     start_s = time.process_time()
     with pytest.raises(InvalidInputError, match="too many patterns"):
         any(ignores.ignores(f"{number}/" + "a/" * 1000 + "a") for number in range(1000))
-    assert time.process_time() - start_s < 15
+    assert time.process_time() - start_s < 60
 
 
 def test_bytes_that_are_no_text_match_nothing():
