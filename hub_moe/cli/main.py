@@ -1,7 +1,6 @@
 """The `hub-moe` command: its commands, and how every error reaches the person who typed it."""
 
 import os
-import sqlite3
 import sys
 from collections.abc import Iterator
 from typing import Annotated
@@ -72,10 +71,12 @@ def main() -> None:
 
 def _known_errors() -> tuple[type[Exception], ...]:
     """Errors that a person causes or can mend. Others are faults of the program and keep their traceback."""
+    from sqlite3 import OperationalError
+
     from huggingface_hub.errors import HFValidationError, RevisionResolutionError, StrictDataclassError
 
     return (
-        *(HubMoeError, OSError, sqlite3.OperationalError),
+        *(HubMoeError, OSError, OperationalError),
         *(HFValidationError, RevisionResolutionError, StrictDataclassError),
     )
 
@@ -86,13 +87,15 @@ def describe_error(error: BaseException) -> tuple[str, str | None]:
     transformers wraps the Hub's errors and the checks of a config in its own; the one nearest to the cause that a
     person can understand is described.
     """
+    from sqlite3 import OperationalError
+
     from huggingface_hub import constants, errors
 
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, HubMoeError):
             return _first_line(cause), None
-        if isinstance(cause, sqlite3.OperationalError):
+        if isinstance(cause, OperationalError):
             return f"The Hub's database cannot be used: {cause}.", "is there room, and may you write to its folder?"
         if isinstance(cause, errors.StrictDataclassError):
             return _first_line(causes[-1]), None

@@ -87,7 +87,7 @@ class History:
             found.update({ref: now.get(ref, oid) for ref, oid in pull_requests.items()})
             return _oids([oid for oid in dict.fromkeys(found.values()) if not self.has(oid)])
 
-        with _Explained(address):
+        with _explained(address):
             _client(side).fetch(address.path + ".git", self._repo, determine_wants=choose)  # type: ignore[arg-type]
         return found
 
@@ -129,7 +129,7 @@ class History:
 
         if not changes:
             return
-        with _Explained(address):
+        with _explained(address):
             result = _client(side).send_pack(address.path + ".git", update, generate)
         for ref, refusal in (result.ref_status or {}).items():
             if refusal:
@@ -180,27 +180,24 @@ class History:
             raise HubError(f"SRC sent a history that lacks the object {oid.decode()}.") from None
 
 
-class _Explained:
-    """Turns what dulwich raises into one sentence."""
-
-    def __init__(self, address: RepoAddress) -> None:
-        self._address = address
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, NotGitRepository | HTTPUnauthorized):
-            raise HubError(f"{self._address} does not exist, or needs another token.") from error
-        if isinstance(error, SendPackError):
-            raise HubError(f"{self._address} refuses the push: {_reason(error)}") from error
-        if isinstance(error, GitProtocolError | OSError | AssertionError):
-            raise HubError(f"{self._address} cannot be reached or broke off: {_reason(error)}") from error
+@contextmanager
+def _explained(address: RepoAddress) -> Iterator[None]:
+    """What dulwich raises, as a HubError of one sentence."""
+    try:
+        yield
+    except HubError:
+        raise
+    except (NotGitRepository, HTTPUnauthorized) as error:
+        raise HubError(f"{address} does not exist, or needs another token.") from error
+    except SendPackError as error:
+        raise HubError(f"{address} refuses the push: {_reason(error)}") from error
+    except (GitProtocolError, OSError, AssertionError) as error:
+        raise HubError(f"{address} cannot be reached or broke off: {_reason(error)}") from error
 
 
 def list_refs(side: Side, address: RepoAddress) -> dict[str, str]:
     """The branches, tags and pull requests of a repo, each with what it points at."""
-    with _Explained(address):
+    with _explained(address):
         found = _client(side).get_refs(address.path.encode() + b".git").refs
     kept = (*_BRANCHES_AND_TAGS, "refs/pr/")
     return {ref: oid for ref, oid in _as_text(found).items() if ref.startswith(kept)}

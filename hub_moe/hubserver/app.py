@@ -64,17 +64,18 @@ def build_app(store: Store, *, part_bytes: int = DEFAULT_PART_BYTES) -> ASGIApp:
     app.router.redirect_slashes = False
     app.state.store = store
     app.state.part_bytes = part_bytes
-    return _RawPaths(app)
+    return _Front(app)
 
 
 def _no_repo(call: Call) -> Any:
     raise NotFoundError("repo", f"Repository not found: there is nothing at {call.request.url.path}.")
 
 
-class _RawPaths:
-    """Routes see the path as it was sent, so that a quoted slash in a branch or folder stays inside its part.
+class _Front:
+    """What every request passes first.
 
-    Every answer has an `X-Request-Id`, which clients put into their messages.
+    Routes see the path as it was sent, so that a quoted slash in a branch or folder stays inside its part. A malformed
+    Host header is refused. Every answer has an `X-Request-Id`, which clients put into their messages.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -58,26 +58,35 @@ def read_card(readme: str) -> Card:
 def find_tags(kind: str, card: Card, files: list[str], config: dict[str, Any]) -> list[str]:
     """The tags by which a repo is found, in the Hub's spelling (`license:mit`, `base_model:adapter:OWNER/NAME`)."""
     data = card.data
-    tags = [tag for tag in _words(data, "tags") if not tag.startswith("benchmark:")]  # that is not the author's to say
+    tags = [
+        tag for tag in words_of(data, "tags") if not tag.startswith("benchmark:")
+    ]  # that is not the author's to say
     if kind == "model":
-        tags += _words(data, "library_name") + _words(data, "pipeline_tag") + _words(data, "language")
-        tags += [f"dataset:{name}" for name in _words(data, "datasets")]
+        tags += words_of(data, "library_name") + words_of(data, "pipeline_tag") + words_of(data, "language")
+        tags += [f"dataset:{name}" for name in words_of(data, "datasets")]
         tags += _lineage_tags(data)
         tags += [config["model_type"]] if isinstance(config.get("model_type"), str) else []
         tags += ["custom_code"] if "auto_map" in config else []
         tags += ["safetensors"] if any(name.endswith(".safetensors") for name in files) else []
     elif kind == "space":
-        tags += [f"{key[:-1]}:{name}" for key in ("datasets", "models") for name in _words(data, key)]
+        tags += [f"{key[:-1]}:{name}" for key in ("datasets", "models") for name in words_of(data, key)]
     else:
-        tags += [f"{key}:{word}" for key in _DATASET_TAGS for word in _words(data, key)]
+        tags += [f"{key}:{word}" for key in _DATASET_TAGS for word in words_of(data, key)]
     tags += [f"arxiv:{paper}" for paper in _ARXIV.findall(card.text)]
-    tags += [f"license:{word.lower()}" for word in _words(data, "license")]
+    tags += [f"license:{word.lower()}" for word in words_of(data, "license")]
     return list(dict.fromkeys([*tags, "region:us"]))
+
+
+def words_of(data: dict[str, Any], name: str) -> list[str]:
+    """The text or texts that a card has under a key; a card may hold anything."""
+    value = data.get(name)
+    items = value if isinstance(value, list) else [value]
+    return [item for item in items if isinstance(item, str) and item]
 
 
 def find_bases(card: Card) -> tuple[str | None, list[str]]:
     """How a model relates to its bases (`adapter`, `merge`, ...; None without one) and their names."""
-    bases = _words(card.data, "base_model")
+    bases = words_of(card.data, "base_model")
     relation = card.data.get("base_model_relation")
     if not bases:
         return None, []
@@ -85,7 +94,7 @@ def find_bases(card: Card) -> tuple[str | None, list[str]]:
         return str(relation), bases
     if len(bases) > 1:
         return "merge", bases
-    is_adapter = card.data.get("library_name") == "peft" or {"lora", "adapter"} & set(_words(card.data, "tags"))
+    is_adapter = card.data.get("library_name") == "peft" or {"lora", "adapter"} & set(words_of(card.data, "tags"))
     return "adapter" if is_adapter else "finetune", bases
 
 
@@ -211,12 +220,6 @@ def _find_errors(data: dict[str, Any]) -> Iterator[str]:
             yield f'"{name}" must be a string'
     if data.get("model-index") is not None and not isinstance(data["model-index"], list):
         yield '"model-index" must be an array'
-
-
-def _words(data: dict[str, Any], name: str) -> list[str]:
-    value = data.get(name)
-    items = value if isinstance(value, list) else [value]
-    return [item for item in items if isinstance(item, str) and item]
 
 
 def _lineage_tags(data: dict[str, Any]) -> list[str]:

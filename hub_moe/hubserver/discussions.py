@@ -56,7 +56,8 @@ def create(call: Call) -> Response:
 
 def show(call: Call) -> Response:
     """`GET /api/{kind}s/{id}/discussions/{num}[?diff=1]`."""
-    repo, discussion = _find(call, call.repo_to_read())
+    repo = call.repo_to_read()
+    discussion = find_discussion(call, repo)
     shown = _describe(repo, discussion)
     shown["events"] = [_describe_event(event) for event in call.store.discussions.events(repo, discussion)]
     if discussion.is_pull_request:
@@ -67,14 +68,16 @@ def show(call: Call) -> Response:
 
 def comment(call: Call) -> Response:
     """`POST …/{num}/comment`."""
-    repo, discussion = _find(call, call.repo_to_contribute())
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
     event = call.store.discussions.comment(repo, discussion, call.identity, call.text(call.json(), "comment"))
     return JSONResponse({"newMessage": _describe_event(event)})
 
 
 def edit_comment(call: Call) -> Response:
     """`POST …/{num}/comment/{id}/edit`."""
-    repo, discussion = _find(call, call.repo_to_contribute())
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
     event = call.store.discussions.edit_comment(
         repo, discussion, call.identity, call.param("comment"), call.text(call.json(), "content")
     )
@@ -83,21 +86,24 @@ def edit_comment(call: Call) -> Response:
 
 def hide_comment(call: Call) -> Response:
     """`POST …/{num}/comment/{id}/hide`."""
-    repo, discussion = _find(call, call.repo_to_contribute())
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
     event = call.store.discussions.hide_comment(repo, discussion, call.identity, call.param("comment"))
     return JSONResponse({"updatedComment": _describe_event(event)})
 
 
 def rename(call: Call) -> Response:
     """`POST …/{num}/title`."""
-    repo, discussion = _find(call, call.repo_to_contribute())
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
     event = call.store.discussions.rename(repo, discussion, call.identity, call.text(call.json(), "title"))
     return JSONResponse({"newTitle": _describe_event(event)})
 
 
 def change_status(call: Call) -> Response:
     """`POST …/{num}/status`."""
-    repo, discussion = _find(call, call.repo_to_contribute())
+    repo = call.repo_to_contribute()
+    discussion = find_discussion(call, repo)
     fields = call.json()
     status, text = call.text(fields, "status"), _read_comment(call, fields)
     event = call.store.discussions.change_status(repo, discussion, call.identity, status, comment=text)
@@ -106,7 +112,8 @@ def change_status(call: Call) -> Response:
 
 def merge(call: Call) -> Response:
     """`POST …/{num}/merge`: for who may write to the repo."""
-    repo, discussion = _find(call, call.repo_to_write())
+    repo = call.repo_to_write()
+    discussion = find_discussion(call, repo)
     text = _read_comment(call, call.json_or_null())
     commit = call.store.merges.merge(repo, discussion, call.identity)
     if text:
@@ -147,11 +154,12 @@ def _read_comment(call: Call, fields: dict[str, Any]) -> str | None:
     return check_comment(text) if text.strip() else None
 
 
-def _find(call: Call, repo: Repo) -> tuple[Repo, Discussion]:
+def find_discussion(call: Call, repo: Repo) -> Discussion:
+    """The discussion whose number is in the path."""
     text = call.param("num")
     if not text.isascii() or not text.isdigit() or len(text) > 9:
         raise NotFoundError("discussion", f"{repo.id} has no discussion {text[:40]}.")
-    return repo, call.store.discussions.find(repo, int(text))
+    return call.store.discussions.find(repo, int(text))
 
 
 def _describe(repo: Repo, discussion: Discussion) -> dict[str, Any]:

@@ -83,12 +83,12 @@ def _read_folder(store: Store, repo: Repo, git: GitRepo, commit: str) -> dict[tu
     found = {}
     for entry in [one for one in entries if one.path.endswith((".yaml", ".yml")) and not one.is_folder][:_MAX_FILES]:
         key = (repo.uid, f"{entry.oid}/{entry.path}")
-        scores = store.profiles.get(key)
+        scores = store.derived.get(key)
         if not isinstance(scores, list):
             facts = store.files.facts(git, [entry.oid])[entry.oid]
             content = store.files.read(git, facts, limit_bytes=MAX_CARD_BYTES)
             scores = parse_scores(entry.path, content.decode("utf-8", "replace"))
-            store.profiles.put(key, scores, size=weigh([score.describe() for score in scores]))
+            store.derived.put(key, scores, size=weigh([score.describe() for score in scores]))
         found[entry.path, entry.oid] = scores
     return found
 

@@ -191,7 +191,7 @@ _FIELDS: dict[str, Callable[[Call, Profile], Any]] = {
     "baseModels": _bases,
     "cardData": lambda _, profile: profile.card.data or None,
     "childrenModelCount": _count_children,
-    "config": lambda _, profile: profile.shown_config,
+    "config": lambda _, profile: profile.config or None,
     "createdAt": lambda _, profile: profile.repo.created_at,
     "disabled": lambda *_: False,
     "downloads": lambda _, profile: profile.repo.downloads,

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,11 +44,11 @@ class Hub:
 
     def stop(self) -> None:
         """Stop the server and wait for its end."""
-        self._end("terminate")
+        self._end(subprocess.Popen.terminate)
 
     def kill(self) -> None:
         """Kill the server as a power cut would."""
-        self._end("kill")
+        self._end(subprocess.Popen.kill)
 
     @contextmanager
     def running(self) -> Iterator["Hub"]:
@@ -80,8 +80,8 @@ class Hub:
             raise RuntimeError(f"The step failed:\n{done.stderr}")
         return done.stdout
 
-    def _end(self, how: str) -> None:
+    def _end(self, signal: "Callable[[subprocess.Popen[str]], None]") -> None:
         process, self._process = self._process, None
         if process is not None:
-            getattr(process, how)()
+            signal(process)
             process.communicate()

@@ -70,19 +70,14 @@ class Profile:
         """The relation to the base models, and their names."""
         return find_bases(self.card)
 
-    @property
-    def shown_config(self) -> dict[str, Any] | None:
-        """The part of config.json that the Hub shows."""
-        return self.config or None
-
 
 def read_profile(store: Store, repo: Repo, git: GitRepo, commit: str) -> Profile:
     """The profile of a repo at a commit, from the store's cache when it was read before."""
     key = (repo.uid, commit)
-    profile = store.profiles.get(key)
+    profile = store.derived.get(key)
     if not isinstance(profile, Profile):
         profile = _compute(store, repo, git, commit)
-        store.profiles.put(key, profile, size=profile.weight_bytes)
+        store.derived.put(key, profile, size=profile.weight_bytes)
     return replace(profile, repo=repo)  # settings may have changed since
 
 

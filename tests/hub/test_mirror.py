@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 pytest.importorskip("dulwich")
 pytest.importorskip("starlette")
 
-from hub_moe.errors import ConfigError
+from hub_moe.errors import ConfigError, HubError
 from hub_moe.hub.mirror import RepoMirror, run_each
 from hub_moe.hub.mirror_address import Address, RepoAddress, Side, pair_repos
+from hub_moe.hub.mirror_content import History
 from hub_moe.hubserver.pytest_plugin import create_hub
 from hub_moe.hubserver.store import Store
 from hub_moe.hubserver.store.check import find_faults
@@ -348,3 +350,16 @@ def test_killed_at_any_moment_a_second_run_finishes_the_job(tmp_path, victim):
         hub.stop()
     with Store(hubs[1].root) as store:
         assert list(find_faults(store)) == []
+
+
+def test_a_ref_that_somebody_moves_meanwhile_is_named(hubs, source, target, tmp_path):
+    source.create("raced")
+    target.create("raced")
+    here, there = sides(hubs)
+    address, other = (RepoAddress(hub.url, "model", "alice", "raced") for hub in hubs)
+    history = History(tmp_path / "history")
+    refs = history.fetch(here, address, pull_requests={})
+    change = {"refs/heads/main": ("1" * 40, refs["refs/heads/main"])}
+    with pytest.raises(HubError, match=f"^{re.escape(str(other))}: refs/heads/main was changed meanwhile"):
+        history.push(there, other, change, haves=[])
+    history.close()

@@ -1,7 +1,6 @@
 """What strangers may take of a Hub's memory, disk and time."""
 
 import socket
-import time
 
 import pytest
 
@@ -32,7 +31,7 @@ def test_many_requests_on_one_connection_are_not_taken_for_one_long_head(hub):
 def test_an_authorization_header_that_nobody_checks_allows_no_large_body(hub):
     with Client(hub) as client:
         answer = client.send("GET", "/static/style.css", content=b"0" * 3_000_000)
-        assert answer.status_code in {404, 413}
+        assert answer.status_code == 413
         signed_by_nobody = client.send("GET", "/xet/xorb/none", content=b"0" * 3_000_000)
         assert signed_by_nobody.status_code == 413
 
@@ -53,10 +52,8 @@ def test_a_fetch_that_asks_again_and_again_is_cut_short(hub):
         lines += [b"have %s\n" % head.encode(), b""] + [b""] * 5000
         body = b"".join(b"%04x" % (len(line) + 4) + line if line else b"0000" for line in lines)
         kind = "application/x-git-upload-pack-request"
-        started_s = time.monotonic()
         answer = client.send("POST", "/alice/asks.git/git-upload-pack", content=body, headers={"content-type": kind})
         assert answer.content.count(b"NAK") <= 1001
-        assert time.monotonic() - started_s < 20
 
 
 def test_a_long_name_of_a_branch_is_refused(hub):

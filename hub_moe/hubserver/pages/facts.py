@@ -1,13 +1,10 @@
 """What pages say of a repo besides its files: facts from its card, and how its files are loaded."""
 
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..profiles import Profile, read_main
-from ..store import Repo, Store
-from ..store.errors import NotFoundError
+from ..cards import words_of
+from ..profiles import Profile
 
 _HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -25,21 +22,6 @@ class Snippet:
 
     title: str
     text: str
-
-
-def read_all(store: Store, repos: Iterable[Repo]) -> list[Profile]:
-    """The profiles of repos as they are now, without those that have just been deleted."""
-    found = []
-    for repo in repos:
-        with suppress(NotFoundError):
-            found.append(read_main(store, repo))
-    return found
-
-
-def words_of(data: dict[str, Any], name: str) -> list[str]:
-    """The text or texts that a card has under a key; a card may hold anything."""
-    value = data.get(name)
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item]
 
 
 def word_of(data: dict[str, Any], name: str) -> str:

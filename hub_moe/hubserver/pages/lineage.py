@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from ..profiles import Profile, read_main
+from ..cards import words_of
+from ..profiles import Profile, read_main, read_mains
 from ..store import Identity, Repo, Store
 from ..store.errors import NotFoundError
-from .facts import read_all, words_of
 from .urls import parse_repo_id
 
 _MAX_DEPTH = 4
@@ -46,7 +46,7 @@ class Lineage:
 def read_lineage(store: Store, profile: Profile, who: Identity | None) -> Lineage:
     """The lineage of a model or dataset, as far as `who` may see it."""
     name = str(profile.repo.id)
-    models = read_all(store, store.repos.visible("model", who))
+    models = list(read_mains(store, store.repos.visible("model", who)))
     if profile.repo.id.kind == "dataset":
         users = [one for one in models if _holds(words_of(one.card.data, "datasets"), name)]
         return Lineage((), _group({"trained on it": users}), ())

@@ -8,9 +8,9 @@ from typing import Any
 from starlette.responses import Response
 
 from ..calls import Call, route
-from ..profiles import Profile
+from ..cards import words_of
+from ..profiles import Profile, read_mains
 from ..sessions import identify_person
-from .facts import read_all, words_of
 from .rendering import show_page
 from .urls import list_url
 
@@ -55,7 +55,7 @@ def show_start(call: Call) -> Response:
     groups = []
     for kind in _KINDS:
         repos = [repo for repo in call.store.repos.visible(kind, call.who) if search.lower() in str(repo.id).lower()]
-        groups.append((kind, read_all(call.store, repos[:most]), len(repos)))
+        groups.append((kind, list(read_mains(call.store, repos[:most])), len(repos)))
     return show_page(call.request, "start.html", call.who, groups=groups, search=search, base_url=call.base_url)
 
 
@@ -65,7 +65,7 @@ def show_list(call: Call) -> Response:
     search = query.get("search", "")[:200]
     chosen = {name: query.get(name, "")[:200] for name in _FACETS}
     repos = [repo for repo in call.store.repos.visible(kind, call.who) if search.lower() in str(repo.id).lower()]
-    found = read_all(call.store, repos)
+    found = list(read_mains(call.store, repos))
     for name, value in chosen.items():
         found = [one for one in found if not value or value in _values(name, one)]
     sort = query.get("sort", "") if query.get("sort", "") in _SORTS else ""
@@ -95,7 +95,7 @@ def show_owner(call: Call) -> Response:
     groups = []
     for kind in _KINDS:
         repos = [repo for repo in call.store.repos.visible(kind, call.who) if repo.id.owner == owner["name"]]
-        groups.append((kind, read_all(call.store, repos[:_PER_PAGE]), len(repos)))
+        groups.append((kind, list(read_mains(call.store, repos[:_PER_PAGE])), len(repos)))
     is_org = owner["kind"] == "org"
     others = call.store.accounts.members(owner["name"]) if is_org else call.store.accounts.orgs(owner["name"])
     names = [name for name, _ in others]

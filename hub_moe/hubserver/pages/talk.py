@@ -6,6 +6,7 @@ from markupsafe import Markup
 from starlette.responses import RedirectResponse, Response
 
 from ..calls import Call
+from ..discussions import find_discussion
 from ..sessions import read_own_form
 from ..store import GitRepo, Repo
 from ..store.diffs import diff_commits
@@ -109,14 +110,6 @@ def merge(call: Call) -> Response:
     discussion = find_discussion(call, repo)
     call.store.merges.merge(repo, discussion, call.identity)
     return _back(repo, discussion)
-
-
-def find_discussion(call: Call, repo: Repo) -> Discussion:
-    """The discussion whose number is in the path."""
-    text = call.param("num")
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise NotFoundError("discussion", f"{repo.id} has no discussion {text[:40]}.")
-    return call.store.discussions.find(repo, int(text))
 
 
 def _back(repo: Repo, discussion: Discussion) -> Response:

@@ -48,7 +48,7 @@ __all__ = ["GitRepo", "Identity", "Repo", "RepoId", "Store"]
 DATABASE_NAME = "hub.sqlite3"
 _SECRET_BYTES = 32
 _OWN_NAMES = {"attachments", "blobs", "incoming", "repos", "secret", "serving.lock", "xorbs"}
-_MAX_PROFILE_BYTES = 200_000_000
+_MAX_DERIVED_BYTES = 200_000_000
 
 
 class Store:
@@ -87,7 +87,7 @@ class Store:
         self.attachments = Attachments(root / "attachments", blobs)
         self.pushes = Pushes(self.repos, self.commits, self.discussions)
         self.xet = XetStore(self.database, self.xorbs, self.contents, self.commits)
-        self.profiles: SizedCache[object] = SizedCache(_MAX_PROFILE_BYTES)
+        self.derived: SizedCache[object] = SizedCache(_MAX_DERIVED_BYTES)
         if serve:
             self._clear_leftovers()
 

@@ -76,7 +76,7 @@ class Commits:
         with self._repos.open(repo) as git:
             ref = git.find_writable_ref(revision)
             added, deleted = self._store(repo, git, operations)
-            with self._lock(repo):
+            with self.exclusively(repo):
                 head = git.resolve(ref)
                 if parent is not None and not head.startswith(parent):
                     raise StaleParentError(
@@ -100,26 +100,20 @@ class Commits:
             added, deleted = self._store(repo, git, operations)
             tree = _build_tree(git, head, added, deleted)
             commit = git.write_commit(tree=tree, parents=[head], author=format_author(who), message=message)
-            with self._lock(repo):
+            with self.exclusively(repo):
                 git.move_ref(ref, old=None, new=commit)
         return commit
 
     @contextmanager
     def changing(self, repo: Repo) -> Iterator[GitRepo]:
         """The git repository, while nobody else changes its refs."""
-        with self._lock(repo), self._repos.open(repo) as git:
+        with self.exclusively(repo), self._repos.open(repo) as git:
             yield git
-
-    @contextmanager
-    def exclusively(self, repo: Repo) -> Iterator[None]:
-        """While this is held, nobody else changes the refs of a repo."""
-        with self._lock(repo):
-            yield
 
     def squash(self, repo: Repo, *, branch: str, who: Identity, message: str) -> str:
         """Replace the history of a branch or pull request by one commit with the same files."""
         message = check_message(message.strip() or f"Squash {branch}")
-        with self._lock(repo), self._repos.open(repo) as git:
+        with self.exclusively(repo), self._repos.open(repo) as git:
             ref = git.find_writable_ref(branch)
             head = git.resolve(ref)
             commit = git.write_commit(tree=git.tree_of(head), parents=[], author=format_author(who), message=message)
@@ -130,7 +124,7 @@ class Commits:
     def create_branch(self, repo: Repo, branch: str, *, start: str) -> None:
         """A new branch at a revision; ConflictError if there is one of this name."""
         ref = f"refs/heads/{check_ref_name(branch)}"
-        with self._lock(repo), self._repos.open(repo) as git:
+        with self.exclusively(repo), self._repos.open(repo) as git:
             commit = git.resolve(start)
             if git.read_ref(ref):
                 raise ConflictError(f"Reference {ref} already exists.")
@@ -139,7 +133,7 @@ class Commits:
     def create_tag(self, repo: Repo, tag: str, *, at: str, who: Identity, message: str = "") -> None:
         """A new tag at a revision, annotated when it has a message; ConflictError if there is one of this name."""
         message = check_message(message) if message.strip() else ""
-        with self._lock(repo), self._repos.open(repo) as git:
+        with self.exclusively(repo), self._repos.open(repo) as git:
             oid = commit = git.resolve(at)
             ref = f"refs/tags/{check_ref_name(tag)}"
             if git.read_ref(ref):
@@ -152,7 +146,7 @@ class Commits:
         """Remove a branch or tag by its full name; `main` cannot be removed."""
         if ref == "refs/heads/main":
             raise InvalidInputError("Cannot delete refs/heads/main: a repo always has it.")
-        with self._lock(repo), self._repos.open(repo) as git:
+        with self.exclusively(repo), self._repos.open(repo) as git:
             oid = git.read_ref(ref)
             if oid is None:
                 raise NotFoundError("revision", f"Invalid rev id: there is no {ref}.")
@@ -203,8 +197,8 @@ class Commits:
         return self._database.row(query, repo.uid, sha256) is not None
 
     @contextmanager
-    def _lock(self, repo: Repo) -> Iterator[None]:
-        """One change of a repo's refs at a time, and none while a backup notes what the refs and rows are."""
+    def exclusively(self, repo: Repo) -> Iterator[None]:
+        """While this is held, nobody else changes the refs of a repo, and no backup notes what refs and rows are."""
         with self._locks.setdefault(repo.uid, threading.Lock()), share(self._repos.changing_lock):
             yield
 

@@ -81,9 +81,9 @@ class Files:
         """Whether a new file belongs into the large-file store: by `.gitattributes`, by size, or by being binary."""
         if size_bytes > MAX_REGULAR_BYTES or b"\0" in sample:
             return True
-        return any(_matches(pattern, path) for pattern in self.large_patterns(git, commit))
+        return any(_matches(pattern, path) for pattern in self._large_patterns(git, commit))
 
-    def large_patterns(self, git: GitRepo, commit: str) -> list[str]:
+    def _large_patterns(self, git: GitRepo, commit: str) -> list[str]:
         """The patterns that `.gitattributes` marks with `filter=lfs`."""
         entry = git.find_entry(commit, ".gitattributes")
         if entry is None or entry.is_folder:
