@@ -25,6 +25,10 @@ class DatasetError(HubMoeError, ValueError):
     """A text or dataset lacks what the task needs."""
 
 
+class DivergenceError(HubMoeError, ArithmeticError):
+    """Training reached a loss, gradient or weight that is not finite."""
+
+
 class MissingExtraError(HubMoeError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""
 

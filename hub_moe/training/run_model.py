@@ -1,0 +1,163 @@
+"""The model and the tokenizer of a run, and whether they belong together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .. import modeling
+from ..errors import ConfigError, DatasetError
+from .run_config import ModelConfig
+
+_PATCH_FILE = "expert_patch.json"
+_ADAPTER_FILE = "adapter_config.json"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The config of a run's model, and the commit that its name and revision stood for (None of a folder)."""
+
+    config: Any
+    revision: str | None
+
+
+def read_architecture(model: ModelConfig) -> Architecture:
+    """The transformers config that [model] names, `overrides` applied. No code from a repo is run.
+
+    Raises:
+        ConfigError: If there is no such preset or folder, or a name is that of a patch or adapter.
+    """
+    if model.preset is not None:
+        return Architecture(modeling.HubMoeConfig.from_preset(model.preset, **model.overrides), revision=None)
+    assert model.name is not None
+    folder = Path(model.name).expanduser()
+    for file in (_PATCH_FILE, _ADAPTER_FILE):
+        if (folder / file).is_file():
+            kind = "an expert patch" if file == _PATCH_FILE else "an adapter"
+            raise ConfigError(
+                f"[model] name {model.name} is {kind} and not a model; merge it into its base first, or name the base."
+            )
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ConfigError(f"[model] name {model.name} is a folder without config.json, so it holds no model.")
+    config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
+    if unknown := [key for key in model.overrides if not hasattr(config, key)]:
+        raise ConfigError(f"[model] overrides has the key {unknown[0]!r}, which {type(config).__name__} does not know.")
+    for key, value in model.overrides.items():
+        setattr(config, key, value)
+    return Architecture(config, revision=getattr(config, "_commit_hash", None))
+
+
+def load_base(model: ModelConfig, *, revision: str | None) -> PreTrainedModel:
+    """The base with the weights as they are stored, in their dtype, on the CPU, in eval mode."""
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model.name, revision=revision or model.revision, dtype="auto", trust_remote_code=False
+    )
+    return base
+
+
+def build_model(config: Any, *, seed: int) -> PreTrainedModel:
+    """A model with random float32 weights; equal seeds give equal weights."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def sketch_model(config: Any) -> PreTrainedModel:
+    """The same modules and shapes without weights, on the meta device."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+class StoredDtypes:
+    """Lets a model train in another dtype than the one its weights are stored in, and goes back bit for bit.
+
+    Only floating-point parameters are cast; buffers keep their dtype.
+    """
+
+    def __init__(self, model: nn.Module, dtype: str) -> None:
+        self._model = model
+        self._stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        if dtype != "stored":
+            self._cast(lambda name, parameter: _DTYPES[dtype])
+
+    def restore(self) -> None:
+        """Cast what still has its name back to the stored dtype."""
+        self._cast(lambda name, parameter: self._stored.get(name, parameter.dtype))
+
+    def _cast(self, dtype_of: Any) -> None:
+        for name, parameter in self._model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype_of(name, parameter))
+
+
+def load_tokenizer(model: ModelConfig, *, revision: str | None) -> Any:
+    """The tokenizer that [model] names: its own, or that of the model's repo.
+
+    Raises:
+        ConfigError: If there is none, or the model's repo holds another one than the named.
+    """
+    own = _find_tokenizer(model.name, revision or model.revision) if model.name is not None else None
+    if model.tokenizer is None:
+        if own is None:
+            raise ConfigError(f"{model.name} has no tokenizer; name one with [model] tokenizer.")
+        return own
+    named = _find_tokenizer(model.tokenizer, None)
+    if named is None:
+        raise ConfigError(f"[model] tokenizer {model.tokenizer} holds no tokenizer.")
+    if own is not None and own.get_vocab() != named.get_vocab():
+        raise ConfigError(
+            f"[model] tokenizer {model.tokenizer} is not the model's: {model.name} has a tokenizer of its own with "
+            "other tokens; leave the key out."
+        )
+    return named
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Whether every token fits into the model's embedding and both agree on the marks of begin and end.
+
+    Raises:
+        ConfigError: If not.
+    """
+    text_config = config.get_text_config(decoder=True)
+    highest = max(tokenizer.get_vocab().values())
+    if highest >= text_config.vocab_size:
+        raise ConfigError(
+            f"The tokenizer is not the model's: it has token {highest}, the model's embedding ends at "
+            f"{text_config.vocab_size - 1}."
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        ours, theirs = getattr(tokenizer, name, None), getattr(text_config, name, None)
+        accepted = theirs if isinstance(theirs, list | tuple) else [theirs]
+        if ours is not None and theirs is not None and ours not in accepted:
+            raise ConfigError(f"The tokenizer is not the model's: its {name} is {ours}, that of the config {theirs}.")
+
+
+def check_tokens(rows: Any, config: Any) -> None:
+    """Whether the first rows are made of tokens that the model has.
+
+    Raises:
+        DatasetError: If not, or there is no row.
+    """
+    if not len(rows):
+        raise DatasetError("The data holds no row to train on.")
+    vocab_size = config.get_text_config(decoder=True).vocab_size
+    for row in range(min(len(rows), 256)):
+        ids: Tensor = torch.as_tensor(rows[row]["input_ids"])
+        if int(ids.max()) >= vocab_size:
+            raise DatasetError(f"Row {row} has token {int(ids.max())}; the model's embedding ends at {vocab_size - 1}.")
+
+
+def _find_tokenizer(name: str | None, revision: str | None) -> Any:
+    """The tokenizer of a Hub id or folder, or None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        folder = Path(str(name)).expanduser()
+        if folder.is_dir() and not any(folder.glob("tokenizer*")):
+            return None
+        raise ConfigError(f"{name} holds no tokenizer that can be read: {str(error).splitlines()[0]}") from error
