@@ -17,6 +17,10 @@ class UnsupportedModelError(HubMoeError, ValueError):
     """A model type that this command or class does not know."""
 
 
+class PatchError(HubMoeError, ValueError):
+    """An expert patch does not fit the model, such as one made for another base, or the model carries none."""
+
+
 class GenerationError(HubMoeError, ValueError):
     """A generation setting that this model cannot serve."""
 

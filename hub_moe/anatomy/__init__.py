@@ -1,5 +1,6 @@
 """Where the experts of a transformers MoE are and what the model costs: the one place that knows families."""
 
+from .expert_tensors import expert_tensors, hash_tensor, named_tensors
 from .footprint import Footprint, measure_footprint
 from .moe_layers import MoeLayer, find_moe_layers
 from .parameters import KINDS, Kind, SortedParameter, sort_parameters
@@ -10,7 +11,10 @@ __all__ = [
     "Kind",
     "MoeLayer",
     "SortedParameter",
+    "expert_tensors",
     "find_moe_layers",
+    "hash_tensor",
     "measure_footprint",
+    "named_tensors",
     "sort_parameters",
 ]

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedModelError
+from .chosen_experts import ChosenExperts
 
 _ROUTER_NAMES = ("gate", "router")
 _SHARED_NAMES = ("shared_experts", "shared_expert")
@@ -97,8 +98,9 @@ def _count_stacked_experts(experts: nn.Module) -> int | None:
     own = list(experts.parameters(recurse=False))
     lengths = {parameter.shape[0] for parameter in own}
     has_matrices = any(parameter.dim() == 3 for parameter in own)
-    is_stack = has_matrices and len(lengths) == 1 and len(own) == len(list(experts.parameters()))
-    return lengths.pop() if is_stack else None
+    others = (child for child in experts.children() if not isinstance(child, ChosenExperts))
+    is_alone = not any(list(child.parameters()) for child in others)
+    return lengths.pop() if has_matrices and len(lengths) == 1 and is_alone else None
 
 
 def _top_k(text_config: Any) -> int:
