@@ -4,17 +4,21 @@ from .expert_tensors import expert_tensors, hash_tensor, named_tensors
 from .footprint import Footprint, measure_footprint
 from .moe_layers import MoeLayer, find_moe_layers
 from .parameters import KINDS, Kind, SortedParameter, sort_parameters
+from .routing import LayerRouting, Routing, record_routing
 
 __all__ = [
     "KINDS",
     "Footprint",
     "Kind",
+    "LayerRouting",
     "MoeLayer",
+    "Routing",
     "SortedParameter",
     "expert_tensors",
     "find_moe_layers",
     "hash_tensor",
     "measure_footprint",
     "named_tensors",
+    "record_routing",
     "sort_parameters",
 ]
