@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..anatomy import find_moe_layers
+from ..anatomy import expert_tensors, find_moe_layers
 from ..errors import ConfigError, MissingExtraError
 from .method_config import LoraMethod
 
@@ -31,7 +31,7 @@ def add_adapters(model: Any, method: LoraMethod) -> PeftModel:
     """
     routers = {layer.name: name for layer in find_moe_layers(model) for name in [_name_of(model, layer.router)]}
     parameters = [*method.target_parameters, *(_expert_stacks(model) if method.routed_experts else [])]
-    named = _named_modules(model, method.target_modules)
+    named = [*_named_modules(model, method.target_modules), *_named_stacks(model, method.target_modules)]
     _check_names_match(model, method.target_modules, method.target_parameters)
     modules = method.target_modules if isinstance(method.target_modules, str) else list(method.target_modules)
     config = LoraConfig(
@@ -96,12 +96,29 @@ def _named_modules(model: Any, targets: Sequence[str] | str) -> list[str]:
     return [name for name in linear if any(_ends_with(name, target) for target in targets)]
 
 
+def _named_stacks(model: nn.Module, targets: Sequence[str] | str) -> list[str]:
+    """The stacks of routed experts that a list of `targets` names as checkpoints do: `experts.5.gate_proj`."""
+    if isinstance(targets, str):
+        return []
+    return [
+        f"{layer.name}.experts.{name}"
+        for layer in find_moe_layers(model)
+        for name, parameter in layer.experts.named_parameters(recurse=False)
+        if parameter.dim() == 3
+        for part in ([name] if name != "gate_up_proj" else ["gate_proj", "up_proj"])
+        if any(_ends_with(f"{layer.name}.experts.0.{part}", target) for target in targets)
+    ]
+
+
 def _ends_with(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
 def _check_names_match(model: nn.Module, modules: Sequence[str] | str, parameters: Sequence[str]) -> None:
-    module_names = [name for name, _ in model.named_modules()]
+    module_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    module_names += [
+        name.removesuffix(".weight") for layer in find_moe_layers(model) for name in expert_tensors(layer, 0)
+    ]
     parameter_names = [name for name, _ in model.named_parameters()]
     for key, targets, names in (
         ("target_modules", () if isinstance(modules, str) else modules, module_names),
@@ -109,8 +126,8 @@ def _check_names_match(model: nn.Module, modules: Sequence[str] | str, parameter
     ):
         for target in targets:
             if not any(_ends_with(name, target) for name in names):
-                ends = sorted({name.rpartition(".")[2] for name in names if name})
-                raise ConfigError(f"[method] {key} names {target!r}, with which no name ends; ends are {', '.join(ends)}.")
+                ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+                raise ConfigError(f"[method] {key} names {target!r}, which is the end of no name; ends are {', '.join(ends)}.")
 
 
 def _check_left_out(named: Iterable[str], places: set[str], method: LoraMethod) -> None:
@@ -123,11 +140,13 @@ def _check_left_out(named: Iterable[str], places: set[str], method: LoraMethod) 
     ]
     if left_out:
         parts = list(dict.fromkeys(_after_layer(name) for name in left_out))
-        include = ", ".join(f'"{part}.weight"' for part in parts)
+        stacks = [part for part in parts if ".experts." in part]
+        include = ", ".join(f'"{part if part in stacks else part + ".weight"}"' for part in parts)
         accept = ", ".join(f'"{part}"' for part in parts)
         raise ConfigError(
-            f"[method] target_modules names {len(left_out)} modules that peft gives no adapter, such as {left_out[0]}; "
-            f"include them by target_parameters = [{include}], or accept it by accept_left_out = [{accept}]."
+            f"[method] target_modules names {len(dict.fromkeys(left_out))} modules that peft gives no adapter, such as "
+            f"{left_out[0]}; include them by target_parameters = [{include}], or accept it by accept_left_out = "
+            f"[{accept}]."
         )
 
 

@@ -7,9 +7,11 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
+
+_T = TypeVar("_T")
 
 
 def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return tables
 
 
-def read_table[T](cls: type[T], table: Any, *, where: str) -> T:
+def read_table(cls: type[_T], table: Any, *, where: str) -> _T:
     """An instance of the dataclass `cls` from a TOML table; `where` is what messages call the table.
 
     Fields that are dataclasses are tables inside of this one. A field with the metadata `flat` takes its keys from
@@ -95,7 +97,7 @@ def read_value(hint: Any, value: Any, *, where: str) -> Any:
         return value
     if not _is_of(hint, value):
         raise ConfigError(f"{where} must be {_TYPE_NAMES[get_origin(hint) or hint]}, not {_describe(value)}.")
-    if get_origin(hint) is tuple:
+    if get_origin(hint) in _ARRAYS:
         return tuple(read_value(get_args(hint)[0], item, where=f"{where}, item {i},") for i, item in enumerate(value))
     return float(value) if hint is float else value
 
@@ -111,8 +113,11 @@ _TYPE_NAMES = {
     float: "a number",
     str: "a text",
     tuple: "an array",
+    Sequence: "an array",
     dict: "a table",
+    Mapping: "a table",
 }
+_ARRAYS = (tuple, Sequence)
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> None:
@@ -138,7 +143,7 @@ def _is_of(hint: Any, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if plain is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if plain is tuple:
+    if plain in _ARRAYS:
         return isinstance(value, list | tuple)
     if plain is Literal:
         return value in get_args(hint)
