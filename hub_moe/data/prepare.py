@@ -102,8 +102,8 @@ def prepare(
         if wanted and not side.trained_tokens:
             raise DatasetError(
                 f"No row of {rows.provenance.source} is left for {name}: of {report.rows:,} rows "
-                f"{len(report.bad_rows):,} do not fit and {len(report.duplicate_rows):,} are duplicates; change held_out, "
-                "or give more rows."
+                f"{len(report.bad_rows):,} do not fit and {len(report.duplicate_rows):,} are duplicates; "
+                "change held_out, or give more rows."
             )
     return prepared
 
