@@ -4,12 +4,16 @@ from .expert_tensors import expert_tensors, hash_tensor, named_tensors
 from .footprint import Footprint, measure_footprint
 from .moe_layers import MoeLayer, find_moe_layers
 from .parameters import KINDS, Kind, SortedParameter, sort_parameters
+from .profile import DomainProfile, ExpertProfile, LayerProfile
 from .routing import LayerRouting, Routing, record_routing
 
 __all__ = [
     "KINDS",
+    "DomainProfile",
+    "ExpertProfile",
     "Footprint",
     "Kind",
+    "LayerProfile",
     "LayerRouting",
     "MoeLayer",
     "Routing",
