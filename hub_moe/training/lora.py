@@ -19,7 +19,7 @@ except ImportError as error:
     raise MissingExtraError("The method lora needs peft: pip install 'hub_moe[train]'.") from error
 
 
-def add_adapters(model: Any, method: LoraMethod) -> PeftModel:
+def add_adapters(model: Any, method: LoraMethod, *, in_float32: bool = True) -> PeftModel:
     """`model` with an adapter at everything that `method` names; only the adapters are trained.
 
     peft rewrites names for some families: on DeepSeek, `target_modules = [gate_proj, up_proj, down_proj]` becomes the
@@ -46,7 +46,7 @@ def add_adapters(model: Any, method: LoraMethod) -> PeftModel:
         # about rank_pattern keys that peft itself added
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
         try:
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
         except ValueError as error:
             raise ConfigError(f"peft refuses [method]: {str(error).splitlines()[0]}") from error
     places = set(find_adapters(adapted))

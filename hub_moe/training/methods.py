@@ -1,91 +1,99 @@
 """What each method trains: a base made ready for `MoeTrainer`, and made whole again afterwards."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy import Kind, expert_tensors, find_moe_layers, named_tensors
+from ..anatomy import find_moe_layers, named_tensors
 from ..errors import ConfigError
-from ..experts import freeze_all_but, merge_experts, split_experts
+from ..experts import freeze_all_but, merge_experts
 from .method_config import ExpertsMethod, LoraMethod
 from .run_config import RunConfig
+from .run_model import StoredDtypes
 from .selection import ExpertChoice
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run trains of a base, in the names of `named_tensors`.
+class Prepared:
+    """A model ready to be trained.
 
     Args:
-        trained: Tensors of the base that may change.
-        biases: Those of them that are balancing biases, moved without gradients.
-        balancing_speed: 0 where the biases stay.
-        choice: The chosen experts, for method `experts`.
+        model: What `Trainer` gets; `requires_grad` says what is trained.
+        trained: What may change of the base, in the names of `named_tensors`.
+        biases: The balancing biases among it, which move without gradients.
+        balancing_speed: 0 where they stay.
+        dtypes: In which the base is stored.
+        is_partial: Whether checkpoints hold only what is trained.
     """
 
+    model: Any
     trained: frozenset[str]
     biases: tuple[str, ...]
     balancing_speed: float
-    choice: ExpertChoice | None = None
+    dtypes: StoredDtypes
+    is_partial: bool
 
 
-def plan_method(base: PreTrainedModel, config: RunConfig, choice: ExpertChoice | None = None) -> Plan:
-    """What the method of `config` trains of `base`; `choice` goes with the method `experts`.
+def prepare_model(base: PreTrainedModel, config: RunConfig, choice: ExpertChoice | None = None) -> Prepared:
+    """Make `base` ready for the method of `config`; the method `experts` takes its `choice`.
 
     Raises:
-        ConfigError: If balancing is asked for and no router has a bias, or an expert is chosen that is not there.
+        ConfigError: If the method or the balancing that is asked for does not fit the model.
     """
     biases = _bias_names(base)
     speed = _balancing_speed(config, has_bias=bool(biases))
     moved = biases if speed else ()
-    if isinstance(config.method, LoraMethod):
-        trained: set[str] = set()
-    elif isinstance(config.method, ExpertsMethod):
-        assert choice is not None
-        trained = set(_chosen_names(base, choice))
-    else:
-        parameters = set(base.state_dict()) - {name for name, _ in base.named_buffers()}
-        trained = {name for name, kind, _ in _names(base) if name in parameters or kind == "routed_experts"}
-    return Plan(frozenset(trained | set(moved)), moved, speed, choice)
+    dtypes = StoredDtypes(base)
+    model, trained = _make_trainable(base, config, choice, dtypes)
+    is_partial = isinstance(config.method, ExpertsMethod | LoraMethod)
+    return Prepared(model, frozenset(trained) | set(moved), moved, speed, dtypes, is_partial)
 
 
-def make_trainable(base: PreTrainedModel, config: RunConfig, plan: Plan) -> nn.Module:
-    """The model that `Trainer` gets: `base` itself, split for chosen experts, or wrapped with adapters.
+def make_whole(prepared: Prepared) -> Any:
+    """The base as it is now: trained experts in their stacks, adapters taken off without merging, dtypes as stored."""
+    model = prepared.model
+    if hasattr(model, "expert_split"):
+        merge_experts(model)
+    elif hasattr(model, "peft_config"):
+        model = model.unload()
+    prepared.dtypes.restore(model)
+    return model
 
-    Raises:
-        ConfigError: If an adapter named in the method cannot be added.
-    """
+
+def _make_trainable(
+    base: PreTrainedModel, config: RunConfig, choice: ExpertChoice | None, dtypes: StoredDtypes
+) -> tuple[Any, list[str]]:
+    keeps_float32 = config.model.dtype == "float32"
     if isinstance(config.method, LoraMethod):
         from .lora import add_adapters  # needs an extra
 
-        return add_adapters(base, config.method)
-    if plan.choice is not None:
-        freeze_all_but(
+        return add_adapters(base, config.method, in_float32=keeps_float32), []
+    if choice is not None:
+        choice.check(find_moe_layers(base))
+        names = freeze_all_but(
             base,
-            plan.choice.experts,
-            shared_experts=plan.choice.shared_experts,
-            non_expert_modules=plan.choice.non_expert_modules,
+            choice.experts,
+            shared_experts=choice.shared_experts,
+            non_expert_modules=choice.non_expert_modules,
+            dtype=torch.float32 if keeps_float32 else None,
         )
-        split_experts(base, plan.choice.experts)
-    else:
-        base.requires_grad_(True)
-    return base
+        return base, names
+    base.requires_grad_(True)
+    _freeze_bias_parameters(base)
+    if keeps_float32:
+        dtypes.widen(base)
+    frozen = {name for name, _ in base.named_buffers()} | set(_bias_names(base))
+    return base, [name for name, *_ in named_tensors(base, find_moe_layers(base)) if name not in frozen]
 
 
-def make_whole(model: nn.Module, plan: Plan) -> Any:
-    """The base again: trained experts in their stacks, adapters taken off without merging them."""
-    if plan.choice is not None:
-        merge_experts(model)
-        return model
-    return model.unload() if hasattr(model, "unload") else model  # type: ignore[operator]
-
-
-def is_partial(config: RunConfig) -> bool:
-    """Whether checkpoints hold only what is trained."""
-    return isinstance(config.method, ExpertsMethod | LoraMethod)
+def _freeze_bias_parameters(base: PreTrainedModel) -> None:
+    """Some families keep the balancing bias as a parameter; it has no gradient, and balancing alone moves it."""
+    for layer in find_moe_layers(base):
+        if isinstance(layer.balancing_bias, nn.Parameter):
+            layer.balancing_bias.requires_grad_(False)
 
 
 def _balancing_speed(config: RunConfig, *, has_bias: bool) -> float:
@@ -100,29 +108,6 @@ def _balancing_speed(config: RunConfig, *, has_bias: bool) -> float:
 
 
 def _bias_names(base: PreTrainedModel) -> tuple[str, ...]:
-    tensors = {id(tensor): name for name, tensor in (*base.named_parameters(), *base.named_buffers())}
+    names = {id(tensor): name for name, tensor in (*base.named_parameters(), *base.named_buffers())}
     biases = [layer.balancing_bias for layer in find_moe_layers(base)]
-    return tuple(tensors[id(bias)] for bias in biases if bias is not None)
-
-
-def _chosen_names(base: PreTrainedModel, choice: ExpertChoice) -> Iterator[str]:
-    layers = {layer.index: layer for layer in find_moe_layers(base)}
-    for index, experts in choice.experts.items():
-        if index not in layers:
-            raise ConfigError(
-                f"The choice names experts of layer {index}; the model has experts in layers "
-                f"{', '.join(map(str, layers))}."
-            )
-        for expert in experts:
-            yield from expert_tensors(layers[index], expert)
-    parameters = {name for name, _ in base.named_parameters()}
-    for name, kind, _ in _names(base):
-        is_shared = kind == "shared_experts"
-        is_wanted = choice.shared_experts if is_shared else choice.non_expert_modules and kind != "routed_experts"
-        if is_wanted and name in parameters:
-            yield name
-
-
-def _names(base: PreTrainedModel) -> Iterator[tuple[str, Kind, int | None]]:
-    for name, kind, layer, _ in named_tensors(base, find_moe_layers(base)):
-        yield name, kind, layer
+    return tuple(names[id(bias)] for bias in biases if bias is not None)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .stand_in_data import DataSource
+from ..data import DataSource
 from ..errors import ConfigError
 from .method_config import Method, PretrainMethod, read_method
 from .toml_tables import check_keys, read_table, read_toml, write_toml
@@ -19,7 +19,8 @@ class ModelConfig:
         name: Hub id or folder.
         revision: Branch, tag or commit of a Hub id.
         tokenizer: Hub id or folder of the tokenizer, where it is not with the model.
-        dtype: In which the weights are trained; "stored" leaves them as they are. What is written has the stored one.
+        dtype: In which trained weights are kept: small steps on bfloat16 are rounded away. "stored" leaves them as
+            they are stored; what is written is in the stored one again.
         preset: For `pretrain`: a size of hub_moe, in place of `name`.
         overrides: For `pretrain`: fields of the config that differ.
         learn_vocab_size: For `pretrain`: learn a tokenizer of this size from the training text.
@@ -28,7 +29,7 @@ class ModelConfig:
     name: str | None = None
     revision: str | None = None
     tokenizer: str | None = None
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    dtype: Literal["float32", "stored"] = "float32"
     preset: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     learn_vocab_size: int | None = None
@@ -49,24 +50,25 @@ class DataConfig:
     """[data]: the text, and how rows become what the model sees.
 
     Args:
-        source: Where the rows are.
-        format: How a row is read: chat messages, prompt and completion, or plain text.
+        rows: Where the rows are and how they are read; its keys stand in [data] itself.
         max_length: Tokens of a row at most.
         packing: Whether short documents share a row; attention stays within each.
         held_out: Share of the rows that is never trained on.
+        allow_bad_rows: Share of the rows that may be left out because they do not fit.
         evaluation: Rows of an evaluation; what they share with the training rows is reported.
     """
 
-    source: DataSource = field(metadata={"flat": True})
-    format: Literal["auto", "chat", "prompt_completion", "text"] = "auto"
+    rows: DataSource = field(metadata={"flat": True})
     max_length: int = 512
     packing: bool = True
     held_out: float = 0.05
+    allow_bad_rows: float = 0.0
     evaluation: DataSource | None = None
 
     def __post_init__(self) -> None:
         _check(self.max_length >= 2, "[data]", "max_length", self.max_length, "at least 2")
         _check(0 < self.held_out < 1, "[data]", "held_out", self.held_out, "a share between 0 and 1")
+        _check(0 <= self.allow_bad_rows < 1, "[data]", "allow_bad_rows", self.allow_bad_rows, "a share below 1")
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ class RunConfig:
         """The tables of the TOML file, every default in place."""
         tables = {table: asdict(getattr(self, table)) for table in _TABLES if table != "method"}
         tables["method"] = {"name": self.method.NAME, **asdict(self.method)}
-        tables["data"] = {**tables["data"].pop("source"), **tables["data"]}
+        tables["data"] = {**tables["data"].pop("rows"), **tables["data"]}
         return {table: tables[table] for table in _TABLES}
 
     def to_toml(self) -> str:
@@ -178,11 +180,9 @@ class RunConfig:
 
     def with_revisions(self, *, model: str | None, data: str | None) -> "RunConfig":
         """With the revisions that names of branches and tags stood for."""
-        source = self.data.source if data is None else replace(self.data.source, revision=data)
+        rows = self.data.rows if data is None else replace(self.data.rows, revision=data)
         revision = self.model.revision if model is None else model
-        return replace(
-            self, model=replace(self.model, revision=revision), data=replace(self.data, source=source)
-        )
+        return replace(self, model=replace(self.model, revision=revision), data=replace(self.data, rows=rows))
 
 
 _TABLES = ("model", "data", "method", "training", "balancing", "output")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import modeling
@@ -14,7 +14,6 @@ from .run_config import ModelConfig
 
 _PATCH_FILE = "expert_patch.json"
 _ADAPTER_FILE = "adapter_config.json"
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -74,25 +73,24 @@ def sketch_model(config: Any) -> PreTrainedModel:
 
 
 class StoredDtypes:
-    """Lets a model train in another dtype than the one its weights are stored in, and goes back bit for bit.
+    """Lets all of a model train in float32, and takes it back to the dtypes that its weights are stored in.
 
-    Only floating-point parameters are cast; buffers keep their dtype.
+    Buffers keep their dtype. What was not changed comes back bit for bit.
     """
 
-    def __init__(self, model: nn.Module, dtype: str) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module) -> None:
         self._stored = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        if dtype != "stored":
-            self._cast(lambda name, parameter: _DTYPES[dtype])
 
-    def restore(self) -> None:
-        """Cast what still has its name back to the stored dtype."""
-        self._cast(lambda name, parameter: self._stored.get(name, parameter.dtype))
+    def widen(self, model: nn.Module) -> None:
+        """Cast parameters of fewer bits to float32."""
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize:
+                parameter.data = parameter.data.float()
 
-    def _cast(self, dtype_of: Any) -> None:
-        for name, parameter in self._model.named_parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype_of(name, parameter))
+    def restore(self, model: nn.Module) -> None:
+        """Cast parameters back."""
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(self._stored[name])
 
 
 def load_tokenizer(model: ModelConfig, *, revision: str | None) -> Any:
@@ -117,39 +115,18 @@ def load_tokenizer(model: ModelConfig, *, revision: str | None) -> Any:
     return named
 
 
-def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Whether every token fits into the model's embedding and both agree on the marks of begin and end.
+def check_marks(tokenizer: Any, config: Any) -> None:
+    """Whether tokenizer and model agree on the tokens that begin and end a text.
 
     Raises:
-        ConfigError: If not.
+        DatasetError: If not.
     """
     text_config = config.get_text_config(decoder=True)
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= text_config.vocab_size:
-        raise ConfigError(
-            f"The tokenizer is not the model's: it has token {highest}, the model's embedding ends at "
-            f"{text_config.vocab_size - 1}."
-        )
     for name in ("bos_token_id", "eos_token_id"):
         ours, theirs = getattr(tokenizer, name, None), getattr(text_config, name, None)
         accepted = theirs if isinstance(theirs, list | tuple) else [theirs]
         if ours is not None and theirs is not None and ours not in accepted:
-            raise ConfigError(f"The tokenizer is not the model's: its {name} is {ours}, that of the config {theirs}.")
-
-
-def check_tokens(rows: Any, config: Any) -> None:
-    """Whether the first rows are made of tokens that the model has.
-
-    Raises:
-        DatasetError: If not, or there is no row.
-    """
-    if not len(rows):
-        raise DatasetError("The data holds no row to train on.")
-    vocab_size = config.get_text_config(decoder=True).vocab_size
-    for row in range(min(len(rows), 256)):
-        ids: Tensor = torch.as_tensor(rows[row]["input_ids"])
-        if int(ids.max()) >= vocab_size:
-            raise DatasetError(f"Row {row} has token {int(ids.max())}; the model's embedding ends at {vocab_size - 1}.")
+            raise DatasetError(f"The tokenizer is not the model's: its {name} is {ours}, that of the config {theirs}.")
 
 
 def _find_tokenizer(name: str | None, revision: str | None) -> Any:
