@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
 from .chosen_experts import ChosenExperts
@@ -17,6 +17,9 @@ from .chosen_experts import ChosenExperts
 _ROUTER_NAMES = ("gate", "router")
 _SHARED_NAMES = ("shared_experts", "shared_expert")
 _SHARED_NAME_BESIDE_BLOCK = "shared_mlp"  # granitemoeshared, granitemoehybrid
+# lfm2_moe and afmoe say expert_bias, every other family e_score_correction_bias; the bias is the router's, its statics
+# module's (ernie4_5_moe) or the block's (minimax_m2, hy_v3, lfm2_moe, afmoe)
+_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 _TOP_K_FIELDS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -39,6 +42,19 @@ class MoeLayer:
     num_experts: int
     top_k: int
     is_mtp: bool
+    bias_owner: nn.Module | None = None
+
+    @property
+    def balancing_bias(self) -> Tensor | None:
+        """The number per expert that is added to scores for the choice only, as the model holds it now.
+
+        A buffer or a parameter without gradient, of shape (E,) or, in ernie4_5_moe, (1, E). None where the router
+        chooses by scores alone.
+        """
+        if self.bias_owner is None:
+            return None
+        bias: Tensor = next(getattr(self.bias_owner, name) for name in _BIAS_NAMES if hasattr(self.bias_owner, name))
+        return bias
 
 
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -86,7 +102,19 @@ def _describe_block(model: nn.Module, name: str, block: nn.Module, text_config: 
         num_experts=num_experts,
         top_k=_top_k(text_config),
         is_mtp=int(index.group()) >= text_config.num_hidden_layers,
+        bias_owner=_bias_owner(block, children["experts"]),
     )
+
+
+def _bias_owner(block: nn.Module, experts: nn.Module) -> nn.Module | None:
+    """The module of the block, outside of its experts, that holds a balancing bias."""
+    inside_experts = set(experts.modules())
+    for module in block.modules():
+        if module not in inside_experts and any(
+            isinstance(getattr(module, name, None), Tensor) for name in _BIAS_NAMES
+        ):
+            return module
+    return None
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
