@@ -118,7 +118,13 @@ def _bias_owner(block: nn.Module, experts: nn.Module) -> nn.Module | None:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    return dict(module.named_children())
+    """By name; of one that an adapter of peft is wrapped around, what is inside."""
+    return {name: _unwrap(child) for name, child in module.named_children()}
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    inside = getattr(module, "base_layer", None)
+    return _unwrap(inside) if isinstance(inside, nn.Module) else module
 
 
 def _count_stacked_experts(experts: nn.Module) -> int | None:
