@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def claim_folder(
     write: Callable[[Mapping[str, Any]], str],
     what: str,
     made: Iterable[Path] | None,
+    ignored: Collection[str] = (),
 ) -> None:
     """Make the folder of `settings_file` that of a run with `settings`, or see that it is already.
 
@@ -45,6 +46,7 @@ def claim_folder(
         write: Settings to text.
         what: Names such a run in messages.
         made: What a run makes, the proof of its end first; with it, an earlier run is removed.
+        ignored: Tables of the settings in which runs may differ.
 
     Raises:
         ConfigError: If the folder holds something else, or a run with other settings.
@@ -60,12 +62,13 @@ def claim_folder(
         if is_run and made is not None:
             _remove_run(settings_file, made)
             is_run = False
-        if is_run and settings_file.read_text("utf-8") != text:
-            found = read(settings_file.read_text("utf-8"))
-            raise ConfigError(
-                f"{path} holds a run with other settings ({first_difference(found, read(text))}); name another "
-                "folder, or start anew with --fresh."
-            )
+        if is_run:
+            found, wanted = ({k: v for k, v in read(t).items() if k not in ignored} for t in (settings_file.read_text("utf-8"), text))
+            if found != wanted:
+                raise ConfigError(
+                    f"{path} holds a run with other settings ({first_difference(found, wanted)}); name another "
+                    "folder, or start anew with --fresh."
+                )
         if not is_run:
             write_atomically(settings_file, lambda temporary: temporary.write_text(text, "utf-8"))
 
@@ -76,7 +79,7 @@ def first_difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str
     for name in [*now, *there]:
         if there.get(name) != now.get(name):
             return f"{name} is {there.get(name)!r} there and {now.get(name)!r} now"
-    return "they are written differently"
+    return "they are ordered differently"
 
 
 def _remove_run(settings_file: Path, made: Iterable[Path]) -> None:

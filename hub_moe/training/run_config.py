@@ -82,7 +82,8 @@ class TrainingConfig:
         batch_size: Rows per optimizer step, over all processes.
         micro_batch_size: Rows that one process holds at a time; the rest is gradient accumulation.
         warmup: Share of the steps in which the learning rate rises.
-        evaluations: How often the held-out loss is taken while training.
+        evaluations: How often the held-out loss is taken while training; also before and after it.
+        evaluation_rows: Held-out rows that it is taken on at most, evenly spread.
         checkpoints: How often a checkpoint is written.
         precision: Arithmetic: that of the weights, or bfloat16 (autocast) over weights as they are.
         num_threads: Of torch; None leaves torch's own number.
@@ -102,6 +103,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     precision: Literal["weights", "bfloat16"] = "weights"
     evaluations: int = 10
+    evaluation_rows: int = 500
     checkpoints: int = 4
     seed: int = 0
     num_threads: int | None = None
@@ -111,7 +113,7 @@ class TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
             both = "has both steps and epochs" if self.steps is not None else "has neither steps nor epochs"
             raise ConfigError(f"[training] {both}; set one of them.")
-        for key in ("learning_rate", "steps", "epochs", "batch_size", "micro_batch_size", "num_threads"):
+        for key in ("learning_rate", "steps", "epochs", "batch_size", "micro_batch_size", "num_threads", "evaluation_rows"):
             value = getattr(self, key)
             _check(value is None or value > 0, "[training]", key, value, "more than 0")
         for key in ("weight_decay", "max_grad_norm", "evaluations", "checkpoints", "seed"):
@@ -162,7 +164,7 @@ class RunConfig:
     method: Method
     training: TrainingConfig
     output: OutputConfig
-    balancing: BalancingConfig = BalancingConfig()
+    balancing: BalancingConfig = field(default_factory=BalancingConfig)
 
     def __post_init__(self) -> None:
         _check_architecture(self.model, is_pretraining=isinstance(self.method, PretrainMethod))

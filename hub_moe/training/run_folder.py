@@ -109,6 +109,7 @@ def open_training_folder(config: RunConfig, *, fresh: bool) -> TrainingFolder:
         write=write_toml,
         what="training run",
         made=_made(folder) if fresh else None,
+        ignored=("output",),
     )
     return folder
 

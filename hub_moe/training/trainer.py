@@ -4,7 +4,7 @@ Shape letters: B batch, L sequence.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,13 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError, DivergenceError
 from .non_finite import describe_divergence, find_non_finite
 from .row_order import RowOrder
 
 TRAINED_WEIGHTS = "trained.safetensors"
-_BIAS_NAME = "e_score_correction_bias"
 
 
 class MoeTrainer(Trainer):  # type: ignore[misc]
@@ -32,12 +30,15 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         partial: Whether the frozen weights stay out of checkpoints.
+        biases: Names of balancing biases that are moved while training.
         **kwargs: As `Trainer` takes them; `max_steps` of the arguments must be set.
     """
 
-    def __init__(self, *, partial: bool, **kwargs: Any) -> None:
+    def __init__(self, *, partial: bool, biases: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.partial = partial
+        self.biases = tuple(biases)
+        self.add_callback(_EvaluateAtBothEnds(self))
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
 
@@ -74,7 +75,7 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
         losses = torch.stack(self._losses).float().cpu()
         what = "The loss" if not torch.isfinite(losses).all() else "The gradient"
         batches = [self._prepare_inputs(batch) for batch in self._batches]
-        where = describe_divergence(self.accelerator.unwrap_model(self.model), batches)
+        where = describe_divergence(self._plain_model, batches)
         raise DivergenceError(
             f"{what} of step {self.state.global_step + 1} is not finite: {where}; lower the learning rate or look at "
             "the rows of this step."
@@ -84,33 +85,41 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Mean loss over the predicted tokens of the held-out rows, nats per token, over all processes."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        loss, tokens = self._sum_losses(dataset)
+        loss, tokens = self._sum_losses(self.eval_dataset if eval_dataset is None else eval_dataset)
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_tokens": tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _sum_losses(self, dataset: Dataset[Any]) -> tuple[float, int]:
-        """The summed loss and the number of predicted tokens; each process takes every world-size-th row."""
-        model = self.accelerator.unwrap_model(self.model)
+    def _sum_losses(self, dataset: Any) -> tuple[float, int]:
+        """The summed loss and the number of predicted tokens; each process takes every world-size-th row.
+
+        No DataLoader is used: it would draw from the random numbers of the training.
+        """
+        model: Any = self._plain_model
         was_training = model.training
         model.eval()
-        mine = range(self.args.process_index, len(dataset), self.args.world_size)  # type: ignore[arg-type]
-        batch_size = self.args.per_device_eval_batch_size
+        size, world_size = self.args.per_device_eval_batch_size, self.args.world_size
+        mine = range(self.args.process_index, len(dataset), world_size)
+        most = -(-len(dataset) // world_size)  # rows of the process that has most: all run equally many forwards
         sums = torch.zeros(2, dtype=torch.float64)
-        # no DataLoader: it would draw from the random numbers of the training
-        for start in range(0, len(mine), batch_size):
-            batch = self.data_collator([dataset[row] for row in mine[start : start + batch_size]])
-            tokens = int((batch["labels"][..., 1:] != -100).sum())
+        for start in range(0, most, size):
+            rows = [dataset[row] for row in mine[start : start + size]]
+            batch = self.data_collator(rows or [dataset[0]])
+            with torch.no_grad(), self.accelerator.autocast():
+                loss = model(**self._prepare_inputs(batch)).loss
+            tokens = int((batch["labels"][..., 1:] != -100).sum()) if rows else 0
             if tokens:
-                with torch.no_grad(), self.accelerator.autocast():
-                    loss = model(**self._prepare_inputs(batch)).loss
                 sums += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         model.train(was_training)
-        if self.args.world_size > 1:
+        if world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
         return sums[0].item(), int(sums[1].item())
+
+    @property
+    def _plain_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As `Trainer`, and only of finite weights, so that the last checkpoint is a good one.
@@ -118,7 +127,7 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
         Raises:
             DivergenceError: If a trained weight is not finite.
         """
-        broken = find_non_finite(trained_weights(self.accelerator.unwrap_model(self.model)))
+        broken = find_non_finite(trained_weights(self._plain_model, self.biases))
         if broken is not None:
             raise DivergenceError(
                 f"After step {self.state.global_step} the weight {broken} is not finite; no checkpoint was written "
@@ -133,7 +142,7 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
             super()._save(folder, state_dict=state_dict)
         elif self.args.should_save:
             os.makedirs(folder, exist_ok=True)
-            weights = trained_weights(self.accelerator.unwrap_model(self.model))
+            weights = trained_weights(self._plain_model, self.biases)
             tensors = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
             save_file(tensors, Path(folder) / TRAINED_WEIGHTS, metadata={"format": "pt"})
 
@@ -143,31 +152,55 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.partial:
             file = Path(resume_from_checkpoint) / TRAINED_WEIGHTS
-            load_trained_weights(self.model, load_file(file), source=resume_from_checkpoint)
+            targets = trained_weights(self._plain_model, self.biases)
+            load_trained_weights(targets, load_file(file), source=resume_from_checkpoint)
         else:
             load_whole_model(self.model, resume_from_checkpoint)
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, by name in memory: parameters with gradients, and balancing biases."""
+class _EvaluateAtBothEnds(TrainerCallback):  # type: ignore[misc]
+    """Held-out loss before the first and after the last step, whatever lies between."""
+
+    def __init__(self, trainer: MoeTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.global_step and self._trainer.eval_dataset is not None:
+            self._trainer.evaluate()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps and self._trainer.eval_dataset is not None:
+            control.should_evaluate = True
+
+
+def trained_weights(model: nn.Module, biases: Sequence[str] = ()) -> dict[str, Tensor]:
+    """What training changes, by name in memory: parameters with gradients, and the balancing `biases`.
+
+    Names of biases are those of the model that adapters may be wrapped around.
+    """
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(f".{_BIAS_NAME}")}
-    return weights | biases
+    for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+        if any(name == bias or name.endswith(f".{bias}") for bias in biases):
+            weights[name] = tensor
+    return weights
 
 
-def load_trained_weights(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy `weights` into the trained weights of `model`.
+def load_trained_weights(targets: Mapping[str, Tensor], weights: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy `weights` into `targets`, by name.
 
     Raises:
-        CheckpointError: If a name or a shape differs; then nothing was copied.
+        CheckpointError: If a name, shape or dtype differs; then nothing was copied.
     """
-    targets = trained_weights(model)
     for name in sorted(targets.keys() ^ weights.keys()):
         where = "is not in" if name in targets else "is not trained here but in"
         raise CheckpointError(f"{name} {where} the checkpoint {source}; it is of another run.")
     for name, target in targets.items():
         if weights[name].shape != target.shape or weights[name].dtype != target.dtype:
-            raise CheckpointError(f"{name} has another shape or dtype in the checkpoint {source}; it is of another run.")
+            raise CheckpointError(
+                f"{name} has another shape or dtype in the checkpoint {source}; it is of another run."
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(weights[name])
