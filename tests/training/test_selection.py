@@ -71,20 +71,12 @@ def test_top_p_of_one_takes_every_expert_whatever_rounding_left():
     assert select(0.5, 0.5, 0.0, top_p=1.0) == [0, 1]
 
 
-def test_a_rounded_score_that_lies_between_two_hangs_on_esfts_order_of_adding():
-    tokens = (3, 5) + (1,) * 8 + (464,)  # 5 of 480 times 1/6 is 0.0104166..., 3 is 0.00625: a tie of rounding
-    profile = make_profile((tokens, tokens), top_k=6)
-    share, total = 0.0, 0.0
-    for _ in range(3):
-        share += 1 / 6
-    for count in tokens:
-        part = 0.0
-        for _ in range(count):
-            part += 1 / 6
-        total += part
+def test_a_score_between_two_roundings_falls_where_esfts_adding_one_by_one_puts_it():
+    profile = make_profile(([51, 107, 107, 107, 108], [1] * 5), top_k=6)
 
-    assert Fraction(3, sum(tokens)) * 10_000 == Fraction(125, 2)
-    assert score_experts(profile, score="token").layers[0][0] == round(share / total, 4)
+    assert Fraction(51, 480) * 10_000 == Fraction(2125, 2)
+    assert round(51 / 480, 4) == 0.1062
+    assert score_experts(profile, score="token").layers[0][0] == 0.1063
 
 
 def test_scores_are_rounded_to_four_decimals_unless_asked_otherwise():
