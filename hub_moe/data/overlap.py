@@ -177,7 +177,7 @@ def _report(wanted: _Wanted, *, num_train: int) -> OverlapReport:
             hit_rows.add(row)
             train_hit.update(holders)
             words = wanted.eval_texts[row][text]
-            shared = " ".join(words[start : start + (length or len(words))])
+            shared = _join_words(words[start : start + (length or len(words))])
             examples.setdefault(row, OverlapExample(row, holders[0], shared))
     num_eval = len(wanted.eval_texts)
     return OverlapReport(
@@ -209,6 +209,13 @@ def _chunks(rows: Iterable[list[str]]) -> Iterator[list[tuple[int, list[str]]]]:
 
 def _split_words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def _join_words(words: Sequence[str]) -> str:
+    """As text: a space between two words unless both are characters of a script without spaces."""
+    unspaced = [bool(_UNSPACED_CHARACTER.match(word)) for word in words]
+    joints = ["" if both else " " for both in (a and b for a, b in zip(unspaced, unspaced[1:], strict=False))]
+    return "".join(word + joint for word, joint in zip(words, [*joints, ""], strict=True))
 
 
 def _is_mostly_unspaced(words: Sequence[str]) -> bool:
