@@ -3,6 +3,7 @@
 from .bpe_tokenizer import train_bpe_tokenizer
 from .chat_template import set_chat_template
 from .loading import load_rows
+from .overlap import OverlapReport, measure_overlap
 from .packing import BlockDataset, pack_documents
 from .prepare import PreparedData, prepare
 from .report import BadRow, DataReport
@@ -18,11 +19,13 @@ __all__ = [
     "DataSource",
     "Document",
     "LoadedRows",
+    "OverlapReport",
     "PreparedData",
     "Provenance",
     "check_packing",
     "check_tokenizer",
     "load_rows",
+    "measure_overlap",
     "pack_documents",
     "prepare",
     "read_stdlib_corpus",
