@@ -205,7 +205,7 @@ def test_one_process_writes_the_metrics_of_all(folder, one_process, two_processe
     assert all(0 < row["utilisation"] < 1 for row in rows)
 
 
-@pytest.mark.parametrize(("place", "num_ignored"), enumerate([0, 9]))
+@pytest.mark.parametrize(("place", "num_ignored"), [(0, 0), (1, 9)])
 def test_every_loss_has_one_gradient_over_ranks_or_micro_batches(folder, two_processes, place, num_ignored):
     micro_batches = _gradients(folder, num_ignored=num_ignored, accumulation=2)
     assert any("layers.3." in name for name in micro_batches)  # the MTP layer
