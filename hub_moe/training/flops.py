@@ -70,13 +70,15 @@ def measure_training_cost(model: Any, layers: Sequence[MoeLayer]) -> TrainingCos
     """
     footprint = measure_footprint(model.config)
     first_trained = _first_trained_layer(model, footprint.num_layers)
+    mtp_layers = [layer for layer in footprint.moe_layers if layer.is_mtp]
+    runs_mtp = bool(mtp_layers and getattr(model.config, "mtp_loss_coef", 0))
     active = [(p.name, float(p.active_size)) for p in footprint.parameters if p.is_matrix]
-    active += _active_in_mtp(footprint, model.config)
+    active += _active_in_mtp(footprint, mtp_layers) if runs_mtp else []
     return TrainingCost(
         footprint=footprint,
         active=sum(size for _, size in active),
         passed_back=sum(size for name, size in active if _layer_number(name, footprint.num_layers) >= first_trained),
-        trained=_active_and_trained(model, layers),
+        trained=_active_and_trained(model, layers, runs_mtp=runs_mtp),
         attention_passed_back=1 - min(1.0, first_trained / footprint.num_layers),
     )
 
@@ -102,11 +104,8 @@ def _measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(2 * _MATRIX**3 / min(seconds), label)
 
 
-def _active_in_mtp(footprint: Footprint, config: Any) -> list[tuple[str, float]]:
-    """MTP layers, which only training runs: K of E experts of each, and the head once more."""
-    mtp_layers = [layer for layer in footprint.moe_layers if layer.is_mtp]
-    if not mtp_layers or not getattr(config, "mtp_loss_coef", 0):
-        return []
+def _active_in_mtp(footprint: Footprint, mtp_layers: Sequence[MoeLayer]) -> list[tuple[str, float]]:
+    """MTP layers, which only training runs: K of E experts of each, and the head once more for each."""
     share = mtp_layers[0].top_k / mtp_layers[0].num_experts
     head = sum(p.active_size for p in footprint.parameters if p.kind == "head" and p.is_matrix)
     own = [
@@ -117,15 +116,18 @@ def _active_in_mtp(footprint: Footprint, config: Any) -> list[tuple[str, float]]
     return [*own, *((layer.name, float(head)) for layer in mtp_layers)]
 
 
-def _active_and_trained(model: nn.Module, layers: Sequence[MoeLayer]) -> float:
+def _active_and_trained(model: nn.Module, layers: Sequence[MoeLayer], *, runs_mtp: bool) -> float:
     embeddings, head = _ends(model)
     share_of_experts = {f"{layer.name}.experts.": layer.top_k / layer.num_experts for layer in layers}
+    mtp_layers = tuple(f"{layer.name.rpartition('.')[0]}." for layer in layers if layer.is_mtp)
     total = 0.0
     for name, parameter in model.named_parameters():
-        is_lookup = parameter is embeddings and parameter is not head
-        if not parameter.requires_grad or parameter.dim() not in (2, 3) or is_lookup:
-            continue
-        total += parameter.numel() * next((s for block, s in share_of_experts.items() if name.startswith(block)), 1.0)
+        is_idle = (parameter is embeddings and parameter is not head) or (not runs_mtp and name.startswith(mtp_layers))
+        share = next((share for block, share in share_of_experts.items() if name.startswith(block)), None)
+        is_matrix = parameter.dim() == 2 or (parameter.dim() == 3 and share is not None)
+        if parameter.requires_grad and is_matrix and not is_idle:
+            uses = 1 + len(mtp_layers) if runs_mtp and parameter is head else 1
+            total += parameter.numel() * uses * (1.0 if share is None else share)
     return total
 
 

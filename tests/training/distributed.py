@@ -1,4 +1,4 @@
-"""Runs a function of a test module in several processes under `torchrun`, on the CPU, and gives back what each returned.
+"""Runs a function of a test module in several processes under `torchrun`, on the CPU; gives back what each returned.
 
 A test module's worker is an ordinary function of JSON-like arguments that returns something `torch.save` can store:
 
