@@ -12,8 +12,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..anatomy import find_moe_layers, named_tensors
-from ..anatomy.changes import ChangeTable
+from ..anatomy import ChangeTable, find_moe_layers, named_tensors
 from ..errors import DivergenceError
 from ..patches import Base, Selection, make_patch
 from .folder import write_atomically

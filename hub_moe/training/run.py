@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..anatomy.changes import Fingerprint, compare_fingerprints, fingerprint
+from ..anatomy import Fingerprint, compare_fingerprints, fingerprint
 from ..data import PreparedData, load_rows
 from ..errors import HubMoeError, MissingExtraError
 from ..patches import hash_base
@@ -153,7 +153,7 @@ class _Run:
             elif adapter is None:
                 outcome.save_model(base, folder, tokenizer=tokenizer)
             self._draw(session, data)
-            report = {**figures, "wall_s": round(time.monotonic() - self.started_s, 1)}
+            report = {**figures, "changes": table.totals(), "wall_s": round(time.monotonic() - self.started_s, 1)}
             folder.write_json(folder.report, report)
         return report
 
@@ -178,7 +178,7 @@ class _Run:
 
     def _draw(self, session: Session, data: PreparedData) -> None:
         try:
-            from .plots import plot_loss_curve  # needs an extra
+            from ..plots import plot_loss_curve  # needs an extra
         except MissingExtraError as error:
             self.say(f"No pictures: {error}")
             return

@@ -2,7 +2,16 @@
 
 from typing import Any
 
-from ..data import LoadedRows, PreparedData, check_packing, check_tokenizer, load_rows, prepare, train_bpe_tokenizer
+from ..data import (
+    LoadedRows,
+    PreparedData,
+    check_packing,
+    check_tokenizer,
+    load_rows,
+    measure_overlap,
+    prepare,
+    train_bpe_tokenizer,
+)
 from ..errors import DatasetError
 from .run_config import RunConfig
 from .run_model import check_marks, load_tokenizer
@@ -58,9 +67,5 @@ def report_data(config: RunConfig, rows: LoadedRows, prepared: PreparedData) -> 
     """What was read and left out, and what it shares with the evaluation in [data.evaluation]."""
     report = prepared.report.to_dict()
     if config.data.evaluation is not None:
-        report["overlap"] = _find_overlap(rows, load_rows(config.data.evaluation))
+        report["overlap"] = measure_overlap(rows, load_rows(config.data.evaluation)).to_dict()
     return report
-
-
-def _find_overlap(rows: LoadedRows, evaluation: LoadedRows) -> dict[str, Any]:
-    raise NotImplementedError
