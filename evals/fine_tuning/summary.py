@@ -1,0 +1,85 @@
+"""Records of trials to a table: means over seeds, and what each method gained and lost."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def best_rates(records: Sequence[Record]) -> dict[str, float]:
+    """The learning rate of each method with the lowest held-out loss on the task."""
+    best: dict[str, Record] = {}
+    for record in records:
+        known = best.get(record["method"])
+        if known is None or record["task_loss"]["after"] < known["task_loss"]["after"]:
+            best[record["method"]] = record
+    return {method: record["learning_rate"] for method, record in best.items()}
+
+
+def summarise(records: Sequence[Record], *, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Figures of each method at its best rate, over seeds; and those of every rate that was tried."""
+    seed_0 = [record for record in records if record["seed"] == 0]
+    rates = best_rates(seed_0)
+    return {
+        "task": name,
+        "settings": settings,
+        "methods": {method: _sum_up(records, method, rate) for method, rate in rates.items()},
+        "rates_tried": [
+            {
+                "method": record["method"],
+                "learning_rate": record["learning_rate"],
+                "task_loss": record["task_loss"]["after"],
+                "base_text_bits_per_byte": record["base_text_bits_per_byte"]["after"],
+            }
+            for record in seed_0
+        ],
+        "versions": records[0]["versions"],
+    }
+
+
+def _sum_up(records: Sequence[Record], method: str, rate: float) -> dict[str, Any]:
+    chosen = [record for record in records if (record["method"], record["learning_rate"]) == (method, rate)]
+    return {
+        "learning_rate": rate,
+        "rank": chosen[0]["rank"],
+        "trained": chosen[0]["trained"],
+        "seeds": len(chosen),
+        "task_loss": _before_and_after(chosen, "task_loss"),
+        "base_text_bits_per_byte": _before_and_after(chosen, "base_text_bits_per_byte"),
+    }
+
+
+def _before_and_after(records: Sequence[Record], key: str) -> dict[str, float]:
+    after = [record[key]["after"] for record in records]
+    return {
+        "before": statistics.mean(record[key]["before"] for record in records),
+        "after": statistics.mean(after),
+        "after_sd": statistics.stdev(after) if len(after) > 1 else 0.0,
+    }
+
+
+def render_table(summary: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        f"# Fine-tuning the demo's model on {summary['task']}",
+        "",
+        "Loss in nats per trained token on held-out rows of the task; bits per byte on held-out files of the text that "
+        "the base was trained on. Mean and standard deviation over seeds, each method at the learning rate that was "
+        "best for it on the task. Made by `evals/fine_tuning/compare.py`.",
+        "",
+        "| method | numbers trained | learning rate | seeds | task loss | base text, bits per byte |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    first = next(iter(summary["methods"].values()))
+    before, text = first["task_loss"]["before"], first["base_text_bits_per_byte"]["before"]
+    lines.append(f"| base | 0 | | | {before:.3f} | {text:.3f} |")
+    for method, figures in summary["methods"].items():
+        loss, bits = figures["task_loss"], figures["base_text_bits_per_byte"]
+        rank = f" (rank {figures['rank']})" if figures["rank"] else ""
+        lines.append(
+            f"| {method}{rank} | {figures['trained']:,} | {figures['learning_rate']:g} | {figures['seeds']} | "
+            f"{loss['after']:.3f} ± {loss['after_sd']:.3f} | "
+            f"{bits['after']:.3f} ± {bits['after_sd']:.3f} ({bits['after'] - bits['before']:+.3f}) |"
+        )
+    return "\n".join([*lines, ""])
