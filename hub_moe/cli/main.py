@@ -14,6 +14,7 @@ from .export import export
 from .hub import hub
 from .inspect import inspect
 from .output import say
+from .train import train
 
 app = typer.Typer(
     name="hub-moe",
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, inspect, export):
+for command in (demo, train, inspect, export):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(hub, name="hub")

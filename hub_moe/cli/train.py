@@ -48,7 +48,7 @@ def train(
     if as_json:
         print_json(result.report)
         return
-    _print_changes(result.report["changes"])
+    _print_changes(result.changes)
     print_text()
     _print_report(result.report)
     say(f"The result is in {result.result}, everything about it in {result.folder}.")
@@ -68,8 +68,45 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _print_changes(changes: dict[str, Any]) -> None:
-    print_json(changes)
+    rows = [
+        (
+            row["kind"].replace("_", " "),
+            "" if row["layer"] is None else str(row["layer"]),
+            *(f"{row[name]:,}" if row[name] else "-" for name in ("tensors", "trained_tensors", "changed_tensors")),
+            row["sha256_before"][:8],
+            row["sha256_after"][:8],
+        )
+        for row in changes["rows"]
+    ]
+    totals = changes["totals"]
+    total = ("model", "", *(f"{totals[name]:,}" for name in ("tensors", "trained_tensors", "changed_tensors")), "", "")
+    print_table(("Tensors", "layer", "all", "trained", "changed", "before", "after"), rows, [total])
+    if "adapter" in changes:
+        print_text(f"Beside them an adapter of {describe_count(changes['adapter']['numbers'])} numbers was trained.")
 
 
 def _print_preview(facts: dict[str, Any]) -> None:
-    print_json(facts)
+    rows = [
+        (
+            kind.replace("_", " "),
+            describe_count(row["numbers"]),
+            describe_count(row["trained"]) if row["trained"] else "-",
+        )
+        for kind, row in facts["by_kind"].items()
+    ]
+    if facts["adapter"]:
+        rows.append(("adapter", "", describe_count(facts["adapter"])))
+    print_table(("Numbers", "all", "trained"), rows, [("model", *map(describe_count, facts["numbers"].values()))])
+    print_text()
+    memory = facts["memory_bytes"]
+    figures = [
+        ("training rows", f"{facts['rows']:,}"),
+        ("held-out rows", f"{facts['held_out_rows']:,}"),
+        ("tokens of all rows", f"{facts['tokens']:,}"),
+        ("steps", f"{facts['steps']:,}"),
+        ("tokens in these steps", f"about {facts['tokens_in_run']:,}"),
+        ("weights", describe_bytes(memory["weights"])),
+        ("gradients and optimizer", describe_bytes(memory["gradients"] + memory["optimizer"])),
+    ]
+    print_table((f"Run by {facts['method']}", ""), figures)
+    print_text("\nMemory of each process; activations come on top, and depend on the rows at a time.")

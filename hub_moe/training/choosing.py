@@ -1,5 +1,6 @@
 """Which experts a run of method `experts` trains: as a file says, or by their profile on the run's own rows."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,46 @@ from .selection import ExpertChoice, score_experts, select_experts
 _ROWS_AT_A_TIME = 8
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A choice, and the profile it was made by, None where a file says it."""
+
+    choice: ExpertChoice
+    profile: ExpertProfile | None
+
+
 def find_choice(base: Any, data: PreparedData, config: RunConfig, folder: TrainingFolder) -> ExpertChoice | None:
     """The choice, None for other methods; it is written into the folder, and read from there by a resumed run.
 
     Raises:
         ConfigError: If the choice file cannot be read.
     """
-    method = config.method
-    if not isinstance(method, ExpertsMethod):
+    if not isinstance(config.method, ExpertsMethod):
         return None
     if folder.choice.exists():
         return ExpertChoice.load(folder.choice)
+    chosen = choose_experts(base, data, config, config.method)
+    if chosen.profile is not None:
+        chosen.profile.save(folder.profile)
+    chosen.choice.save(folder.choice)
+    return chosen.choice
+
+
+def choose_experts(base: Any, data: PreparedData, config: RunConfig, method: ExpertsMethod) -> Chosen:
+    """The choice of the file that the method names, or by the scores of experts on training rows.
+
+    Raises:
+        ConfigError: If the choice file cannot be read.
+    """
     if method.choice is not None:
-        choice = _load(method)
-    else:
-        profile = profile_rows(base, data, config, num_rows=method.sample_rows or 1)
-        profile.save(folder.profile)
-        assert method.score is not None and method.top_p is not None
-        scores = score_experts(profile, score=method.score)
-        chosen = select_experts(scores, top_p=method.top_p)
-        choice = ExpertChoice(chosen.experts, bool(method.shared_experts), bool(method.non_expert_modules))
-    choice.save(folder.choice)
-    return choice
+        return Chosen(_load(method), None)
+    assert method.score is not None
+    assert method.top_p is not None
+    assert method.sample_rows is not None
+    profile = profile_rows(base, data, config, num_rows=method.sample_rows)
+    chosen = select_experts(score_experts(profile, score=method.score), top_p=method.top_p)
+    choice = ExpertChoice(chosen.experts, bool(method.shared_experts), bool(method.non_expert_modules))
+    return Chosen(choice, profile)
 
 
 def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: int) -> ExpertProfile:

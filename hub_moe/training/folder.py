@@ -63,7 +63,9 @@ def claim_folder(
             _remove_run(settings_file, made)
             is_run = False
         if is_run:
-            found, wanted = ({k: v for k, v in read(t).items() if k not in ignored} for t in (settings_file.read_text("utf-8"), text))
+            found, wanted = (
+                {k: v for k, v in read(t).items() if k not in ignored} for t in (settings_file.read_text("utf-8"), text)
+            )
             if found != wanted:
                 raise ConfigError(
                     f"{path} holds a run with other settings ({first_difference(found, wanted)}); name another "

@@ -14,7 +14,6 @@ from .method_config import LoraMethod
 try:
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
 except ImportError as error:
     raise MissingExtraError("The method lora needs peft: pip install 'hub_moe[train]'.") from error
 
@@ -45,6 +44,8 @@ def add_adapters(model: Any, method: LoraMethod, *, in_float32: bool = True) -> 
     with warnings.catch_warnings():
         # about rank_pattern keys that peft itself added
         warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        # peft asks transformers by a name that 5.23 deprecates
+        warnings.filterwarnings("ignore", message=r"`is_gradient_checkpointing` is", category=FutureWarning)
         try:
             adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
         except ValueError as error:
@@ -59,14 +60,15 @@ def find_adapters(model: nn.Module) -> list[str]:
     """Names, as in the model before, of the modules and the parameters that have an adapter."""
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
+        if isinstance(module, LoraLayer):
             plain = re.sub(r"^base_model\.model\.", "", name).replace(".base_layer", "")
-            found.append(f"{plain}.{module.parameter_name}" if isinstance(module, ParamWrapper) else plain)
+            parameter = getattr(module, "parameter_name", None)  # of an adapter around a parameter
+            found.append(f"{plain}.{parameter}" if parameter else plain)
     return found
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    return str(next(name for name, module in model.named_modules() if module is wanted))
 
 
 def _expert_stacks(model: nn.Module) -> list[str]:
@@ -82,7 +84,7 @@ def _expert_stacks(model: nn.Module) -> list[str]:
 
 def _after_layer(name: str) -> str:
     """`mlp.shared_experts.up_proj` of `model.layers.3.mlp.shared_experts.up_proj`."""
-    return re.split(r"\.\d+\.", name, maxsplit=1)[-1]
+    return str(re.split(r"\.\d+\.", name, maxsplit=1)[-1])
 
 
 def _named_modules(model: Any, targets: Sequence[str] | str) -> list[str]:
@@ -127,7 +129,9 @@ def _check_names_match(model: nn.Module, modules: Sequence[str] | str, parameter
         for target in targets:
             if not any(_ends_with(name, target) for name in names):
                 ends = sorted({".".join(name.split(".")[-2:]) for name in names})
-                raise ConfigError(f"[method] {key} names {target!r}, which is the end of no name; ends are {', '.join(ends)}.")
+                raise ConfigError(
+                    f"[method] {key} names {target!r}, which is the end of no name; ends are {', '.join(ends)}."
+                )
 
 
 def _check_left_out(named: Iterable[str], places: set[str], method: LoraMethod) -> None:

@@ -82,7 +82,7 @@ class LoraMethod:
     NAME: ClassVar[str] = "lora"
 
     r: int = 8
-    alpha: float = 16.0
+    alpha: int = 16
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ()
     target_parameters: tuple[str, ...] = ()

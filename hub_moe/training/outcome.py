@@ -31,7 +31,9 @@ def check_finite(base: PreTrainedModel, trained: frozenset[str]) -> None:
     tensors = ((name, view) for name, *_, view in named_tensors(base, find_moe_layers(base)) if name in trained)
     broken = find_non_finite(tensors)
     if broken is not None:
-        raise DivergenceError(f"The trained tensor {broken} is not finite; nothing was written; lower the learning rate.")
+        raise DivergenceError(
+            f"The trained tensor {broken} is not finite; nothing was written; lower the learning rate."
+        )
 
 
 def save_patch(

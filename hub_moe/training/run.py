@@ -20,20 +20,22 @@ from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
 from .methods import Prepared, make_whole, prepare_model
 from .processes import count, in_first, is_first, wait_for_all
+from .progress import quiet_bars
 from .run_config import RunConfig
 from .run_data import check_fit, find_tokenizer, prepare_rows, report_data
 from .run_folder import TrainingFolder, open_training_folder
-from .run_model import Architecture, build_model, load_base, read_architecture
+from .run_model import Architecture, build_model, fit_vocabulary, load_base, read_architecture
 from .session import Session, train
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run: its folder, the patch, adapter or model in it, and the report."""
+    """A finished run: its folder, the patch, adapter or model in it, the report, and the proof of what changed."""
 
     folder: Path
     result: Path
     report: dict[str, Any]
+    changes: dict[str, Any]
 
 
 def run_training(config: RunConfig, *, fresh: bool = False, say: Callable[[str], None] = print) -> RunResult:
@@ -54,7 +56,8 @@ def run_training(config: RunConfig, *, fresh: bool = False, say: Callable[[str],
         CheckpointError: If the folder cannot be written.
         KeyboardInterrupt: After Ctrl-C, with a checkpoint once training has begun.
     """
-    return _Run(config, fresh=fresh, say=say if is_first() else lambda _: None).run()
+    with quiet_bars():
+        return _Run(config, fresh=fresh, say=say if is_first() else lambda _: None).run()
 
 
 class _Run:
@@ -65,21 +68,18 @@ class _Run:
             torch.set_num_threads(config.training.num_threads)
         self.architecture: Architecture = read_architecture(config.model)
         self.rows = load_rows(config.data.rows)
-        self.config = config.with_revisions(
-            model=self.architecture.revision, data=self.rows.provenance.revision
-        )
+        self.config = config.with_revisions(model=self.architecture.revision, data=self.rows.provenance.revision)
         self.folder: TrainingFolder = in_first(lambda: open_training_folder(self.config, fresh=fresh))
 
     def run(self) -> RunResult:
         config, folder = self.config, self.folder
-        result = folder.result(config.method.NAME)
         if folder.is_finished:
             self.say(f"{folder.path} holds this run, finished; --fresh starts it anew.")
-            return RunResult(folder.path, result, folder.read_report())
+            return self._read_result()
         self._settle_threads()
         tokenizer = find_tokenizer(config, self.rows, revision=self.architecture.revision)
         if config.model.learn_vocab_size is not None:
-            self._fit_vocabulary(tokenizer)
+            fit_vocabulary(self.architecture.config, tokenizer)
         check_fit(config, tokenizer, self.architecture.config)
         data = prepare_rows(config, self.rows, tokenizer)
         base = self._load()
@@ -99,9 +99,14 @@ class _Run:
         if session.is_interrupted:
             self.say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
             raise KeyboardInterrupt
-        report = in_first(lambda: self._finish(prepared, session, data, tokenizer, evidence))
+        in_first(lambda: self._finish(prepared, session, data, tokenizer, evidence))
         wait_for_all()
-        return RunResult(folder.path, result, report)
+        return self._read_result()
+
+    def _read_result(self) -> RunResult:
+        folder = self.folder
+        report, changes = folder.read_json(folder.report), folder.read_json(folder.changes)
+        return RunResult(folder.path, folder.result(self.config.method.NAME), report, changes)
 
     def _settle_threads(self) -> None:
         """Another number of threads rounds differently, and a resumed run shall end the same."""
@@ -111,13 +116,6 @@ class _Run:
         elif is_first():
             with explain_failed_writes(self.folder.path):
                 write_atomically(file, lambda path: path.write_text(str(torch.get_num_threads()), "utf-8"))
-
-    def _fit_vocabulary(self, tokenizer: Any) -> None:
-        """A learned tokenizer sets the size of the embedding and the marks."""
-        config = self.architecture.config
-        config.vocab_size = len(tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
 
     def _load(self) -> PreTrainedModel:
         if isinstance(self.config.method, PretrainMethod):
@@ -131,7 +129,7 @@ class _Run:
         data: PreparedData,
         tokenizer: Any,
         evidence: "_Evidence",
-    ) -> dict[str, Any]:
+    ) -> None:
         """Prove what was trained, then write the result, the pictures and, last, the report."""
         config, folder = self.config, self.folder
         figures = self._figures(session, data, prepared)
@@ -155,12 +153,14 @@ class _Run:
             self._draw(session, data)
             report = {**figures, "changes": table.totals(), "wall_s": round(time.monotonic() - self.started_s, 1)}
             folder.write_json(folder.report, report)
-        return report
 
     def _figures(self, session: Session, data: PreparedData, prepared: Prepared) -> dict[str, Any]:
         return {
             "method": self.config.method.NAME,
-            "model": {"name": self.config.model.name or self.config.model.preset, "revision": self.config.model.revision},
+            "model": {
+                "name": self.config.model.name or self.config.model.preset,
+                "revision": self.config.model.revision,
+            },
             "data": data.report.provenance.to_dict(),
             "steps": session.step,
             "resumed_at_step": session.first_step or None,

@@ -53,6 +53,7 @@ class DataConfig:
         rows: Where the rows are and how they are read; its keys stand in [data] itself.
         max_length: Tokens of a row at most.
         packing: Whether short documents share a row; attention stays within each.
+        chat_template: "plain" or a Jinja file, in place of the tokenizer's own; it is saved with the tokenizer.
         held_out: Share of the rows that is never trained on.
         allow_bad_rows: Share of the rows that may be left out because they do not fit.
         evaluation: Rows of an evaluation; what they share with the training rows is reported.
@@ -61,6 +62,7 @@ class DataConfig:
     rows: DataSource = field(metadata={"flat": True})
     max_length: int = 512
     packing: bool = True
+    chat_template: str | None = None
     held_out: float = 0.05
     allow_bad_rows: float = 0.0
     evaluation: DataSource | None = None
@@ -113,7 +115,15 @@ class TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
             both = "has both steps and epochs" if self.steps is not None else "has neither steps nor epochs"
             raise ConfigError(f"[training] {both}; set one of them.")
-        for key in ("learning_rate", "steps", "epochs", "batch_size", "micro_batch_size", "num_threads", "evaluation_rows"):
+        for key in (
+            "learning_rate",
+            "steps",
+            "epochs",
+            "batch_size",
+            "micro_batch_size",
+            "num_threads",
+            "evaluation_rows",
+        ):
             value = getattr(self, key)
             _check(value is None or value > 0, "[training]", key, value, "more than 0")
         for key in ("weight_decay", "max_grad_norm", "evaluations", "checkpoints", "seed"):

@@ -10,6 +10,7 @@ from ..data import (
     load_rows,
     measure_overlap,
     prepare,
+    set_chat_template,
     train_bpe_tokenizer,
 )
 from ..errors import DatasetError
@@ -25,11 +26,18 @@ def find_tokenizer(config: RunConfig, rows: LoadedRows, *, revision: str | None)
         DatasetError: If one is to be learned and the rows hold no column `text`.
     """
     size = config.model.learn_vocab_size
-    if size is None:
-        return load_tokenizer(config.model, revision=revision)
+    tokenizer = load_tokenizer(config.model, revision=revision) if size is None else _learn_tokenizer(rows, size)
+    if config.data.chat_template is not None:
+        set_chat_template(tokenizer, config.data.chat_template)
+    return tokenizer
+
+
+def _learn_tokenizer(rows: LoadedRows, size: int) -> Any:
     column = rows.column_map.get("text", "text")
     if column not in rows.columns:
-        raise DatasetError(f"[model] learn_vocab_size needs a column {column!r}; the rows have {', '.join(rows.columns)}.")
+        raise DatasetError(
+            f"[model] learn_vocab_size needs a column {column!r}; the rows have {', '.join(rows.columns)}."
+        )
     return train_bpe_tokenizer((str(row[column]) for row in rows), vocab_size=size)
 
 

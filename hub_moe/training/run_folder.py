@@ -81,10 +81,10 @@ class TrainingFolder:
         """Whether the run came to its end."""
         return self.report.exists()
 
-    def read_report(self) -> dict[str, Any]:
-        """The report of a finished run."""
-        report: dict[str, Any] = json.loads(self.report.read_text("utf-8"))
-        return report
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """One of the files of a finished run."""
+        data: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return data
 
     def write_json(self, path: Path, data: Any) -> None:
         """Write one of the files, complete or not at all."""
@@ -95,20 +95,22 @@ class TrainingFolder:
 def open_training_folder(config: RunConfig, *, fresh: bool) -> TrainingFolder:
     """The folder of a new run, or of an earlier one with the same settings; `fresh` removes an earlier one first.
 
-    Where the folder is called is no setting: a run folder may be moved.
+    An earlier one that never began to train, because something did not fit, is replaced. The folder's name is no
+    setting: a run folder may be moved.
 
     Raises:
         ConfigError: If the folder holds something else, or a run with other settings.
         CheckpointError: If it cannot be written.
     """
     folder = TrainingFolder(Path(config.output.folder).expanduser())
+    never_began = folder.settings.exists() and not folder.metrics.exists() and not folder.is_finished
     claim_folder(
         folder.settings,
         config.to_dict(),
         read=tomllib.loads,
         write=write_toml,
         what="training run",
-        made=_made(folder) if fresh else None,
+        made=_made(folder) if fresh or never_began else None,
         ignored=("output",),
     )
     return folder

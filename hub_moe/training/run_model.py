@@ -68,8 +68,15 @@ def build_model(config: Any, *, seed: int) -> PreTrainedModel:
 def sketch_model(config: Any) -> PreTrainedModel:
     """The same modules and shapes without weights, on the meta device."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     return model
+
+
+def fit_vocabulary(config: Any, tokenizer: Any) -> None:
+    """Give an architecture the embedding and the marks of a tokenizer that was learned for it."""
+    config.vocab_size = len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
 
 
 class StoredDtypes:

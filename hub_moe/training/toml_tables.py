@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError
 
@@ -85,7 +85,7 @@ def read_value(hint: Any, value: Any, *, where: str) -> Any:
     Raises:
         ConfigError: If it is of another type, or not one of the values of a Literal.
     """
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (Union, UnionType):
         options = [option for option in get_args(hint) if option is not type(None)]
         fitting = [option for option in options if _is_of(option, value)]
         return read_value((fitting or options)[0], value, where=where)

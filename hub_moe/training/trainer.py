@@ -34,6 +34,8 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
         **kwargs: As `Trainer` takes them; `max_steps` of the arguments must be set.
     """
 
+    control: TrainerControl
+
     def __init__(self, *, partial: bool, biases: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.partial = partial
@@ -51,7 +53,7 @@ class MoeTrainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """As `Trainer`; keeps loss and batch until the step that they belong to is known to be finite."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._losses.append(loss)
         self._batches.append(inputs)
         return loss
@@ -180,7 +182,9 @@ def trained_weights(model: nn.Module, biases: Sequence[str] = ()) -> dict[str, T
 
     Names of biases are those of the model that adapters may be wrapped around.
     """
-    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    weights: dict[str, Tensor] = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     for name, tensor in (*model.named_buffers(), *model.named_parameters()):
         if any(name == bias or name.endswith(f".{bias}") for bias in biases):
             weights[name] = tensor
