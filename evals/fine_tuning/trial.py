@@ -58,7 +58,7 @@ class Bench:
             "experts": {"score": "token", "top_p": self.settings["top_p"]},
             "lora": {
                 "r": trial.rank,
-                "alpha": 2.0 * (trial.rank or 1),
+                "alpha": 2 * (trial.rank or 1),
                 "target_modules": ["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
                 "routed_experts": True,
             },
@@ -70,6 +70,7 @@ class Bench:
                     "source": str(self.rows),
                     "limit": self.settings["limit"],
                     "max_length": self.settings["max_length"],
+                    "chat_template": "plain",
                     "held_out": 0.1,
                 },
                 "method": {"name": trial.method, **methods[trial.method]},
