@@ -64,13 +64,21 @@ class LayerRouting:
 
 
 class Routing:
-    """The routing of every layer of a model, as `record_routing` watches it; `layers` in the model's order."""
+    """The routing of every layer of a model, as `record_routing` watches it.
+
+    `layers` are in the model's order, `num_parameters` are all of the model, `num_per_expert` those of one expert.
+    """
 
     def __init__(self, model: Any, *, keep_choices: bool, output_norms: bool) -> None:
         self.layers = [
             LayerRouting(layer, keep_choices=keep_choices, output_norms=output_norms)
             for layer in find_moe_layers(model)
         ]
+        first = self.layers[0].layer
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_per_expert = (
+            sum(stack.numel() for stack in first.experts.parameters(recurse=False)) // first.num_experts
+        )
         self._model_type = model.config.get_text_config(decoder=True).model_type
         self._with_norms = output_norms
         self._is_paused = False
