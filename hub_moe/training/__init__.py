@@ -5,19 +5,28 @@ from .checkpoints import find_checkpoint
 from .load import LoadCounter, measure_imbalance
 from .metrics import RunMetrics
 from .metrics_file import read_metrics
+from .run import RunResult, run_training
+from .run_config import RunConfig, parse_run_config, read_run_config
 from .train import TrainingPlan, TrainingRecord, TrainingSession, read_record, train_causal_lm
+from .trainer import MoeTrainer
 
 __all__ = [
     "BalancingCallback",
     "LoadCounter",
+    "MoeTrainer",
+    "RunConfig",
     "RunMetrics",
+    "RunResult",
     "TrainingPlan",
     "TrainingRecord",
     "TrainingSession",
     "find_checkpoint",
     "measure_imbalance",
+    "parse_run_config",
     "read_metrics",
     "read_record",
+    "read_run_config",
+    "run_training",
     "train_causal_lm",
     "update_balancing_bias",
 ]
