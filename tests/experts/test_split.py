@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +69,7 @@ def test_merging_restores_the_forward_and_what_was_trained_before():
 
     assert model.config._experts_implementation == "eager"
     assert {name: each.requires_grad for name, each in model.named_parameters()} == before
-    assert "save_pretrained" not in vars(model)
+    assert not {"save_pretrained", "load_state_dict"} & vars(model).keys()
     train(model)
     split_experts(model, CHOSEN)
 
@@ -100,12 +101,24 @@ def test_layers_below_the_lowest_trained_one_run_without_autograd():
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     plain, checkpointed = build(), build()
     checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    if use_reentrant:
-        checkpointed.enable_input_require_grads()
+    compare_gradients(plain, checkpointed)
+
+
+def test_gradient_checkpointing_without_gradients_of_the_input_still_skips_the_lower_layers():
+    plain, checkpointed = build(), build()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed.disable_input_require_grads()  # transformers switches them on with checkpointing
+    needs_gradient = []
+    checkpointed.model.layers[0].register_forward_hook(lambda _, __, out: needs_gradient.append(out.requires_grad))
+    compare_gradients(plain, checkpointed)
+
+    assert needs_gradient == [False]
+
+
+def compare_gradients(plain, checkpointed):
     for model in (plain, checkpointed):
         freeze_all_but(model, CHOSEN, shared_experts=False, non_expert_modules=False)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
-
     expected = {name: each.grad for name, each in plain.named_parameters() if each.grad is not None}
     for name, parameter in checkpointed.named_parameters():
         assert torch.equal(parameter.grad, expected[name]) if name in expected else parameter.grad is None, name
@@ -202,11 +215,53 @@ def test_a_state_dict_brings_a_split_model_back_exactly():
     assert hashes(other) == hashes(model)
 
 
-def test_a_state_dict_without_the_chosen_experts_is_refused():
+@pytest.mark.parametrize("model_type", ["hub_moe", "qwen3_moe"])
+def test_a_split_model_takes_the_state_dict_of_a_merged_one(model_type):
+    merged, model = build(model_type), build(model_type)
+    for each in (merged, model):
+        freeze_all_but(each, CHOSEN, shared_experts=False, non_expert_modules=False)
+    train(merged)
+    merge_experts(merged)
+    base = find_moe_layers(model)[0].experts.down_proj.detach().clone()
+    model.load_state_dict(merged.state_dict())
+
+    assert hashes(model) == hashes(merged)
+    assert torch.equal(find_moe_layers(model)[0].experts.down_proj, base)
+    assert all(each.requires_grad == (".chosen." in name) for name, each in model.named_parameters())
+
+
+def test_a_split_model_takes_a_saved_checkpoint_by_its_names_on_disk(tmp_path):
+    saved, model = build(), build()
+    for each in (saved, model):
+        freeze_all_but(each, CHOSEN, shared_experts=False, non_expert_modules=False)
+    train(saved)
+    saved.save_pretrained(tmp_path)
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+
+    assert hashes(model) == hashes(saved)
+
+
+def test_a_part_of_a_state_dict_leaves_the_trained_experts_alone():
+    model = build()
+    freeze_all_but(model, CHOSEN, shared_experts=False, non_expert_modules=False)
+    train(model)
+    trained = {name: view.clone() for name, view in trained_tensors(model).items()}
+    model.load_state_dict({"lm_head.weight": torch.ones(128, 32)}, strict=False)
+
+    assert all(torch.equal(view, trained[name]) for name, view in trained_tensors(model).items())
+
+
+def test_a_state_dict_that_lacks_something_is_refused_and_the_model_stays_split():
     model = build()
     split_experts(model, CHOSEN)
-    with pytest.raises(RuntimeError, match=r"Missing key.*chosen"):
-        model.load_state_dict(build().state_dict())
+    state = build().state_dict()
+    del state["model.layers.1.mlp.experts.down_proj"]
+    before = hashes(model)
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.mlp\.experts\.down_proj"):
+        model.load_state_dict(state)
+
+    assert hashes(model) == before
+    assert find_moe_layers(model)[0].experts.chosen.expert_ids == (1, 6)
 
 
 def test_generation_by_a_split_model_is_that_of_the_whole_one():
