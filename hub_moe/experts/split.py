@@ -182,7 +182,8 @@ def _own(experts: nn.Module) -> dict[str, Tensor]:
 def _read_rows(stacks: Mapping[str, Tensor], chosen: ChosenExperts) -> None:
     for name, rows in chosen.named_parameters():
         for row, expert in zip(rows, chosen.expert_ids, strict=True):
-            row.copy_(stacks[name][expert])
+            if not torch.equal(stacks[name][expert], row.to(stacks[name].dtype)):  # else a wider copy keeps its digits
+                row.copy_(stacks[name][expert])
 
 
 @torch.no_grad()
