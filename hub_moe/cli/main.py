@@ -10,6 +10,7 @@ import typer
 from ..errors import HubMoeError
 from .data import data
 from .demo import demo
+from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
@@ -27,6 +28,7 @@ app = typer.Typer(
 for command in (demo, train, inspect, export):
     app.command()(command)
 app.add_typer(data, name="data")
+app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
 
 
