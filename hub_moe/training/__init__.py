@@ -1,5 +1,6 @@
 """Training with transformers' `Trainer`: balanced experts, checkpoints that survive, and what a person sees."""
 
+from .aux_loss import AuxLossOnce
 from .balancing import BalancingCallback, update_balancing_bias
 from .checkpoints import find_checkpoint
 from .load import LoadCounter, measure_imbalance
@@ -8,6 +9,7 @@ from .metrics_file import read_metrics
 from .train import TrainingPlan, TrainingRecord, TrainingSession, read_record, train_causal_lm
 
 __all__ = [
+    "AuxLossOnce",
     "BalancingCallback",
     "LoadCounter",
     "RunMetrics",
