@@ -1,5 +1,6 @@
 """Training with transformers' `Trainer`: balanced experts, checkpoints that survive, and what a person sees."""
 
+from .aux_loss import AuxLossOnce
 from .balancing import BalancingCallback, update_balancing_bias
 from .checkpoints import find_checkpoint
 from .load import LoadCounter, measure_imbalance
@@ -14,6 +15,7 @@ from .train import TrainingPlan, TrainingRecord, TrainingSession, read_record, t
 from .trainer import MoeTrainer
 
 __all__ = [
+    "AuxLossOnce",
     "BalancingCallback",
     "ExpertChoice",
     "LoadCounter",
