@@ -58,7 +58,8 @@ def test_what_is_asked_of_the_model_reaches_the_base(tmp_path):
 
 def test_a_base_that_is_offloaded_is_refused(tmp_path):
     save_both(tmp_path, build_model())
-    places = {"model": "cpu", "model.layers.2": "disk", "lm_head": "cpu"}
+    parts = ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")
+    places = {**{f"model.{part}": "cpu" for part in parts}, "model.layers.2": "disk", "lm_head": "cpu"}
     with pytest.raises(PatchError, match=r"'model.layers.2.mlp.experts.3.* is not in memory \(offloaded\)"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path / "patch", device_map=places, offload_folder=str(tmp_path / "offload")
