@@ -13,6 +13,7 @@ from .export import export
 from .hub import hub
 from .inspect import inspect
 from .output import say
+from .patch import patch
 
 app = typer.Typer(
     name="hub-moe",
@@ -25,6 +26,7 @@ app = typer.Typer(
 for command in (demo, inspect, export):
     app.command()(command)
 app.add_typer(hub, name="hub")
+app.add_typer(patch, name="patch")
 
 
 def _print_version(wanted: bool) -> None:
