@@ -35,3 +35,7 @@ class MissingExtraError(HubMoeError, ImportError):
 
 class HubError(HubMoeError, OSError):
     """A Hub cannot be reached, refused, or gave back something else than was sent."""
+
+
+class TrainingProofError(HubMoeError, RuntimeError):
+    """Weights changed that were to stay frozen, or what was trained cannot be proved."""

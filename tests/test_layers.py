@@ -19,7 +19,7 @@ ALLOWED = {
     "data": {"errors"},
     "cards": {"errors"},
     "patches": {"errors", "anatomy"},
-    "training": {"errors", "anatomy", "data", "patches"},
+    "training": {"errors", "anatomy", "data", "patches", "experts"},
     "evals": {"errors", "data"},
     "hub": {"errors", "cards", "evals.records", "patches.metadata"},
     "hubserver": {"errors", "cards"},

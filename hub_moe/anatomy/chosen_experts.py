@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 CHOSEN = "chosen"  # the name of the module below the layer's experts
 
@@ -15,12 +15,17 @@ class ChosenExperts(nn.Module):
     experts are not used.
     """
 
-    def __init__(self, experts: nn.Module, expert_ids: Sequence[int]) -> None:
+    is_chosen_E: Tensor  # int64, 1 for a chosen expert
+
+    def __init__(self, experts: nn.Module, expert_ids: Sequence[int], dtype: torch.dtype | None = None) -> None:
+        """Copy the rows of `expert_ids`, in `dtype` if that is given."""
         super().__init__()
         self.expert_ids = tuple(sorted(expert_ids))
         for name, stack in experts.named_parameters(recurse=False):
             rows = torch.tensor(self.expert_ids, dtype=torch.int64, device=stack.device)
-            self.register_parameter(name, nn.Parameter(stack.detach().index_select(0, rows)))
+            self.register_parameter(name, nn.Parameter(stack.detach()[rows].to(dtype or stack.dtype)))
+        is_chosen_E = torch.zeros(stack.shape[0], dtype=torch.int64, device=stack.device)
+        self.register_buffer("is_chosen_E", is_chosen_E.index_fill(0, rows, 1), persistent=False)
 
     def extra_repr(self) -> str:
         return f"expert_ids={list(self.expert_ids)}"
