@@ -5,6 +5,7 @@ torch and transformers are imported inside the fixtures, so that the structural 
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,18 @@ def _seed():
     """Every test that uses torch starts from the same seed; the others do not pay for it."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of released data that is not part of the project; tests that want it skip where there is none."""
+    import hub_moe
+
+    beside_the_project = Path(hub_moe.__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("HUB_MOE_SHARED_DATA", beside_the_project))
+    if not folder.is_dir():
+        pytest.skip("needs the folder of released data; HUB_MOE_SHARED_DATA says where it is")
+    return folder
 
 
 @pytest.fixture

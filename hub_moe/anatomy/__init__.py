@@ -5,14 +5,21 @@ from .expert_tensors import expert_tensors, hash_tensor, named_tensors
 from .footprint import Footprint, measure_footprint
 from .moe_layers import MoeLayer, find_moe_layers
 from .parameters import KINDS, Kind, SortedParameter, sort_parameters
+from .profile import DomainProfile, ExpertProfile, LayerProfile
+from .routing import LayerRouting, Routing, record_routing
 
 __all__ = [
     "KINDS",
     "ChangeTable",
+    "DomainProfile",
+    "ExpertProfile",
     "Fingerprint",
     "Footprint",
     "Kind",
+    "LayerProfile",
+    "LayerRouting",
     "MoeLayer",
+    "Routing",
     "SortedParameter",
     "compare_fingerprints",
     "expert_tensors",
@@ -21,5 +28,6 @@ __all__ = [
     "hash_tensor",
     "measure_footprint",
     "named_tensors",
+    "record_routing",
     "sort_parameters",
 ]

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HubMoeError
+from .data import data
 from .demo import demo
 from .export import export
 from .hub import hub
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 for command in (demo, inspect, export):
     app.command()(command)
+app.add_typer(data, name="data")
 app.add_typer(hub, name="hub")
 app.add_typer(patch, name="patch")
 

@@ -1,7 +1,34 @@
-"""Text in: where it comes from, how it becomes tokens, and how tokens become blocks."""
+"""Text in: where it comes from, how it becomes tokens, and how tokens become rows for training."""
 
 from .bpe_tokenizer import train_bpe_tokenizer
+from .chat_template import set_chat_template
+from .loading import load_rows
+from .overlap import OverlapReport, measure_overlap
 from .packing import BlockDataset, pack_documents
+from .prepare import PreparedData, prepare
+from .report import BadRow, DataReport
+from .source import DataSource, LoadedRows, Provenance
 from .source_corpus import Corpus, Document, read_stdlib_corpus
+from .tokenizer_check import check_packing, check_tokenizer
 
-__all__ = ["BlockDataset", "Corpus", "Document", "pack_documents", "read_stdlib_corpus", "train_bpe_tokenizer"]
+__all__ = [
+    "BadRow",
+    "BlockDataset",
+    "Corpus",
+    "DataReport",
+    "DataSource",
+    "Document",
+    "LoadedRows",
+    "OverlapReport",
+    "PreparedData",
+    "Provenance",
+    "check_packing",
+    "check_tokenizer",
+    "load_rows",
+    "measure_overlap",
+    "pack_documents",
+    "prepare",
+    "read_stdlib_corpus",
+    "set_chat_template",
+    "train_bpe_tokenizer",
+]

@@ -23,9 +23,9 @@ from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_b
 from ..errors import CheckpointError
 from ..evals import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
 from ..modeling import HubMoeConfig, HubMoeForCausalLM
+from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
-from ..training.plots import plot_expert_load, plot_loss_curve
 from ..training.threads import choose_num_threads
 from .card import render_card
 from .folder import RunFolder, open_run_folder

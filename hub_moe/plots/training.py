@@ -1,19 +1,10 @@
-"""Pictures of a training run: `plot_x(data) -> Figure`. The one module that imports matplotlib."""
+"""Pictures of a training run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..errors import MissingExtraError
-
-try:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-except ImportError as error:
-    raise MissingExtraError("Plots need matplotlib: pip install 'hub_moe[plot]'.") from error
-
-_BLUE, _ORANGE, _GREY = "#2a6fbb", "#d9662b", "#6b6b6b"
+from .drawing import BLUE, GREY, ORANGE, Axes, Figure, Normalize
 
 
 def plot_loss_curve(
@@ -30,12 +21,12 @@ def plot_loss_curve(
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.subplots()
     millions = [(step + 1) * tokens_per_step / 1e6 for step in range(len(losses))]
-    axes.plot(millions, losses, color=_BLUE, alpha=0.2, linewidth=0.6)
-    axes.plot(millions, _smooth(losses), color=_BLUE, linewidth=1.8, label="training (moving average)")
+    axes.plot(millions, losses, color=BLUE, alpha=0.2, linewidth=0.6)
+    axes.plot(millions, _smooth(losses), color=BLUE, linewidth=1.8, label="training (moving average)")
     axes.plot(
         [step * tokens_per_step / 1e6 for step, _ in held_out],
         [loss for _, loss in held_out],
-        color=_ORANGE,
+        color=ORANGE,
         marker="o",
         linestyle="none",
         label="held out",
@@ -48,7 +39,7 @@ def plot_loss_curve(
             xytext=(0, 9),
             textcoords="offset points",
             ha="center",
-            color=_ORANGE,
+            color=ORANGE,
         )
     axes.set_xlabel("tokens seen (millions)")
     axes.set_ylabel("loss (nats per token)")
@@ -77,7 +68,7 @@ def plot_expert_load(
     scale = Normalize(vmin=0.0, vmax=2.0)  # the same colours in every run; what is above 2 is dark red
     for axes, (heading, load) in zip(all_axes, load_maps, strict=True):
         image = axes.imshow(load, cmap="RdBu_r", norm=scale, aspect="auto")
-        axes.set_title(heading, loc="left", fontsize=10, color=_GREY)
+        axes.set_title(heading, loc="left", fontsize=10, color=GREY)
         axes.set_ylabel("layer")
         axes.set_yticks(range(num_layers), [str(index) for index in layer_indices])
         axes.tick_params(length=0)

@@ -1,0 +1,47 @@
+"""JSON files for people and other programs: written whole or not at all, refused in one sentence where damaged."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+
+_LIST_OF_NUMBERS = re.compile(r"\[\n([-+.\deE,\s]*)\]")  # strings hold no line breaks in JSON
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write `data` indented, lists of numbers on one line each; a reader sees the old file or the new one.
+
+    Raises:
+        OSError: If the folder is missing or the disk is full; an earlier file is then as it was.
+    """
+    path = Path(path)
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    text = _LIST_OF_NUMBERS.sub(lambda found: f"[{' '.join(found.group(1).split())}]", text)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file; `what` names the kind of file in errors: "an expert profile".
+
+    Raises:
+        ConfigError: If the file is truncated or no JSON object.
+        OSError: If it cannot be read.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not {what}: it is truncated or not JSON ({error}).") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is not {what}: expected a JSON object, found a {type(data).__name__}.")
+    return data
