@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError, PatchError
 from .output import describe_bytes, describe_count, print_json, print_table, print_text, say
 
 patch = typer.Typer(
@@ -159,7 +160,8 @@ def merge_into_base(
         return
     rows = [
         (
-            kind.kind.replace("_", " ") + (f", layer {kind.layer}" if kind.layer is not None else ""),
+            kind.kind.replace("_", " "),
+            "" if kind.layer is None else str(kind.layer),
             str(kind.tensors),
             str(kind.patched),
             str(kind.changed),
@@ -168,7 +170,7 @@ def merge_into_base(
         )
         for kind in report.kinds
     ]
-    print_table(("Tensors", "number", "patched", "changed", "sha256 before", "sha256 after"), rows)
+    print_table(("Tensors", "layer", "number", "patched", "changed", "sha256", "after"), rows)
     say(f"{report.base} with the patch is in {report.target}.")
 
 
@@ -257,7 +259,9 @@ def _draw(metadata: Any, changes: list[dict[str, Any]] | None, name: str, path: 
     """Layers and experts of the patch; shades are sizes of change where they are known."""
     from ..plots import plot_expert_heat_map
 
-    width = 1 + max((max(chosen) for chosen in metadata.experts.values()), default=0)
+    if not metadata.experts:
+        raise PatchError(f"The patch {name} changes no routed experts that could be drawn.")
+    width = 1 + max(max(chosen) for chosen in metadata.experts.values())
     sizes = {(row["layer"], row["expert"]): row["change"] for row in changes or ()}
     maps = {
         layer: [sizes.get((layer, expert), float(expert in chosen and not changes)) for expert in range(width)]
@@ -265,4 +269,7 @@ def _draw(metadata: Any, changes: list[dict[str, Any]] | None, name: str, path: 
     }
     label = "relative change" if changes else "changed"
     figure = plot_expert_heat_map(maps, choice=metadata.experts, title=f"Expert patch {name}", label=label)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise ConfigError(f"Cannot draw {path}: {error}.") from error
