@@ -48,8 +48,9 @@ def show(
     """
     from ..patches import PatchMetadata
     from ..patches.folders import find_patch
+    from ..patches.metadata import METADATA_FILE
 
-    metadata = PatchMetadata.read(find_patch(**split_name(name)))
+    metadata = PatchMetadata.read(find_patch(**split_name(name), files=[METADATA_FILE]))
     changes = _measure(name, base) if base is not None else None
     if plot is not None:
         _draw(metadata, changes, name, plot)

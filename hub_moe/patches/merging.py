@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -164,7 +165,9 @@ def _summarise(
     by_kind: dict[tuple[str, int], list[TensorPlace]] = defaultdict(list)
     for name in sorted(places):
         by_kind[_kind_and_layer(name)].append(places[name])
-    patched_at = [(spot.path.name, spot.offset) for spot in located.values()]
+    patched_at: dict[Path, list[int]] = defaultdict(list)
+    for spot in sorted(located.values(), key=lambda spot: spot.offset):
+        patched_at[spot.path].append(spot.offset)
     for (kind, layer), members in sorted(by_kind.items()):
         before = [place.hash() for place in members]
         after = [replace(place, path=work / place.path.name).hash() for place in members]
@@ -172,11 +175,15 @@ def _summarise(
             kind=kind,
             layer=None if layer < 0 else layer,
             tensors=len(members),
-            patched=sum(any(place.holds(file, at) for file, at in patched_at) for place in members),
+            patched=sum(_holds_one_of(place, patched_at[place.path]) for place in members),
             changed=sum(one != other for one, other in zip(before, after, strict=True)),
             sha256_before=hashlib.sha256("".join(before).encode()).hexdigest(),
             sha256_after=hashlib.sha256("".join(after).encode()).hexdigest(),
         )
+
+
+def _holds_one_of(place: TensorPlace, offsets: list[int]) -> bool:
+    return bisect_left(offsets, place.offset) < bisect_left(offsets, place.offset + place.size_bytes)
 
 
 def _kind_and_layer(name: str) -> tuple[str, int]:

@@ -51,10 +51,6 @@ class TensorPlace:
             file.seek(self.offset)
             return _hash_next(file, self.size_bytes)
 
-    def holds(self, file_name: str, offset: int) -> bool:
-        """Whether a place in a file of this name lies in this tensor."""
-        return self.path.name == file_name and self.offset <= offset < self.offset + self.size_bytes
-
 
 def read_places(path: Path) -> dict[str, TensorPlace]:
     """Every tensor of a file by name; reads the header only, and checks that data and header fill the file exactly.

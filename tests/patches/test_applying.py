@@ -87,6 +87,16 @@ def test_a_dtype_that_the_patch_does_not_know_is_refused():
         apply_patch(model.double(), patch)
 
 
+def test_a_patch_that_overflows_the_models_dtype_is_refused():
+    model = build_model()
+    patch = patch_experts(model, {2: [1]}, size=1e6)
+    model.half()
+    before = hashes(model)
+    with pytest.raises(PatchError, match="does not fit into the model's float16: it overflows"):
+        apply_patch(model, patch)
+    assert hashes(model) == before
+
+
 def test_shared_experts_balancing_bias_and_other_modules_are_patched_by_their_names():
     model = build_model()
     names = [

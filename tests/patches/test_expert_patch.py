@@ -311,6 +311,12 @@ def test_a_tensor_outside_of_the_declared_parts_is_refused(patch):
         replace(patch.metadata, tensors=records)
 
 
+def test_an_endless_name_is_refused_at_once(patch):
+    name = ".1" * 100_000
+    with pytest.raises(CheckpointError, match="longer than 500 characters"):
+        replace(patch.metadata, tensors={name: patch.metadata.tensors[NAME]})
+
+
 def test_a_folder_without_a_patch_and_a_name_that_is_none_are_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match="holds no expert patch"):
         ExpertPatch.load(tmp_path)

@@ -232,7 +232,8 @@ def load_on(hub, tmp_path, call, *, user="alice"):
 
 
 def test_a_patch_on_the_hub_is_loaded_by_name_with_the_base_at_its_pinned_commit(hub, pushed, tmp_path):
-    api, _, patch_repo, expected = pushed
+    api, base, patch_repo, expected = pushed
+    assert [model.id for model in api.list_models(filter=f"base_model:adapter:{base}")] == [patch_repo]
     calls = [
         f"load({patch_repo!r})",
         f"load({patch_repo!r}, subfolder='patches/law')",
