@@ -114,7 +114,7 @@ def test_the_card_has_the_front_matter_by_which_the_hub_finds_the_base(folder):
 def test_a_card_of_a_base_in_a_folder_says_nothing_of_where_it_lies(patch):
     from hub_moe.patches.card import render_card
 
-    text = render_card(replace(patch.metadata, base=Base("/home/alice/secret/base", None, "hub_moe")))
+    text = render_card(replace(patch.metadata, base=Base("secret/alice/base", None, "hub_moe")))
     assert "the base `base` (a folder, whose commit is not known)" in text
     assert "alice" not in text
     assert "base_model" not in text

@@ -88,7 +88,7 @@ def test_a_patch_in_a_subfolder_is_found(tmp_path):
 def test_the_base_may_be_elsewhere(tmp_path):
     patched = save_both(tmp_path, build_model())
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(PatchError, match="a folder where it was made, which is not here; say with base="):
+    with pytest.raises(PatchError, match="a folder where it was made, which is not here; say where the base is"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "patch")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patch", base=tmp_path / "moved")
     assert hashes(loaded) == hashes(patched)
@@ -129,7 +129,7 @@ def test_a_folder_in_the_place_of_a_repo_is_not_taken_for_it(tmp_path, monkeypat
     patch_experts(build_model(), {1: [0]}).save(tmp_path / "patch")
     (tmp_path / "alice" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PatchError, match=r"pass base='./alice/base'"):
+    with pytest.raises(PatchError, match=r"give './alice/base' as base"):
         AutoModelForCausalLM.from_pretrained("patch")
 
 
