@@ -15,6 +15,7 @@ from .export import export
 from .hub import hub
 from .inspect import inspect
 from .output import say
+from .patch import patch
 from .train import train
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ for command in (demo, train, inspect, export):
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
+app.add_typer(patch, name="patch")
 
 
 def _print_version(wanted: bool) -> None:
