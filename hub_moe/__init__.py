@@ -13,11 +13,15 @@ _LAZY_NAMES = {
     "DeepseekConfig": "hub_moe.modeling",
     "DeepseekForCausalLM": "hub_moe.modeling",
     "DeepseekModel": "hub_moe.modeling",
+    "ExpertPatch": "hub_moe.patches",
     "HubMoeConfig": "hub_moe.modeling",
     "HubMoeForCausalLM": "hub_moe.modeling",
     "HubMoeForSequenceClassification": "hub_moe.modeling",
     "HubMoeForTokenClassification": "hub_moe.modeling",
     "HubMoeModel": "hub_moe.modeling",
+    "apply_patch": "hub_moe.patches",
+    "remove_patch": "hub_moe.patches",
+    "swap_patch": "hub_moe.patches",
 }
 
 if TYPE_CHECKING:
@@ -31,16 +35,21 @@ if TYPE_CHECKING:
         HubMoeForTokenClassification,
         HubMoeModel,
     )
+    from hub_moe.patches import ExpertPatch, apply_patch, remove_patch, swap_patch
 
 __all__ = [
     "DeepseekConfig",
     "DeepseekForCausalLM",
     "DeepseekModel",
+    "ExpertPatch",
     "HubMoeConfig",
     "HubMoeForCausalLM",
     "HubMoeForSequenceClassification",
     "HubMoeForTokenClassification",
     "HubMoeModel",
+    "apply_patch",
+    "remove_patch",
+    "swap_patch",
 ]
 
 

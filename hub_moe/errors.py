@@ -17,6 +17,10 @@ class UnsupportedModelError(HubMoeError, ValueError):
     """A model type that this command or class does not know."""
 
 
+class PatchError(HubMoeError, ValueError):
+    """An expert patch does not fit the model, such as one made for another base, or the model carries none."""
+
+
 class GenerationError(HubMoeError, ValueError):
     """A generation setting that this model cannot serve."""
 
@@ -25,9 +29,17 @@ class DatasetError(HubMoeError, ValueError):
     """A text or dataset lacks what the task needs."""
 
 
+class DivergenceError(HubMoeError, ArithmeticError):
+    """Training reached a loss, gradient or weight that is not finite."""
+
+
 class MissingExtraError(HubMoeError, ImportError):
     """An optional dependency is not installed; the message gives the pip command."""
 
 
 class HubError(HubMoeError, OSError):
     """A Hub cannot be reached, refused, or gave back something else than was sent."""
+
+
+class TrainingProofError(HubMoeError, RuntimeError):
+    """Weights changed that were to stay frozen, or what was trained cannot be proved."""

@@ -9,13 +9,17 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .chosen_experts import ChosenExperts
 
 _ROUTER_NAMES = ("gate", "router")
 _SHARED_NAMES = ("shared_experts", "shared_expert")
 _SHARED_NAME_BESIDE_BLOCK = "shared_mlp"  # granitemoeshared, granitemoehybrid
+# lfm2_moe and afmoe say expert_bias, every other family e_score_correction_bias; the bias is the router's, its statics
+# module's (ernie4_5_moe) or the block's (minimax_m2, hy_v3, lfm2_moe, afmoe)
+_BIAS_NAMES = ("e_score_correction_bias", "expert_bias")
 _TOP_K_FIELDS = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -38,6 +42,19 @@ class MoeLayer:
     num_experts: int
     top_k: int
     is_mtp: bool
+    bias_owner: nn.Module | None = None
+
+    @property
+    def balancing_bias(self) -> Tensor | None:
+        """The number per expert that is added to scores for the choice only, as the model holds it now.
+
+        A buffer or a parameter without gradient, of shape (E,) or, in ernie4_5_moe, (1, E). None where the router
+        chooses by scores alone.
+        """
+        if self.bias_owner is None:
+            return None
+        bias: Tensor = next(getattr(self.bias_owner, name) for name in _BIAS_NAMES if hasattr(self.bias_owner, name))
+        return bias
 
 
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -66,7 +83,8 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
 def _describe_block(model: nn.Module, name: str, block: nn.Module, text_config: Any) -> MoeLayer:
     children = _children(block)
     routers = [children[router] for router in _ROUTER_NAMES if router in children]
-    num_experts = _count_stacked_experts(children["experts"])
+    experts = _without_adapter(children["experts"])
+    num_experts = _count_stacked_experts(experts)
     index = re.search(r"\d+", name)
     if len(routers) != 1 or num_experts is None or index is None:
         raise UnsupportedModelError(
@@ -80,16 +98,41 @@ def _describe_block(model: nn.Module, name: str, block: nn.Module, text_config: 
         index=int(index.group()),
         name=name,
         router=routers[0],
-        experts=children["experts"],
+        experts=experts,
         shared_experts=shared[0] if shared else None,
         num_experts=num_experts,
         top_k=_top_k(text_config),
         is_mtp=int(index.group()) >= text_config.num_hidden_layers,
+        bias_owner=_bias_owner(block, experts),
     )
 
 
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """What peft has wrapped, once for each adapted parameter of a stack."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _bias_owner(block: nn.Module, experts: nn.Module) -> nn.Module | None:
+    """The module of the block, outside of its experts, that holds a balancing bias."""
+    inside_experts = set(experts.modules())
+    for module in block.modules():
+        if module not in inside_experts and any(
+            isinstance(getattr(module, name, None), Tensor) for name in _BIAS_NAMES
+        ):
+            return module
+    return None
+
+
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    return dict(module.named_children())
+    """By name; of one that an adapter of peft is wrapped around, what is inside."""
+    return {name: _unwrap(child) for name, child in module.named_children()}
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    inside = getattr(module, "base_layer", None)
+    return _unwrap(inside) if isinstance(inside, nn.Module) else module
 
 
 def _count_stacked_experts(experts: nn.Module) -> int | None:
@@ -97,8 +140,9 @@ def _count_stacked_experts(experts: nn.Module) -> int | None:
     own = list(experts.parameters(recurse=False))
     lengths = {parameter.shape[0] for parameter in own}
     has_matrices = any(parameter.dim() == 3 for parameter in own)
-    is_stack = has_matrices and len(lengths) == 1 and len(own) == len(list(experts.parameters()))
-    return lengths.pop() if is_stack else None
+    others = (child for child in experts.children() if not isinstance(child, ChosenExperts))
+    is_alone = not any(list(child.parameters()) for child in others)
+    return lengths.pop() if has_matrices and len(lengths) == 1 and is_alone else None
 
 
 def _top_k(text_config: Any) -> int:

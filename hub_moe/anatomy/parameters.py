@@ -1,12 +1,13 @@
 """Sorts a model's parameters by what they are for: the vocabulary of every table this project prints."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 
+from .chosen_experts import CHOSEN
 from .moe_layers import MoeLayer
 
 Kind = Literal[
@@ -58,15 +59,28 @@ def sort_parameters(model: nn.Module, moe_layers: list[MoeLayer]) -> list[Sorted
     return [*_sort(model, moe_layers), *_tied_head(model)]
 
 
-def _sort(model: Any, moe_layers: list[MoeLayer]) -> Iterator[SortedParameter]:
+def sort_names(model: nn.Module, moe_layers: list[MoeLayer], names: Iterable[str]) -> Iterator[tuple[str, Kind, Kind]]:
+    """`(name, kind, kind_in_layer)` of each of the named parameters and buffers, as in `SortedParameter`."""
     kinds = _kinds_of_modules(model, moe_layers)
     mtp_layers = tuple(_layer_prefix(layer) for layer in moe_layers if layer.is_mtp)
     blocks = {model.get_submodule(layer.name) for layer in moe_layers}
+    for name in names:
+        kind = _kind(name, _owners(model, name), kinds, blocks)
+        yield name, "mtp" if name.startswith(mtp_layers) else kind, kind
+
+
+def layer_index(name: str) -> int | None:
+    """The number of the decoder layer that a parameter or buffer belongs to, by its name; None outside of layers."""
+    index = re.search(r"\.(\d+)\.", f".{name}")
+    return int(index.group(1)) if index else None
+
+
+def _sort(model: Any, moe_layers: list[MoeLayer]) -> Iterator[SortedParameter]:
     active_share = {f"{layer.name}.experts": (layer.top_k, layer.num_experts) for layer in moe_layers}
-    for name, parameter in model.named_parameters():
-        owners = _owners(model, name)
-        kind_in_layer = _kind(name, owners, kinds, blocks)
-        kind: Kind = "mtp" if name.startswith(mtp_layers) else kind_in_layer
+    copies = tuple(f"{layer.name}.experts.{CHOSEN}." for layer in moe_layers)  # of rows that the stacks count
+    parameters = {name: each for name, each in model.named_parameters() if not name.startswith(copies)}
+    for name, kind, kind_in_layer in sort_names(model, moe_layers, parameters):
+        parameter = parameters[name]
         top_k, num_experts = active_share.get(name.rpartition(".")[0], (1, 1))
         yield SortedParameter(
             name=name,
@@ -75,7 +89,7 @@ def _sort(model: Any, moe_layers: list[MoeLayer]) -> Iterator[SortedParameter]:
             shape=tuple(parameter.shape),
             size=parameter.numel(),
             active_size=0 if kind in _IDLE_KINDS else parameter.numel() // num_experts * top_k,
-            is_matrix=parameter.dim() in (2, 3) and not isinstance(owners[0], nn.Conv1d),
+            is_matrix=parameter.dim() in (2, 3) and not isinstance(_owners(model, name)[0], nn.Conv1d),
         )
 
 

@@ -15,6 +15,8 @@ from .export import export
 from .hub import hub
 from .inspect import inspect
 from .output import say
+from .patch import patch
+from .train import train
 
 app = typer.Typer(
     name="hub-moe",
@@ -24,11 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, inspect, export):
+for command in (demo, train, inspect, export):
     app.command()(command)
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
+app.add_typer(patch, name="patch")
 
 
 def _print_version(wanted: bool) -> None:

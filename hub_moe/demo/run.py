@@ -6,8 +6,6 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 from .. import __version__
 from ..anatomy import measure_footprint
@@ -26,6 +23,7 @@ from ..modeling import HubMoeConfig, HubMoeForCausalLM
 from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
+from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
 from .card import render_card
 from .folder import RunFolder, open_run_folder
@@ -59,7 +57,7 @@ def run_demo(
         MissingExtraError: If the extra `server` is not installed.
         KeyboardInterrupt: After Ctrl-C; once training has begun it leaves a checkpoint.
     """
-    with _without_progress_bars():
+    with quiet_bars():
         return _run(Path(output_dir), plan or plan_demo(minutes=minutes, seed=seed), fresh=fresh)
 
 
@@ -123,18 +121,6 @@ class Tokens:
 
     train: list[list[int]]
     held_out: list[list[int]]
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Silence transformers' bars for reading and writing weights: at this size they only flicker."""
-    was_enabled = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            hf_logging.enable_progress_bar()
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,6 @@
-"""The model classes. Importing this registers them with transformers' Auto classes."""
+"""The model classes. Importing this registers them, and expert patches, with transformers' Auto classes."""
 
+from ..patches.registration import ExpertPatchConfig, ExpertPatchForCausalLM
 from .configuration_deepseek import DeepseekConfig
 from .configuration_hub_moe import HubMoeConfig
 from .modeling_deepseek import (
@@ -21,6 +22,8 @@ __all__ = [
     "DeepseekForSequenceClassification",
     "DeepseekForTokenClassification",
     "DeepseekModel",
+    "ExpertPatchConfig",
+    "ExpertPatchForCausalLM",
     "HubMoeConfig",
     "HubMoeForCausalLM",
     "HubMoeForSequenceClassification",

@@ -197,7 +197,7 @@ def _expected_shapes(model: Any) -> dict[int, dict[tuple[int, str], tuple[int, i
         }
         shapes[index] = {
             (expert, projection): of_projection[projection]
-            for expert in range(experts.num_experts)
+            for expert in range(experts.down_proj.shape[0])  # num_experts is a rank's own under expert parallelism
             for projection in _PROJECTIONS
         }
     return shapes

@@ -1,19 +1,20 @@
 """Loss-free balancing: a bias per expert, moved after every optimizer step against the load (arXiv:2408.15664).
 
-Shape letters: B batch, L sequence, T = B * L tokens, N layers with experts, E routed experts, K experts per token.
+Shape letters: E routed experts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..anatomy import MoeLayer, find_moe_layers
-from ..errors import UnsupportedModelError
-
-_BIAS_NAME = "e_score_correction_bias"
+from ..errors import ConfigError, UnsupportedModelError
+from .load import LoadCounter, measure_imbalance
 
 
 def update_balancing_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
@@ -25,161 +26,178 @@ def update_balancing_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tenso
     return bias_E.float() + speed * torch.sign(load_E.mean(dim=-1, keepdim=True) - load_E)
 
 
-def measure_imbalance(load_E: Tensor) -> Tensor:
-    """Load of the busiest expert over the mean load, float32: 1 is even, E is one expert doing everything.
-
-    It is 1 + MaxVio of arXiv:2408.15664. Leading dimensions are layers; a layer without load counts as even.
-    """
-    load_E = load_E.float()
-    mean = load_E.mean(dim=-1)
-    return torch.where(mean > 0, load_E.amax(dim=-1) / mean.clamp(min=1e-9), 1.0)
-
-
-class LoadCounter:
-    """Counts how many tokens each expert receives while a model trains.
-
-    Counted is what passes through the model's own `forward` in training mode. A forward that gradient checkpointing
-    repeats in the backward pass runs outside of it and is not counted twice. Padding, told by a two-dimensional
-    `attention_mask`, is not counted. The counts live outside the model: as buffers, DDP would overwrite them with those
-    of rank 0.
-
-    Raises:
-        UnsupportedModelError: If the model's layers differ in their number of experts, or a router does not return
-            `(logits, weights, chosen experts)`.
-    """
-
-    def __init__(self, model: nn.Module, layers: list[MoeLayer]) -> None:
-        if len({layer.num_experts for layer in layers}) != 1:
-            raise UnsupportedModelError("Counting load needs the same number of experts in every layer.")
-        self.load_NE = torch.zeros(len(layers), layers[0].num_experts, dtype=torch.int64)
-        self._is_counting = False
-        self._mask_BL: Tensor | None = None
-        self._hooks = [
-            model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
-        for place, layer in enumerate(layers):
-            self._hooks.append(layer.router.register_forward_hook(self._make_router_hook(place)))
-
-    def take(self) -> Tensor:
-        """The load since the last call, int64 of shape (N, E), summed over data-parallel processes."""
-        load_NE, self.load_NE = self.load_NE, torch.zeros_like(self.load_NE)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load_NE)
-        return load_NE
-
-    def close(self) -> None:
-        """Stop counting and leave the model as it was."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if model.training and mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            raise UnsupportedModelError(
-                "Counting load needs an attention_mask of shape (batch, length) or none; other masks do not say "
-                "which tokens are padding."
-            )
-        self._is_counting = model.training
-        self._mask_BL = mask
-
-    def _end(self, *_: Any) -> None:
-        self._is_counting = False
-        self._mask_BL = None
-
-    def _make_router_hook(self, place: int) -> Any:
-        def count(router: nn.Module, _: Any, output: Any) -> None:
-            if not self._is_counting:
-                return
-            if not isinstance(output, tuple) or len(output) != 3 or output[2].is_floating_point():
-                raise UnsupportedModelError(
-                    f"The router {type(router).__name__} does not return (logits, weights, chosen experts)."
-                )
-            chosen_TK = output[2].detach()
-            counted_TK = self._counted_tokens(len(chosen_TK), chosen_TK.device)[:, None].expand_as(chosen_TK)
-            load_E = torch.zeros(self.load_NE.shape[1], dtype=torch.int64, device=chosen_TK.device)
-            load_E.scatter_add_(0, chosen_TK.flatten(), counted_TK.flatten())
-            self.load_NE = self.load_NE.to(load_E.device)
-            self.load_NE[place] += load_E
-
-        return count
-
-    def _counted_tokens(self, num_tokens: int, device: torch.device) -> Tensor:
-        """1 for tokens and 0 for padding, int64 of shape (T,). MTP layers see the last columns of the batch only."""
-        if self._mask_BL is None:
-            return torch.ones(num_tokens, dtype=torch.int64, device=device)
-        length = num_tokens // len(self._mask_BL)
-        return (self._mask_BL[:, -length:].to(device) != 0).long().flatten()
-
-
 class BalancingCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Balances the experts of a model while transformers' `Trainer` trains it.
 
-    Once per optimizer step, whatever the gradient accumulation, the load of that step moves each layer's balancing bias
-    by `speed`. The loads are kept, summed over windows of `window_steps` steps, in checkpoints too. Not meant for
-    adapters: one that does not carry the bias is not the model that was trained.
+    Once per optimizer step, whatever the gradient accumulation and the number of data-parallel processes, the load of
+    that step moves each layer's balancing bias by the speed, which is `speed` first and 0 for the end. A step that
+    fp16's loss scaling skips moves nothing. The bias is kept in float32. Layers whose router has none (deepseek_v4's
+    first ones route by hash) are left alone. Not meant for adapters: one that does not carry the bias is not the model
+    that was trained.
+
+    The loads are kept, summed over windows of `window_steps` steps, in checkpoints too. Give it to `Trainer` at once
+    (`callbacks=[...]`) rather than later, so that a bfloat16 bias becomes float32 before a checkpoint is read into it.
 
     Args:
         speed: Step of the bias; 0.001 in DeepSeek-V3.
+        stop_at: Share of the steps after which the speed is 0; DeepSeek-V3: 14.3 of 14.8 T tokens, 0.966
+            (arXiv:2412.19437 section 4.2).
+        stop_after_tokens: Tokens, padding excluded, after which the speed is 0; None never.
+        is_centred: Keep each layer's bias at mean 0. The choice depends on differences only, so routing stays the same.
         window_steps: Steps that are summed up in one entry of `history`.
 
     Raises:
-        UnsupportedModelError: On training a model whose routers have no balancing bias.
+        ConfigError: If `stop_at` is not in [0, 1] or another number is negative.
+        UnsupportedModelError: On a model of which no router has a balancing bias.
     """
 
-    def __init__(self, *, speed: float = 0.001, window_steps: int = 100) -> None:
+    def __init__(
+        self,
+        *,
+        speed: float = 0.001,
+        stop_at: float = 1.0,
+        stop_after_tokens: int | None = None,
+        is_centred: bool = False,
+        window_steps: int = 100,
+    ) -> None:
+        if speed < 0 or not 0 <= stop_at <= 1 or (stop_after_tokens or 0) < 0 or window_steps < 1:
+            raise ConfigError(
+                f"Balancing with speed={speed}, stop_at={stop_at}, stop_after_tokens={stop_after_tokens} and "
+                f"window_steps={window_steps}: expected a speed and tokens of at least 0, a share of the steps from 0 "
+                "to 1 and a window of at least 1 step."
+            )
         self.speed = speed
+        self.stop_at = stop_at
+        self.stop_after_tokens = stop_after_tokens
+        self.is_centred = is_centred
         self.window_steps = window_steps
         self.history: list[list[list[int]]] = []
         self.layer_indices: list[int] = []
+        self.tokens = 0
         self._layers: list[MoeLayer] = []
         self._counter: LoadCounter | None = None
 
     def imbalance(self) -> float:
         """Imbalance of the worst layer in the current window, 1.0 before the first step."""
-        return measure_imbalance(torch.tensor(self.history[-1])).max().item() if self.history else 1.0
+        if not self.history:
+            return 1.0
+        return max(measure_imbalance(torch.tensor(load_E)).item() for load_E in self.history[-1])
+
+    def current_speed(self, step: int, max_steps: int) -> float:
+        """The speed of the step that follows `step` finished ones."""
+        is_over = step >= self.stop_at * max_steps
+        is_over |= self.stop_after_tokens is not None and self.tokens >= self.stop_after_tokens
+        return 0.0 if is_over else self.speed
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
+        settings = ("speed", "stop_at", "stop_after_tokens", "is_centred", "window_steps")
         return {
-            "args": {"speed": self.speed, "window_steps": self.window_steps},
-            "attributes": {"history": self.history, "layer_indices": self.layer_indices},
+            "args": {name: getattr(self, name) for name in settings},
+            "attributes": {name: getattr(self, name) for name in ("history", "layer_indices", "tokens")},
         }
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Make the biases float32 before a checkpoint is read into them."""
+        if kwargs.get("model") is not None:
+            find_balanced_layers(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Hook into the model; after a resume, go on with the history of the checkpoint."""
-        model = kwargs["model"]
-        self._layers = find_moe_layers(model)
-        for layer in self._layers:
-            bias_E = getattr(layer.router, _BIAS_NAME, None)
-            if bias_E is None:
-                raise UnsupportedModelError(
-                    f"{layer.name} has no balancing bias; loss-free balancing needs topk_method='noaux_tc'."
-                )
-            bias_E.data = bias_E.data.float()
+        self.close()
+        self._layers = find_balanced_layers(kwargs["model"], is_resumed=bool(state.global_step))
         self.layer_indices = [layer.index for layer in self._layers]
-        self._counter = LoadCounter(model, self._layers)
-        if state.global_step:
-            self.history = state.stateful_callbacks[type(self).__name__]["attributes"]["history"]
+        self._counter = LoadCounter(kwargs["model"], self._layers)
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if saved is not None:
+            self.history = saved["attributes"]["history"]
+            self.tokens = saved["attributes"]["tokens"]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the biases by the load of the step that just ended."""
         assert self._counter is not None
-        load_NE = self._counter.take().cpu()
-        for layer, load_E in zip(self._layers, load_NE, strict=True):
-            bias_E = getattr(layer.router, _BIAS_NAME)
-            bias_E.copy_(update_balancing_bias(bias_E, load_E.to(bias_E.device), self.speed))
-        if state.global_step % self.window_steps == 0 or not self.history:
-            self.history.append(torch.zeros_like(load_NE).tolist())
-        self.history[-1] = (torch.tensor(self.history[-1]) + load_NE).tolist()
+        loads = self._counter.take()
+        was_skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        speed = 0.0 if was_skipped else self.current_speed(state.global_step, state.max_steps)
+        if speed:
+            for layer, load_E in zip(self._layers, loads, strict=True):
+                self._move(layer, load_E, speed)
+        self._remember([load_E.tolist() for load_E in loads], state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Unhook."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the model without hooks; `on_train_end` does it, and after an error in training the caller may."""
         if self._counter is not None:
             self._counter.close()
+            self._counter = None
+
+    @torch.no_grad()
+    def _move(self, layer: MoeLayer, load_E: Tensor, speed: float) -> None:
+        bias = layer.balancing_bias
+        assert bias is not None
+        bias_E = gather_bias(bias)
+        moved_E = update_balancing_bias(bias_E, load_E.to(bias_E.device), speed)
+        if self.is_centred:
+            moved_E -= moved_E.mean()
+        moved = moved_E.view(bias.shape)
+        bias.copy_(distribute_tensor(moved, bias.device_mesh, bias.placements) if isinstance(bias, DTensor) else moved)
+
+    def _remember(self, loads: list[list[int]], step: int) -> None:
+        first_layer = next((place for place, layer in enumerate(self._layers) if not layer.is_mtp), 0)
+        self.tokens += sum(loads[first_layer]) // self._layers[first_layer].top_k
+        if step % self.window_steps == 0 or not self.history:
+            self.history.append([[0] * len(load) for load in loads])
+        self.history[-1] = [
+            [before + now for before, now in zip(*pair, strict=True)]
+            for pair in zip(self.history[-1], loads, strict=True)
+        ]
+
+
+def gather_bias(bias: Tensor) -> Tensor:
+    """A balancing bias as a plain tensor of shape (E,); where FSDP shards it, every process has to call this."""
+    whole = bias.full_tensor() if isinstance(bias, DTensor) else bias
+    return whole.detach().view(-1)
+
+
+def find_balanced_layers(model: nn.Module, *, is_resumed: bool = False) -> list[MoeLayer]:
+    """The layers whose router has a balancing bias, which is float32 from now on.
+
+    Raises:
+        UnsupportedModelError: If no layer has one, or if it was not float32 while a checkpoint was read into it.
+    """
+    layers = [layer for layer in find_moe_layers(model) if layer.balancing_bias is not None]
+    if not layers:
+        raise UnsupportedModelError(_no_bias_message(model.config))
+    narrow = [bias for bias in _biases(layers) if bias.dtype != torch.float32]
+    if narrow and is_resumed:
+        raise UnsupportedModelError(
+            f"The balancing bias was {narrow[0].dtype} while a checkpoint was read into it and has been rounded; give "
+            "the BalancingCallback to Trainer(callbacks=[...]), which makes it float32 in time."
+        )
+    for bias in narrow:
+        bias.data = bias.data.float()
+    return layers
+
+
+def _biases(layers: Sequence[MoeLayer]) -> list[Tensor]:
+    return [layer.balancing_bias for layer in layers if layer.balancing_bias is not None]
+
+
+def _no_bias_message(config: Any) -> str:
+    config = config.get_text_config(decoder=True)
+    if hasattr(config, "topk_method") and hasattr(config, "aux_loss_alpha"):
+        instead = "set topk_method='noaux_tc' in its config to give it one, or balance by aux_loss_alpha"
+    elif hasattr(config, "router_aux_loss_coef"):
+        instead = "balance by its auxiliary loss: output_router_logits=True and router_aux_loss_coef in its config"
+    else:
+        instead = "train it without a BalancingCallback"
+    return f"Model type {config.model_type!r} has no balancing bias in its routers; {instead}."

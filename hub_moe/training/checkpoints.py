@@ -58,7 +58,10 @@ def explain_failed_writes(folder: Path) -> Iterator[None]:
 
 
 class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Moves each checkpoint that `Trainer` finished from the scratch folder into `folder`; only the newest is kept."""
+    """Moves each checkpoint that `Trainer` finished from the scratch folder into `folder`; only the newest is kept.
+
+    Of several processes the first one does it; the others have to be done with writing by then.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,10 +70,13 @@ class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remove what a run that was killed while saving left behind."""
-        shutil.rmtree(scratch_folder(self.folder), ignore_errors=True)
+        if state.is_world_process_zero:
+            shutil.rmtree(scratch_folder(self.folder), ignore_errors=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """The rename is the moment at which the checkpoint exists."""
+        if not state.is_world_process_zero:
+            return
         older = find_checkpoint(self.folder)
         name = f"checkpoint-{state.global_step}"
         if older is not None and older.name == name:
@@ -84,7 +90,8 @@ class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Nothing is left in the scratch folder."""
-        shutil.rmtree(scratch_folder(self.folder), ignore_errors=True)
+        if state.is_world_process_zero:
+            shutil.rmtree(scratch_folder(self.folder), ignore_errors=True)
 
 
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]

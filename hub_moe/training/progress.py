@@ -1,28 +1,46 @@
 """What a person sees while a model trains."""
 
-import time
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging as hf_logging
 
-from .balancing import BalancingCallback
+from .metrics import RunMetrics
 
 _PLAIN_LINES = 10
 
 
-class TrainingProgress(TrainerCallback):  # type: ignore[misc]
-    """A bar on stderr with loss, tokens per second and load imbalance; ten plain lines where stderr is no terminal.
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Without transformers' bars for reading and writing weights, and off a terminal without those of datasets."""
+    had_weights, had_rows = hf_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled() is False
+    hf_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if had_weights:
+            hf_logging.enable_progress_bar()
+        if had_rows:
+            datasets.enable_progress_bars()
 
-    The loss is a moving average. Needs `logging_steps=1`. After training, `tokens_per_s` is the speed of this session,
-    evaluation left out.
+
+class TrainingProgress(TrainerCallback):  # type: ignore[misc]
+    """A bar on stderr: loss, speed, imbalance, dead experts and the time that is left; ten plain lines off a terminal.
+
+    The loss is a moving average over logging steps. Only the first process shows it. `metrics` has to come before it
+    among the trainer's callbacks, as `RunMetrics.add_to` sees to.
     """
 
-    def __init__(self, balancing: BalancingCallback, *, tokens_per_step: int) -> None:
-        self.tokens_per_s = 0.0
-        self._balancing = balancing
-        self._tokens_per_step = tokens_per_step
+    def __init__(self, metrics: RunMetrics) -> None:
+        self._metrics = metrics
         self._console = Console(stderr=True, highlight=False)
         self._bar = Progress(
             TextColumn("training"),
@@ -33,29 +51,20 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._step_started_s = 0.0
-        self._seconds = 0.0
-        self._steps = 0
         self._loss: float | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Show the bar."""
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
-        self._bar.start()
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock; what lies between steps (evaluation, saving) is not training speed."""
-        self._step_started_s = time.perf_counter()
+        if state.is_world_process_zero:
+            self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, figures="")
+            self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock."""
-        self._seconds += time.perf_counter() - self._step_started_s
-        self._steps += 1
-        self.tokens_per_s = self._steps * self._tokens_per_step / self._seconds
+        """Move the bar."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -64,12 +73,12 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs or self._task is None:
             return
         self._loss = logs["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * logs["loss"]
-        figures = (
-            f"loss {self._loss:.3f}  {self.tokens_per_s:,.0f} tokens/s  imbalance {self._balancing.imbalance():.2f}"
-        )
-        self._bar.update(self._task, completed=state.global_step, figures=figures)
-        is_due = state.global_step % max(1, state.max_steps // _PLAIN_LINES) == 0
-        if is_due and not self._console.is_terminal:
+        figures = describe_figures(self._metrics.latest, loss=self._loss)
+        self._bar.update(self._task, figures=figures)
+        if (
+            state.global_step % max(1, state.max_steps // _PLAIN_LINES) < state.logging_steps
+            and not self._console.is_terminal
+        ):
             self._console.print(f"step {state.global_step}/{state.max_steps}  {figures}")
 
     def on_train_end(
@@ -77,3 +86,10 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Leave the last state of the bar standing."""
         self._bar.stop()
+
+
+def describe_figures(row: dict[str, Any], *, loss: float) -> str:
+    """A row of `metrics.jsonl` in one short line."""
+    dead = sum(row["dead_experts"].values())
+    parts = [f"loss {loss:.3f}", f"{row['tokens_per_s']:,.0f} tokens/s", f"imbalance {row['imbalance_worst']:.2f}"]
+    return "  ".join([*parts, f"{dead} dead expert{'' if dead == 1 else 's'}"] if dead else parts)

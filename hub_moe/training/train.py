@@ -18,6 +18,7 @@ from transformers import (
 from ..data import BlockDataset
 from .balancing import BalancingCallback
 from .checkpoints import CompleteCheckpoints, StopOnInterrupt, explain_failed_writes, find_checkpoint, scratch_folder
+from .metrics import RunMetrics
 from .progress import TrainingProgress
 
 
@@ -101,7 +102,7 @@ def train_causal_lm(
     if found and first_step >= plan.steps:
         return TrainingSession(found, first_step=first_step, is_interrupted=False, tokens_per_s=None)
     balancing = BalancingCallback(speed=plan.balancing_speed, window_steps=max(1, plan.steps // 100))
-    progress = TrainingProgress(balancing, tokens_per_step=plan.batch_size * train_blocks.shape[1])
+    metrics = RunMetrics(folder / "metrics.jsonl")
     with StopOnInterrupt() as stop:
         trainer = Trainer(
             model=model,
@@ -110,8 +111,9 @@ def train_causal_lm(
             eval_dataset=BlockDataset(held_out_blocks),
             data_collator=default_data_collator,
             processing_class=tokenizer,
-            callbacks=[balancing, CompleteCheckpoints(folder), progress, stop],
+            callbacks=[balancing, CompleteCheckpoints(folder), TrainingProgress(metrics), stop],
         )
+        metrics.add_to(trainer)
         for talkative in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(talkative)
         with explain_failed_writes(folder):
@@ -119,7 +121,7 @@ def train_causal_lm(
     checkpoint = find_checkpoint(folder)
     assert checkpoint is not None
     is_interrupted = stop.is_interrupted and read_record(checkpoint).step < plan.steps
-    return TrainingSession(checkpoint, first_step, is_interrupted, progress.tokens_per_s)
+    return TrainingSession(checkpoint, first_step, is_interrupted, metrics.session_tokens_per_s)
 
 
 def read_record(checkpoint: Path) -> TrainingRecord:

@@ -1,0 +1,146 @@
+"""Puts patches on a loaded model and takes them off again; each is checked first, then done whole or not at all."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import find_moe_layers
+from ..anatomy.expert_tensors import hash_tensor
+from ..errors import PatchError
+from .expert_patch import ExpertPatch, dtype_name
+from .metadata import PatchMetadata, TensorRecord
+from .touched_tensors import find_touched
+
+_ATTRIBUTE = "_hub_moe_applied_patches"
+
+
+@dataclass
+class _Applied:
+    """What lies on a model: the patches' metadata in order, and the base's tensors under them, on the CPU."""
+
+    patches: list[PatchMetadata] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+
+def apply_patch(model: nn.Module, patch: ExpertPatch) -> None:
+    """Write the patch's tensors into `model`, in its dtypes and on its devices.
+
+    A model may carry several patches, as long as each finds the tensors it expects: of disjoint experts, or made on top
+    of another. Keeps copies of the replaced tensors on the CPU, for `remove_patch`.
+
+    Raises:
+        PatchError: If a tensor that the patch changes is not the one that it was made for; nothing is changed.
+        UnsupportedModelError: If the model has no routed experts.
+    """
+    touched = _check_base(model, patch, under={})
+    applied = _applied(model)
+    originals = {name: _copy_to_cpu(tensor) for name, tensor in touched.items()}
+    with _undone_on_error(touched, originals):
+        _write(touched, patch.tensors)
+    applied.originals = {**originals, **applied.originals}
+    applied.patches.append(patch.metadata)
+    setattr(model, _ATTRIBUTE, applied)
+
+
+def remove_patch(model: nn.Module) -> None:
+    """Take every patch off `model`, which then is bit for bit what it was before the first.
+
+    Raises:
+        PatchError: If the model carries no patch.
+    """
+    applied = _applied(model)
+    if not applied.patches:
+        raise PatchError("The model carries no expert patch that could be removed.")
+    _write(find_touched(model, find_moe_layers(model), applied.originals), applied.originals)
+    delattr(model, _ATTRIBUTE)
+
+
+def swap_patch(model: nn.Module, patch: ExpertPatch) -> None:
+    """Take off the patches that `model` carries, if any, and put on `patch`, without loading the base again.
+
+    Costs as much as both patches are big. The patch is checked against the base first: if it does not fit, the model
+    keeps what it carries.
+
+    Raises:
+        PatchError: If a tensor of the base is not the one that the patch was made for.
+    """
+    applied = _applied(model)
+    touched = _check_base(model, patch, under=applied.originals)
+    all_touched = {**find_touched(model, find_moe_layers(model), applied.originals), **touched}
+    before = {name: _copy_to_cpu(tensor) for name, tensor in all_touched.items()}
+    with _undone_on_error(all_touched, before):
+        _write(all_touched, applied.originals | dict(patch.tensors))
+    originals = {name: applied.originals.get(name, before[name]) for name in touched}
+    setattr(model, _ATTRIBUTE, _Applied([patch.metadata], originals))
+
+
+def applied_patches(model: nn.Module) -> tuple[PatchMetadata, ...]:
+    """The metadata of the patches that `model` carries, in the order they were applied."""
+    applied = getattr(model, _ATTRIBUTE, None)
+    return tuple(applied.patches) if applied is not None else ()
+
+
+def find_mismatch(tensor: Tensor, record: TensorRecord) -> str | None:
+    """Why a base's tensor is not the one that a patch was made for; None if it is."""
+    if tuple(tensor.shape) != record.shape:
+        return f"has shape {list(tensor.shape)} and not {list(record.shape)}"
+    dtype = dtype_name(tensor)
+    if dtype not in record.before:
+        return f"is {dtype}, and the patch knows it in {', '.join(record.before)} only"
+    if hash_tensor(tensor) != record.before[dtype]:
+        return "has other values"
+    return None
+
+
+def _check_base(model: nn.Module, patch: ExpertPatch, *, under: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The live tensors that the patch changes; `under` holds those that are there once other patches are taken off."""
+    metadata = patch.metadata
+    touched = find_touched(model, find_moe_layers(model), metadata.tensors)
+    for name, record in metadata.tensors.items():
+        fault = find_mismatch(under.get(name, touched[name]), record)
+        if fault is None:
+            _check_fits(name, patch.tensors[name], touched[name].dtype)
+            continue
+        is_patched = name not in under and any(name in each.tensors for each in applied_patches(model))
+        hint = " A patch that the model carries changed it; use remove_patch or swap_patch." if is_patched else ""
+        raise PatchError(
+            f"The patch is for {metadata.base}, and this is another model: its tensor {name!r} {fault}.{hint}"
+        )
+    return touched
+
+
+def _check_fits(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype and float(tensor.abs().max()) > torch.finfo(dtype).max:
+        raise PatchError(
+            f"Tensor {name!r} of the patch does not fit into the model's {dtype_name(dtype)}: it overflows."
+        )
+
+
+def _applied(model: nn.Module) -> _Applied:
+    applied: Any = getattr(model, _ATTRIBUTE, None)
+    return _Applied() if applied is None else applied
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def _write(touched: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, tensor in touched.items():
+        tensor.copy_(values[name])
+
+
+@contextmanager
+def _undone_on_error(touched: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> Iterator[None]:
+    is_done = False
+    try:
+        yield
+        is_done = True
+    finally:
+        if not is_done:
+            _write(touched, before)

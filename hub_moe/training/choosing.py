@@ -1,0 +1,94 @@
+"""Which experts a run of method `experts` trains: as a file says, or by their profile on the run's own rows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..anatomy import ExpertProfile, record_routing
+from ..data import PreparedData
+from ..errors import ConfigError
+from .method_config import ExpertsMethod
+from .run_config import RunConfig
+from .run_folder import TrainingFolder
+from .selection import ExpertChoice, score_experts, select_experts
+
+_ROWS_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A choice, and the profile it was made by, None where a file says it."""
+
+    choice: ExpertChoice
+    profile: ExpertProfile | None
+
+
+def find_choice(base: Any, data: PreparedData, config: RunConfig, folder: TrainingFolder) -> ExpertChoice | None:
+    """The choice, None for other methods; it is written into the folder, and read from there by a resumed run.
+
+    Raises:
+        ConfigError: If the choice file cannot be read.
+    """
+    if not isinstance(config.method, ExpertsMethod):
+        return None
+    if folder.choice.exists():
+        return ExpertChoice.load(folder.choice)
+    chosen = choose_experts(base, data, config, config.method)
+    if chosen.profile is not None:
+        chosen.profile.save(folder.profile)
+    chosen.choice.save(folder.choice)
+    return chosen.choice
+
+
+def choose_experts(base: Any, data: PreparedData, config: RunConfig, method: ExpertsMethod) -> Chosen:
+    """The choice of the file that the method names, or by the scores of experts on training rows.
+
+    Raises:
+        ConfigError: If the choice file cannot be read.
+    """
+    if method.choice is not None:
+        return Chosen(_load(method), None)
+    assert method.score is not None
+    assert method.top_p is not None
+    assert method.sample_rows is not None
+    profile = profile_rows(base, data, config, num_rows=method.sample_rows)
+    chosen = select_experts(score_experts(profile, score=method.score), top_p=method.top_p)
+    choice = ExpertChoice(chosen.experts, bool(method.shared_experts), bool(method.non_expert_modules))
+    return Chosen(choice, profile)
+
+
+def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: int) -> ExpertProfile:
+    """The expert profile of the first training rows, which are in random order."""
+    rows = range(min(num_rows, len(data.train)))
+    collate = data.collator()
+    base.eval()
+    with record_routing(base) as routing, torch.no_grad():
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            batch = collate([data.train[row] for row in rows[start : start + _ROWS_AT_A_TIME]])
+            base(**{name: _to(base.device, value) for name, value in batch.items() if name != "labels"})
+    return ExpertProfile.from_routing(
+        routing,
+        model=str(config.model.name),
+        revision=config.model.revision,
+        domain="training rows",
+        dataset=data.report.provenance.to_dict(),
+        num_sequences=len(rows),
+    )
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _load(method: ExpertsMethod) -> ExpertChoice:
+    assert method.choice is not None
+    path = Path(method.choice).expanduser()
+    try:
+        choice = ExpertChoice.load(path)
+    except OSError as error:
+        raise ConfigError(f"[method] choice {method.choice} cannot be read: {error.strerror}.") from error
+    shared = choice.shared_experts if method.shared_experts is None else method.shared_experts
+    others = choice.non_expert_modules if method.non_expert_modules is None else method.non_expert_modules
+    return ExpertChoice(choice.experts, shared, others)

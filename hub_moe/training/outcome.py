@@ -1,0 +1,115 @@
+"""What a run leaves behind: the proof of what was trained, the result, pictures and the report."""
+
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..anatomy import ChangeTable, find_moe_layers, named_tensors
+from ..errors import DivergenceError
+from ..patches import Base, Selection, make_patch
+from .folder import write_atomically
+from .methods import Prepared
+from .non_finite import find_non_finite
+from .run_config import RunConfig
+from .run_folder import TrainingFolder
+
+
+def check_finite(base: PreTrainedModel, trained: frozenset[str]) -> None:
+    """Whether what was trained ended as numbers.
+
+    Raises:
+        DivergenceError: Naming the first tensor that holds NaN or infinity.
+    """
+    tensors = ((name, view) for name, *_, view in named_tensors(base, find_moe_layers(base)) if name in trained)
+    broken = find_non_finite(tensors)
+    if broken is not None:
+        raise DivergenceError(
+            f"The trained tensor {broken} is not finite; nothing was written; lower the learning rate."
+        )
+
+
+def save_patch(
+    base: PreTrainedModel,
+    folder: TrainingFolder,
+    config: RunConfig,
+    *,
+    hashes: Mapping[str, Mapping[str, str]],
+    figures: Mapping[str, Any],
+    tokenizer: Any,
+) -> None:
+    """Write the expert patch of what was trained, by names that `hashes` (of the base before) has."""
+    tensors = {name: view for name, *_, view in named_tensors(base, find_moe_layers(base)) if name in hashes}
+    method: Any = config.method
+    is_selected = method.choice is None
+    patch = make_patch(
+        tensors,
+        model_before=hashes,
+        base=Base(str(config.model.name), config.model.revision, base.config.model_type),
+        selection=Selection("esft", score=method.score, top_p=method.top_p) if is_selected else None,
+        training={"method": "experts", **figures},
+    )
+    target = folder.result("experts")
+    write_atomically(target, lambda path: patch.save(path, tokenizer=tokenizer))
+
+
+def save_adapter(model: Any, folder: TrainingFolder, config: RunConfig) -> None:
+    """Write a peft adapter that names its base and the base's revision."""
+    for peft_config in model.peft_config.values():
+        peft_config.base_model_name_or_path = config.model.name
+        peft_config.revision = config.model.revision
+    write_atomically(folder.result("lora"), lambda path: model.save_pretrained(path, save_embedding_layers=False))
+
+
+def save_model(base: PreTrainedModel, folder: TrainingFolder, *, tokenizer: Any) -> None:
+    """Write a model that `from_pretrained` loads, with its tokenizer."""
+
+    def save(path: Path) -> None:
+        base.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+
+    write_atomically(folder.result("full"), save)
+
+
+def count_adapter(model: Any) -> dict[str, Any]:
+    """What of an adapter was trained: numbers, and which tensors never moved away from 0 (peft begins B there)."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    idle = [name for name, parameter in trained.items() if ".lora_B." in name and not bool(parameter.any())]
+    return {"tensors": len(trained), "numbers": sum(p.numel() for p in trained.values()), "still_zero": idle}
+
+
+def describe_trained(prepared: Prepared) -> dict[str, int]:
+    """How many numbers are trained, and how many there are."""
+    parameters = list(prepared.model.parameters())
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return {"trained": trained, "in_memory": sum(parameter.numel() for parameter in parameters)}
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has used: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_versions() -> dict[str, str]:
+    """Of what computed the result."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hub_moe": __version__,
+    }
+
+
+def describe_changes(table: ChangeTable, adapter: dict[str, Any] | None) -> dict[str, Any]:
+    """For `what_changed.json`."""
+    return {**table.to_dict(), **({"adapter": adapter} if adapter is not None else {})}

@@ -1,0 +1,55 @@
+"""The processes of a run: one, or those that torchrun or accelerate started."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+
+from ..errors import HubMoeError
+
+_T = TypeVar("_T")
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return bool(PartialState().is_main_process)
+
+
+def count() -> int:
+    """How many there are."""
+    return int(PartialState().num_processes)
+
+
+def device() -> torch.device:
+    """The one that this process trains on."""
+    found: torch.device = PartialState().device
+    return found
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    PartialState().wait_for_everyone()
+
+
+def in_first(work: Callable[[], _T]) -> _T:
+    """What `work` returns in the first process, in all of them; an error of the first is one of all.
+
+    The result must be picklable.
+
+    Raises:
+        HubMoeError: Or what else hub_moe raises on purpose in `work`.
+    """
+    if count() == 1:
+        return work()
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = work()
+        except HubMoeError as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    result: _T = box[0]
+    return result
