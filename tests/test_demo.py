@@ -103,7 +103,7 @@ def test_a_run_leaves_a_model_two_pictures_and_a_report(finished):
     assert names == {"checkpoints", "hub", "model", "num_threads.txt", "report.json", "run.json", *pictures}
     report = DemoReport.read(finished / "report.json")
     assert int((finished / "num_threads.txt").read_text("utf-8")) == report.training["torch_threads"]
-    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-30"}
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-30", "metrics.jsonl"}
     for picture in pictures:
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 

@@ -39,24 +39,25 @@ def find_violations(source, module):
         return [f"{module}: give the layer {layer!r} a row in {Path(__file__).name}"]
     return [
         f"{module}:{line} imports {target}"
-        for target, line, is_in_function in find_imports(source, module)
-        if not _may_import(layer, target, is_in_function)
+        for target, line, is_waiting in find_imports(source, module)
+        if not _may_import(layer, target, is_waiting)
     ]
 
 
 def find_imports(source, module):
-    """Every import of a source text, as `(dotted name, line, whether it stands in a function)`."""
+    """Every import of a text, as `(dotted name, line, whether it waits)`: in a function, or for a type checker."""
     tree = ast.parse(source)
-    in_functions = {
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
-    }
+    waiting = {node for block in ast.walk(tree) if _waits(block) for node in ast.walk(block)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             for target in _targets(node, module):
-                yield target, node.lineno, node in in_functions
+                yield target, node.lineno, node in waiting
+
+
+def _waits(block):
+    if isinstance(block, ast.If):
+        return isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING" and not block.orelse
+    return isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def _targets(node, module):
@@ -74,9 +75,9 @@ def _layer(dotted_name):
     return "" if first == "__init__" else first
 
 
-def _may_import(layer, target, is_in_function):
+def _may_import(layer, target, is_waiting):
     root, _, inner = target.partition(".")
-    if layer == "cli" and not is_in_function and root not in sys.stdlib_module_names:
+    if layer == "cli" and not is_waiting and root not in sys.stdlib_module_names:
         return (_layer(target) if root == "hub_moe" else root) in CLI_IMPORTS_OUTSIDE_FUNCTIONS
     if root != "hub_moe":
         return root != "torch" or layer not in NEVER_TORCH
@@ -114,6 +115,8 @@ def test_imports_point_downwards(path):
         ("hub_moe.cli.main", "import torch"),
         ("hub_moe.cli.main", "from ..modeling import HubMoeConfig"),
         ("hub_moe.cli.main", "if True:\n    import transformers"),
+        ("hub_moe.cli.main", "if TYPE_CHECKING:\n    import typer\nelse:\n    import torch"),
+        ("hub_moe.plots.experts", "from ..anatomy import ExpertProfile"),
         ("hub_moe.demo", "from .cli.main import app"),
         ("hub_moe.newcomer", "import json"),
     ],
@@ -140,6 +143,7 @@ def test_the_check_finds_an_import_that_the_table_forbids(module, source):
             "hub_moe.cli.main",
             "import typer\nfrom .inspect import inspect\nfrom ..errors import HubMoeError",
         ),
+        ("hub_moe.cli.data", "if TYPE_CHECKING:\n    from ..data import DataReport"),
         (
             "hub_moe.cli.main",
             "def train():\n    import torch\n    from ..training.train import train",

@@ -83,7 +83,8 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
 def _describe_block(model: nn.Module, name: str, block: nn.Module, text_config: Any) -> MoeLayer:
     children = _children(block)
     routers = [children[router] for router in _ROUTER_NAMES if router in children]
-    num_experts = _count_stacked_experts(children["experts"])
+    experts = _without_adapter(children["experts"])
+    num_experts = _count_stacked_experts(experts)
     index = re.search(r"\d+", name)
     if len(routers) != 1 or num_experts is None or index is None:
         raise UnsupportedModelError(
@@ -97,13 +98,20 @@ def _describe_block(model: nn.Module, name: str, block: nn.Module, text_config: 
         index=int(index.group()),
         name=name,
         router=routers[0],
-        experts=children["experts"],
+        experts=experts,
         shared_experts=shared[0] if shared else None,
         num_experts=num_experts,
         top_k=_top_k(text_config),
         is_mtp=int(index.group()) >= text_config.num_hidden_layers,
-        bias_owner=_bias_owner(block, children["experts"]),
+        bias_owner=_bias_owner(block, experts),
     )
+
+
+def _without_adapter(module: nn.Module) -> nn.Module:
+    """What peft has wrapped, once for each adapted parameter of a stack."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def _bias_owner(block: nn.Module, experts: nn.Module) -> nn.Module | None:

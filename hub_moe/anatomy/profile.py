@@ -76,12 +76,18 @@ class DomainProfile:
 
 @dataclass(frozen=True)
 class ExpertProfile:
-    """What each expert of one model did, by domain. `revision` is the commit of the model, where it has one."""
+    """What each expert of one model did, by domain.
+
+    `revision` is the commit of the model, where it has one; the numbers of parameters, of the whole model and of one
+    routed expert, are None where only its routing is known.
+    """
 
     model: str
     revision: str | None
     top_k: int
     domains: Mapping[str, DomainProfile]
+    num_parameters: int | None = None
+    num_per_expert: int | None = None
 
     @staticmethod
     def from_routing(
@@ -102,7 +108,8 @@ class ExpertProfile:
         top_k = routing.layers[0].layer.top_k
         num_tokens = max(sum(layer.tokens) for layer in layers.values()) // top_k
         profile = DomainProfile(dict(dataset), num_tokens, num_sequences, layers)
-        return ExpertProfile(model, revision, top_k, {domain: profile})
+        sizes = (routing.num_parameters, routing.num_per_expert)
+        return ExpertProfile(model, revision, top_k, {domain: profile}, *sizes)
 
     def domain(self, name: str | None = None) -> DomainProfile:
         """The domain of this name, or the only one.
@@ -138,7 +145,7 @@ class ExpertProfile:
             name: _add_domains(name, [profile.domains[name] for profile in profiles if name in profile.domains])
             for name in names
         }
-        return ExpertProfile(first.model, first.revision, first.top_k, domains)
+        return replace(first, domains=domains)
 
     def reduce(self) -> "ExpertProfile":
         """The profiles of all processes of `torch.distributed` merged, equal on every one; this one where there is one.
@@ -197,7 +204,8 @@ class ExpertProfile:
             }
             for name, domain in self.domains.items()
         }
-        return {"model": self.model, "revision": self.revision, "top_k": self.top_k, "domains": domains}
+        facts = {field: value for field, value in vars(self).items() if field != "domains"}
+        return {**facts, "domains": domains}
 
 
 _SUMS = ("gate_mass", "output_norm", "gated_output_norm")
@@ -265,7 +273,8 @@ def _list_layers(layers: Mapping[int, LayerProfile]) -> dict[str, Any]:
 def _parse_profile(data: Mapping[str, Any]) -> ExpertProfile:
     revision = None if data["revision"] is None else _typed(data, "revision", str)
     domains = {name: _parse_domain(name, domain) for name, domain in _typed(data, "domains", dict).items()}
-    profile = ExpertProfile(_typed(data, "model", str), revision, _count(data, "top_k"), domains)
+    sizes = (_count(data, field) if data[field] is not None else None for field in ("num_parameters", "num_per_expert"))
+    profile = ExpertProfile(_typed(data, "model", str), revision, _count(data, "top_k"), domains, *sizes)
     if not domains:
         raise ValueError("it has no domain")
     if any(_shape(profile) != _shape(replace(profile, domains={name: domains[name]})) for name in domains):

@@ -64,13 +64,21 @@ class LayerRouting:
 
 
 class Routing:
-    """The routing of every layer of a model, as `record_routing` watches it; `layers` in the model's order."""
+    """The routing of every layer of a model, as `record_routing` watches it.
+
+    `layers` are in the model's order, `num_parameters` are all of the model, `num_per_expert` those of one expert.
+    """
 
     def __init__(self, model: Any, *, keep_choices: bool, output_norms: bool) -> None:
         self.layers = [
             LayerRouting(layer, keep_choices=keep_choices, output_norms=output_norms)
             for layer in find_moe_layers(model)
         ]
+        first = self.layers[0].layer
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_per_expert = (
+            sum(stack.numel() for stack in first.experts.parameters(recurse=False)) // first.num_experts
+        )
         self._model_type = model.config.get_text_config(decoder=True).model_type
         self._with_norms = output_norms
         self._is_paused = False
@@ -89,8 +97,11 @@ class Routing:
             self._is_paused = was_paused
 
     def open(self, model: Any) -> None:
-        """Hook into the model and its decoder, either of which may be the one that is called."""
-        for module in {model, getattr(model, "base_model", model)}:
+        """Hook into everything around the decoder's layers: the model, its decoder, wrappers such as peft's.
+
+        Any of them may be the one that is called, and checkpointing, which repeats layers, calls none.
+        """
+        for module in _around_layers(model, [routing.layer for routing in self.layers]):
             self._hooks.append(module.register_forward_pre_hook(self._make_begin(module), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(self._end, always_call=True))
         for routing in self.layers:
@@ -173,15 +184,25 @@ class Routing:
         return self._kept[num_tokens].to(device, non_blocking=True)
 
 
+def _around_layers(model: nn.Module, layers: list[MoeLayer]) -> list[nn.Module]:
+    names = {""}
+    for layer in layers:
+        container, _, _ = layer.name.partition(f".{layer.index}")  # model.layers
+        parts = container.split(".")[:-1]
+        names |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return [model.get_submodule(name) for name in sorted(names)]
+
+
 @contextmanager
 def record_routing(model: nn.Module, keep_choices: bool = False, *, output_norms: bool = False) -> Iterator[Routing]:
     """Watch the routers of a transformers model for as long as the context lasts.
 
-    Counted is each token that passes through the forward of `model`, or of its decoder, in training and evaluation
-    alike. Gradient checkpointing repeats the layers in the backward pass, outside of any forward, which is not counted
-    again. `generate` counts the prompt once and each further token once (the last one is never routed); a sequence that
-    ends before others of its batch goes on being counted, since transformers' mask goes on too. Padding, told by a
-    two-dimensional `attention_mask`, is left out; without a mask every token counts, which is right for packed rows.
+    Counted is each token that passes through the forward of `model`, or of its decoder alone, in training and
+    evaluation alike. Gradient checkpointing repeats the layers in the backward pass, outside of any forward, and is not
+    counted again. `generate` counts the prompt once and each further token once (the last one is never routed); a
+    sequence that ends before others of its batch goes on being counted, since transformers' mask goes on too. Padding,
+    told by a two-dimensional `attention_mask`, is left out; without a mask every token counts, which is right for
+    packed rows (give them `use_cache=False`: with a cache, transformers lets packed documents see each other).
 
     Args:
         model: With experts that `find_moe_layers` finds.

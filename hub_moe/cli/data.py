@@ -64,11 +64,11 @@ def check(
       hub-moe data check train.csv -t my-model --set columns.prompt=ask --set columns.completion=reply
       hub-moe data check train.jsonl -t my-model --chat-template plain --eval test.jsonl --json
     """
-    rows = _load(source, settings)
+    rows = load_source(source, settings)
     from ..data import DataSource, load_rows, measure_overlap
     from ..data.prepare import survey
 
-    report = survey(rows, _load_tokenizer(tokenizer, chat_template), max_length=max_length).report
+    report = survey(rows, load_tokenizer(tokenizer, chat_template), max_length=max_length).report
     overlap = measure_overlap(rows, load_rows(DataSource(eval_source))) if eval_source else None
     if as_json:
         print_json(report.to_dict() | {"overlap": overlap and overlap.to_dict()})
@@ -99,17 +99,18 @@ def show(
       hub-moe data show train.jsonl --row 7 --tokenizer my-model
       hub-moe data show openai/gsm8k -t my-model --set config=main --chat-template plain
     """
-    rows = _load(source, settings)
+    rows = load_source(source, settings)
     from ..data.marking import mark_row
 
-    marked = mark_row(rows, row, _load_tokenizer(tokenizer, chat_template), max_tokens=4096)
+    marked = mark_row(rows, row, load_tokenizer(tokenizer, chat_template), max_tokens=4096)
     before, after = (_GREEN, _PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("⟦", "⟧")
     print_text("".join(f"{before}{text}{after}" if is_trained else text for text, is_trained in marked.pieces))
     cut = "; the first 4,096 are shown" if marked.tokens > 4096 else ""
     say(f"Row {row:,}: {marked.tokens:,} tokens, {marked.trained_tokens:,} trained on{cut}.")
 
 
-def _load(names: list[str], settings: list[str] | None) -> "LoadedRows":
+def load_source(names: list[str], settings: list[str] | None) -> "LoadedRows":
+    """The rows that SOURCE... and --set KEY=VALUE name."""
     pairs = [setting.partition("=") for setting in settings or []]
     wrong = [key for key, equals, value in pairs if not equals or not value]
     if wrong:
@@ -121,14 +122,15 @@ def _load(names: list[str], settings: list[str] | None) -> "LoadedRows":
     return load_rows(read_source(names, {key: value for key, _, value in pairs}))
 
 
-def _load_tokenizer(name: str, chat_template: str | None) -> Any:
+def load_tokenizer(name: str, chat_template: str | None, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or repo, with a chat template of its own or the one given."""
     from transformers import AutoTokenizer
 
     from .. import modeling  # noqa: F401  (registers hub_moe, by which tokenizers of its models are found)
     from ..data import set_chat_template
 
     path = Path(name).expanduser()
-    tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name, revision=revision)
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
     return tokenizer

@@ -10,10 +10,12 @@ import typer
 from ..errors import HubMoeError
 from .data import data
 from .demo import demo
+from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
 from .output import say
+from .patch import patch
 from .train import train
 
 app = typer.Typer(
@@ -27,7 +29,9 @@ app = typer.Typer(
 for command in (demo, train, inspect, export):
     app.command()(command)
 app.add_typer(data, name="data")
+app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
+app.add_typer(patch, name="patch")
 
 
 def _print_version(wanted: bool) -> None:

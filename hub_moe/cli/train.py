@@ -30,13 +30,11 @@ def train(
       hub-moe train run.toml --set training.steps=10 --dry-run
       torchrun --nproc-per-node 2 -m hub_moe train run.toml
     """
-    from ..training.run_config import read_run_config
-
-    config = read_run_config(run, settings or ())  # before the imports that take seconds
+    from ..training import read_run_config, run_training
     from ..training.preview import preview_run
     from ..training.processes import is_first
-    from ..training.run import run_training
 
+    config = read_run_config(run, settings or ())
     if dry_run:
         facts = preview_run(config)
         if is_first():

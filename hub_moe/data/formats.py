@@ -131,7 +131,7 @@ def _read_message(message: Any, number: int) -> Message:
     role, content = message.get("role"), message.get("content")
     if role is None:
         role, content = message.get("from"), message.get("value")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadRowError(f"message {number} has the role {role!r}, not one of {', '.join(_ROLES)}")
     if message.get("tool_calls"):
         raise BadRowError(f"message {number} calls tools, which this format does not hold")

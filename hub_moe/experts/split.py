@@ -28,7 +28,8 @@ def split_experts(model: Any, chosen: Chosen, *, dtype: torch.dtype | None = Non
 
     What the model computes stays the same. With a `dtype`, the copies are kept in it (float32 beside a bfloat16 model,
     where steps of a small learning rate would be rounded away) and computed with in the model's own. Other parameters
-    are left as they are; `freeze_all_but` sets them too. `save_pretrained` of a split model saves it merged.
+    are left as they are; `freeze_all_but` sets them too. `save_pretrained` of a split model saves it merged, and its
+    `load_state_dict` takes a merged state dict as well as its own.
 
     Raises:
         ConfigError: If the model is split already, or has no such layer or expert.
@@ -45,7 +46,7 @@ def split_experts(model: Any, chosen: Chosen, *, dtype: torch.dtype | None = Non
         if chosen.get(layer.index):
             layer.experts.add_module(CHOSEN, ChosenExperts(layer.experts, chosen[layer.index], dtype))
     setattr(model, _SPLIT, split)
-    model.save_pretrained = split.save_pretrained
+    model.save_pretrained, model.load_state_dict = split.save_pretrained, split.load_state_dict
     model.set_experts_implementation(SPLIT_IMPLEMENTATION)
 
 
@@ -59,13 +60,13 @@ def merge_experts(model: Any) -> None:
     for layer in find_moe_layers(model):
         chosen = find_chosen(layer.experts)
         if chosen is not None:
-            _write_rows(dict(layer.experts.named_parameters(recurse=False)), chosen)
+            _write_rows(_own(layer.experts), chosen)
             delattr(layer.experts, CHOSEN)
     for stack, was_trained in split.was_trained.items():
         model.get_parameter(stack).requires_grad_(was_trained)
     model.set_experts_implementation(split.implementations)
     delattr(model, _SPLIT)
-    del model.save_pretrained
+    del model.save_pretrained, model.load_state_dict
 
 
 def trained_tensors(model: Any) -> dict[str, Tensor]:
@@ -117,7 +118,7 @@ def freeze_all_but(
 
 
 class ExpertSplit:
-    """What a split model was before, and how it is saved."""
+    """What a split model was before, and how it is saved and loaded."""
 
     def __init__(self, model: Any, layers: Sequence[MoeLayer]) -> None:
         self.model = model
@@ -134,6 +135,32 @@ class ExpertSplit:
         with _merged(state, self.model):
             type(self.model).save_pretrained(self.model, *args, state_dict=state, **kwargs)
 
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """See `torch.nn.Module.load_state_dict`; of a merged or whole model, the chosen experts take their rows.
+
+        Without this, loading a checkpoint that `save_pretrained` wrote would leave them untrained.
+        """
+        load = type(self.model).load_state_dict
+        if any(f".{CHOSEN}." in name for name in state_dict):
+            return load(self.model, state_dict, strict=strict, assign=assign)
+        split = [
+            (layer.experts, chosen, ChosenExperts(layer.experts, chosen.expert_ids))
+            for layer in find_moe_layers(self.model)
+            if (chosen := find_chosen(layer.experts)) is not None
+        ]
+        for experts, trained, _ in split:
+            delattr(experts, CHOSEN)
+            _write_rows(_own(experts), trained)  # what the state dict lacks stays as it is
+        try:
+            result = load(self.model, state_dict, strict=strict, assign=assign)
+            for experts, trained, _ in split:
+                _read_rows(_own(experts), trained)
+        finally:
+            for experts, trained, base in split:
+                _write_rows(_own(experts), base)
+                experts.add_module(CHOSEN, trained)
+        return result
+
 
 def _split_of(model: Any) -> ExpertSplit:
     split = getattr(model, _SPLIT, None)
@@ -145,6 +172,18 @@ def _split_of(model: Any) -> ExpertSplit:
 def _chosen_ids(layer: MoeLayer) -> tuple[int, ...]:
     chosen = find_chosen(layer.experts)
     return () if chosen is None else chosen.expert_ids
+
+
+def _own(experts: nn.Module) -> dict[str, Tensor]:
+    return dict(experts.named_parameters(recurse=False))
+
+
+@torch.no_grad()
+def _read_rows(stacks: Mapping[str, Tensor], chosen: ChosenExperts) -> None:
+    for name, rows in chosen.named_parameters():
+        for row, expert in zip(rows, chosen.expert_ids, strict=True):
+            if not torch.equal(stacks[name][expert], row.to(stacks[name].dtype)):  # else a wider copy keeps its digits
+                row.copy_(stacks[name][expert])
 
 
 @torch.no_grad()

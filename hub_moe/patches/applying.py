@@ -103,13 +103,21 @@ def _check_base(model: nn.Module, patch: ExpertPatch, *, under: Mapping[str, Ten
     for name, record in metadata.tensors.items():
         fault = find_mismatch(under.get(name, touched[name]), record)
         if fault is None:
+            _check_fits(name, patch.tensors[name], touched[name].dtype)
             continue
-        other = next((str(each.base) for each in applied_patches(model) if name in each.tensors and not under), None)
-        hint = " It is changed by a patch that the model carries; remove_patch or swap_patch." if other else ""
+        is_patched = name not in under and any(name in each.tensors for each in applied_patches(model))
+        hint = " A patch that the model carries changed it; use remove_patch or swap_patch." if is_patched else ""
         raise PatchError(
             f"The patch is for {metadata.base}, and this is another model: its tensor {name!r} {fault}.{hint}"
         )
     return touched
+
+
+def _check_fits(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype and float(tensor.abs().max()) > torch.finfo(dtype).max:
+        raise PatchError(
+            f"Tensor {name!r} of the patch does not fit into the model's {dtype_name(dtype)}: it overflows."
+        )
 
 
 def _applied(model: nn.Module) -> _Applied:

@@ -1,6 +1,7 @@
 """The model card of a patch or of a merged checkpoint, rendered from the metadata and nothing else."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from .metadata import PatchMetadata
@@ -20,7 +21,7 @@ def render_card(metadata: PatchMetadata) -> str:
             "# Expert patch",
             "",
             f"Changes {describe_extent(metadata)} of {_describe_base(metadata)}.",
-            "Loading it fetches the base at that commit and checks each tensor before it is replaced.",
+            "Loading it loads the base first, and checks each tensor before it is replaced.",
             "",
             "```python",
             "import hub_moe.modeling",
@@ -68,8 +69,9 @@ def _front_matter(metadata: PatchMetadata, relation: str, tag: str) -> str:
 
 def _describe_base(metadata: PatchMetadata) -> str:
     base = metadata.base
-    where = f"at commit `{base.commit}`" if base.commit else "(a folder, whose commit is not known)"
-    return f"the base {_code(base.repo)} {where}"
+    if base.commit is None:  # of a folder only the last name: where it lies is nobody's business
+        return f"the base {_code(Path(base.repo).name)} (a folder, whose commit is not known)"
+    return f"the base {_code(base.repo)} at commit `{base.commit}`"
 
 
 def _details(metadata: PatchMetadata) -> list[str]:

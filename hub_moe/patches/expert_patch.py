@@ -193,9 +193,14 @@ def _copy(name: str, tensor: Tensor) -> Tensor:
     return copy
 
 
+def find_non_finite(tensor: Tensor) -> str | None:
+    """What makes a tensor unusable for a model; None if all its numbers are finite."""
+    return None if bool(torch.isfinite(tensor).all()) else "holds NaN or infinity"
+
+
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise CheckpointError(f"Tensor {name!r} of the patch holds NaN or infinity; a model with it would be broken.")
+    if fault := find_non_finite(tensor):
+        raise CheckpointError(f"Tensor {name!r} of the patch {fault}; a model with it would be broken.")
 
 
 def _experts_of(names: Iterable[str]) -> dict[int, tuple[int, ...]]:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ from .metadata import METADATA_FILE, WEIGHTS_FILE
 
 
 def find_patch(
-    name_or_path: str | Path, *, revision: str | None = None, subfolder: str | None = None, **hub_options: Any
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    files: Sequence[str] = (METADATA_FILE, WEIGHTS_FILE),
+    **hub_options: Any,
 ) -> Path:
-    """The folder of a patch; a name that is no folder is a repo of the Hub, whose patch is fetched.
+    """The folder of a patch; a name that is no folder is a repo of the Hub, from which `files` are fetched.
 
     Raises:
         CheckpointError: If there is no patch, or a file of it is a link out of its folder.
@@ -25,7 +30,7 @@ def find_patch(
         raise CheckpointError(f"The subfolder {subfolder!r} leads out of {name_or_path}.")
     folder = Path(name_or_path).expanduser()
     if not folder.is_dir():
-        folder = _fetch(str(name_or_path), revision, subfolder, **hub_options)
+        folder = _fetch(str(name_or_path), revision, [f"{subfolder or '.'}/{name}" for name in files], **hub_options)
     folder = folder / (subfolder or "")
     for name in (METADATA_FILE, WEIGHTS_FILE):
         _refuse_foreign_link(folder, folder / name)
@@ -37,13 +42,12 @@ def is_repo_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
 
 
-def _fetch(name: str, revision: str | None, subfolder: str | None, **hub_options: Any) -> Path:
+def _fetch(name: str, revision: str | None, paths: Sequence[str], **hub_options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     if not is_repo_id(name):
         raise CheckpointError(f"{name!r} is neither a folder with an expert patch nor a repo id (OWNER/NAME).")
-    prefix = f"{subfolder}/" if subfolder else ""
-    wanted = [f"{prefix}{METADATA_FILE}", f"{prefix}{WEIGHTS_FILE}"]
+    wanted = [path.removeprefix("./") for path in paths]
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, **hub_options))
 
 

@@ -16,7 +16,7 @@ METADATA_FILE = "expert_patch.json"
 WEIGHTS_FILE = "expert_patch.safetensors"
 FORMAT_VERSION = 1
 MODEL_TYPE = "hub_moe_expert_patch"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # what a patch may hold -> bytes per number
 
 _MAX_METADATA_BYTES = 100_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -97,6 +97,11 @@ class PatchMetadata:
     def num_parameters(self) -> int:
         """Numbers in the patch."""
         return sum(math.prod(record.shape) for record in self.tensors.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the tensors."""
+        return sum(math.prod(record.shape) * DTYPES[record.dtype] for record in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `expert_patch.json`."""

@@ -9,6 +9,7 @@ from ..errors import CheckpointError
 
 Part = Literal["routed_experts", "shared_experts", "balancing_bias", "non_expert_modules"]
 
+_MAX_NAME = 500  # characters; the pattern below takes time by the square of it
 _ROUTED = re.compile(r"(?P<block>.*?\.(?P<layer>\d+)(?:\..+)?)\.experts\.(?P<expert>\d+)\.(?P<tensor>[^.].*)")
 _SHARED = re.compile(r"(^|\.)shared_(expert|mlp)")
 _BALANCING_BIAS = re.compile(r"\.e_score_correction_bias$")
@@ -26,7 +27,7 @@ class ExpertTensorName:
 
 def parse_expert_name(name: str) -> ExpertTensorName | None:
     """The parts of a routed expert's tensor name; None for every other tensor."""
-    match = _ROUTED.fullmatch(name)
+    match = _ROUTED.fullmatch(name) if len(name) <= _MAX_NAME else None
     if match is None:
         return None
     return ExpertTensorName(match["block"], int(match["layer"]), int(match["expert"]), match["tensor"])
@@ -50,6 +51,8 @@ def check_declared(names: Iterable[str], experts: Mapping[int, Sequence[int]], p
     found = _tensors_by_expert(experts)
     missing_parts = set(parts)
     for name in names:
+        if len(name) > _MAX_NAME:
+            raise CheckpointError(f"the name {name[:40]!r}... is longer than {_MAX_NAME} characters.")
         expert = parse_expert_name(name)
         if expert is None:
             if part_of(name) not in parts:

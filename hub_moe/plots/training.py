@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .drawing import BLUE, GREY, ORANGE, Axes, Figure, Normalize
+from .drawing import BLUE, GREY, ORANGE, Axes, Figure, Normalize, smooth
 
 
 def plot_loss_curve(
@@ -22,7 +22,7 @@ def plot_loss_curve(
     axes = figure.subplots()
     millions = [(step + 1) * tokens_per_step / 1e6 for step in range(len(losses))]
     axes.plot(millions, losses, color=BLUE, alpha=0.2, linewidth=0.6)
-    axes.plot(millions, _smooth(losses), color=BLUE, linewidth=1.8, label="training (moving average)")
+    axes.plot(millions, smooth(losses), color=BLUE, linewidth=1.8, label="training (moving average)")
     axes.plot(
         [step * tokens_per_step / 1e6 for step, _ in held_out],
         [loss for _, loss in held_out],
@@ -96,9 +96,3 @@ def _write_values(axes: Axes, load: Sequence[Sequence[float]]) -> None:
                 fontsize=7,
                 color="white" if is_dark else "black",
             )
-
-
-def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of the last fiftieth of the curve at each point."""
-    width = max(1, len(values) // 50)
-    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]

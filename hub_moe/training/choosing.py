@@ -67,7 +67,7 @@ def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: 
     with record_routing(base) as routing, torch.no_grad():
         for start in range(0, len(rows), _ROWS_AT_A_TIME):
             batch = collate([data.train[row] for row in rows[start : start + _ROWS_AT_A_TIME]])
-            base(**{name: value for name, value in batch.items() if name != "labels"})
+            base(**{name: _to(base.device, value) for name, value in batch.items() if name != "labels"})
     return ExpertProfile.from_routing(
         routing,
         model=str(config.model.name),
@@ -76,6 +76,10 @@ def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: 
         dataset=data.report.provenance.to_dict(),
         num_sequences=len(rows),
     )
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _load(method: ExpertsMethod) -> ExpertChoice:

@@ -21,6 +21,12 @@ def count() -> int:
     return int(PartialState().num_processes)
 
 
+def device() -> torch.device:
+    """The one that this process trains on."""
+    found: torch.device = PartialState().device
+    return found
+
+
 def wait_for_all() -> None:
     """Go on when every process is here."""
     PartialState().wait_for_everyone()

@@ -19,7 +19,7 @@ from .choosing import find_choice
 from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
 from .methods import Prepared, make_whole, prepare_model
-from .processes import count, in_first, is_first, wait_for_all
+from .processes import count, device, in_first, is_first, wait_for_all
 from .progress import quiet_bars
 from .run_config import RunConfig
 from .run_data import check_fit, find_tokenizer, prepare_rows, report_data
@@ -119,8 +119,10 @@ class _Run:
 
     def _load(self) -> PreTrainedModel:
         if isinstance(self.config.method, PretrainMethod):
-            return build_model(self.architecture.config, seed=self.config.training.seed)
-        return load_base(self.config.model, revision=self.architecture.revision)
+            base = build_model(self.architecture.config, seed=self.config.training.seed)
+        else:
+            base = load_base(self.config.model, revision=self.architecture.revision)
+        return base.to(device())
 
     def _finish(
         self,
@@ -172,13 +174,14 @@ class _Run:
             "balancing_speed": prepared.balancing_speed,
             "processes": count(),
             "torch_threads": torch.get_num_threads(),
+            "energy_kwh": session.energy_kwh,
             "peak_memory_bytes": outcome.peak_memory_bytes(),
             "versions": outcome.describe_versions(),
         }
 
     def _draw(self, session: Session, data: PreparedData) -> None:
         try:
-            from ..plots import plot_loss_curve  # needs an extra
+            from ..plots import plot_expert_load, plot_loss_curve  # needs an extra
         except MissingExtraError as error:
             self.say(f"No pictures: {error}")
             return
@@ -186,6 +189,19 @@ class _Run:
         title = f"Loss on {data.report.provenance.source}"
         curve = plot_loss_curve(session.losses, session.held_out, tokens_per_step=tokens_per_step, title=title)
         write_atomically(self.folder.loss_curve, lambda path: curve.savefig(path, format="png"))
+        if session.load:
+            layers = next(iter(session.load.values()))
+            load = plot_expert_load(
+                [(f"{phase} of training", _relative(loads)) for phase, loads in session.load.items()],
+                layer_indices=list(layers),
+                title="Tokens per expert",
+            )
+            write_atomically(self.folder.expert_load, lambda path: load.savefig(path, format="png"))
+
+
+def _relative(loads: Mapping[int, list[int]]) -> list[list[float]]:
+    """Loads of layers, each over its mean."""
+    return [[count * len(load) / max(1, sum(load)) for count in load] for load in loads.values()]
 
 
 @dataclass(frozen=True)

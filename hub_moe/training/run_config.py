@@ -89,6 +89,7 @@ class TrainingConfig:
         checkpoints: How often a checkpoint is written.
         precision: Arithmetic: that of the weights, or bfloat16 (autocast) over weights as they are.
         num_threads: Of torch; None leaves torch's own number.
+        energy: Meter the machine's energy (codecarbon).
         report_to: Trackers of transformers' Trainer: wandb, trackio, tensorboard.
     """
 
@@ -109,6 +110,7 @@ class TrainingConfig:
     checkpoints: int = 4
     seed: int = 0
     num_threads: int | None = None
+    energy: bool = False
     report_to: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

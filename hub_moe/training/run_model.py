@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import modeling
 from ..errors import ConfigError, DatasetError
+from ..patches.metadata import METADATA_FILE, MODEL_TYPE
 from .run_config import ModelConfig
 
-_PATCH_FILE = "expert_patch.json"
 _ADAPTER_FILE = "adapter_config.json"
+_NO_BASE = "[model] name {name} is {kind} and not a model; merge it into its base first, or name the base."
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,15 @@ def read_architecture(model: ModelConfig) -> Architecture:
         return Architecture(modeling.HubMoeConfig.from_preset(model.preset, **model.overrides), revision=None)
     assert model.name is not None
     folder = Path(model.name).expanduser()
-    for file in (_PATCH_FILE, _ADAPTER_FILE):
+    for file in (METADATA_FILE, _ADAPTER_FILE):
         if (folder / file).is_file():
-            kind = "an expert patch" if file == _PATCH_FILE else "an adapter"
-            raise ConfigError(
-                f"[model] name {model.name} is {kind} and not a model; merge it into its base first, or name the base."
-            )
+            kind = "an expert patch" if file == METADATA_FILE else "an adapter"
+            raise ConfigError(_NO_BASE.format(name=model.name, kind=kind))
     if folder.exists() and not (folder / "config.json").is_file():
         raise ConfigError(f"[model] name {model.name} is a folder without config.json, so it holds no model.")
     config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
+    if config.model_type == MODEL_TYPE:
+        raise ConfigError(_NO_BASE.format(name=model.name, kind="an expert patch"))
     if unknown := [key for key in model.overrides if not hasattr(config, key)]:
         raise ConfigError(f"[model] overrides has the key {unknown[0]!r}, which {type(config).__name__} does not know.")
     for key, value in model.overrides.items():

@@ -35,6 +35,8 @@ class Session:
         losses: Training loss of each step of the whole run.
         tokens: Tokens trained on in the whole run, padding excluded.
         tokens_per_s: In this session.
+        energy_kwh: Of the whole run, if it was metered.
+        load: Where experts were balanced: for "first tenth" and "last tenth" the load by layer.
     """
 
     first_step: int
@@ -44,7 +46,8 @@ class Session:
     losses: list[float]
     tokens: int
     tokens_per_s: float
-    load_history: list[list[list[int]]]
+    energy_kwh: float | None
+    load: dict[str, dict[int, list[int]]]
 
 
 def count_steps(training: TrainingConfig, num_rows: int) -> int:
@@ -89,7 +92,7 @@ def train(prepared: Prepared, config: RunConfig, data: PreparedData, folder: Tra
     steps = count_steps(config.training, len(data.train))
     found = find_checkpoint(folder.checkpoints)
     balancing = BalancingCallback(speed=prepared.balancing_speed, stop_at=config.balancing.stop_at)
-    metrics = RunMetrics(folder.metrics)
+    metrics = RunMetrics(folder.metrics, with_energy=config.training.energy)
     with StopOnInterrupt() as stop:
         trainer = MoeTrainer(
             partial=prepared.is_partial,
@@ -106,6 +109,8 @@ def train(prepared: Prepared, config: RunConfig, data: PreparedData, folder: Tra
                 stop,
             ],
         )
+        if trainer.is_fsdp_enabled:
+            raise ConfigError("hub-moe train shares out rows and does not shard models; start it without FSDP.")
         metrics.add_to(trainer)
         for talkative in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(talkative)
@@ -125,7 +130,8 @@ def train(prepared: Prepared, config: RunConfig, data: PreparedData, folder: Tra
         losses=[entry["loss"] for entry in history if "loss" in entry],
         tokens=metrics.tokens,
         tokens_per_s=metrics.session_tokens_per_s,
-        load_history=balancing.history,
+        energy_kwh=metrics.energy_kwh,
+        load=_load_by_phase(balancing),
     )
 
 
@@ -182,3 +188,18 @@ def _trackers(training: TrainingConfig) -> list[str]:
             have = ", ".join(installed) or "none"
             raise ConfigError(f"[training] report_to names {tracker!r}, which is not installed; installed are: {have}.")
     return list(training.report_to)
+
+
+def _load_by_phase(balancing: BalancingCallback) -> dict[str, dict[int, list[int]]]:
+    history = balancing.history
+    if not history:
+        return {}
+    tenth = max(1, len(history) // 10)
+    phases = {"first tenth": history[:tenth], "last tenth": history[-tenth:]}
+    return {
+        phase: {
+            layer: torch.tensor([window[place] for window in windows]).sum(0).tolist()
+            for place, layer in enumerate(balancing.layer_indices)
+        }
+        for phase, windows in phases.items()
+    }

@@ -17,7 +17,8 @@ _T = TypeVar("_T")
 def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The tables of a TOML file, with `overrides` such as `training.steps=10` applied.
 
-    The value of an override is TOML; what is no TOML is taken as text, so that names need no quotes.
+    The value of an override is TOML; what is no TOML is taken as text, so that names need no quotes. Without a value
+    (`data.config=`) the key is taken out.
 
     Raises:
         ConfigError: If there is no such file, it is not TOML, or an override is not of the form TABLE.KEY=VALUE.
@@ -134,7 +135,10 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override}: {key} is a value and not a table.")
-    table[keys[-1]] = value
+    if not text.strip():
+        table.pop(keys[-1], None)
+    else:
+        table[keys[-1]] = value
 
 
 def _is_of(hint: Any, value: Any) -> bool:

@@ -8,6 +8,7 @@ from hub_moe.errors import UnsupportedModelError
 from .families import FAMILIES, tiny_config
 
 WITH_DENSE_FIRST_LAYER = {"hub_moe", "deepseek", "deepseek_v2", "deepseek_v3", "glm4_moe"}
+WITH_BALANCING_BIAS = {"hub_moe", "deepseek_v3", "glm4_moe"}
 WITHOUT_SHARED_EXPERTS = {"qwen3_moe", "olmoe", "mixtral", "gpt_oss"}
 
 
@@ -113,3 +114,36 @@ def test_a_config_without_top_k_is_an_error_that_names_the_field():
     model = build_on_meta(tiny_config("deepseek_v2", num_experts_per_tok=None))
     with pytest.raises(UnsupportedModelError, match="expected one of num_experts_per_tok"):
         find_moe_layers(model)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_balancing_bias_is_found_live_where_the_family_has_one(model_type):
+    layers = find_moe_layers(build(tiny_config(model_type)))
+    assert {layer.balancing_bias is not None for layer in layers} == {model_type in WITH_BALANCING_BIAS}
+    if model_type in WITH_BALANCING_BIAS:
+        layers[0].router.e_score_correction_bias = torch.nn.Buffer(torch.ones(8))
+        assert layers[0].balancing_bias.tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"),
+    [("minimax_m2", (256,)), ("afmoe", (64,)), ("ernie4_5_moe", (1, 64)), ("hy_v3", (192,))],
+)
+def test_a_balancing_bias_is_found_on_the_block_and_on_statics_too(model_type, shape):
+    layers = find_moe_layers(build_on_meta(AutoConfig.for_model(model_type)))
+    assert {tuple(layer.balancing_bias.shape) for layer in layers} == {shape}
+
+
+def test_layers_that_route_by_hash_have_no_bias():
+    layers = find_moe_layers(build_on_meta(AutoConfig.for_model("deepseek_v4")))
+    assert [layer.index for layer in layers if layer.balancing_bias is None] == [0, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+def test_experts_under_an_adapter_are_found():
+    peft = pytest.importorskip("peft")
+    base = build(tiny_config("hub_moe"))
+    expected = [layer.experts for layer in find_moe_layers(base)]
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["o_proj"], target_parameters=stacks))
+    assert [layer.experts for layer in find_moe_layers(model)] == expected

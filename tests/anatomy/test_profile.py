@@ -26,7 +26,7 @@ def make_profile(seed=0, domains=("law",), *, experts=8, norms=True, dataset=SOU
         return LayerProfile(tuple(draw.randrange(50) for _ in range(experts)), *sums)
 
     parts = {name: DomainProfile(dataset, 100, 4, {1: layer(), 2: layer()}) for name in domains}
-    return dataclasses.replace(ExpertProfile("alice/moe", "a" * 40, 2, parts), **changes)
+    return dataclasses.replace(ExpertProfile("alice/moe", "a" * 40, 2, parts, 900, 10), **changes)
 
 
 def test_the_profile_of_a_run_holds_what_was_recorded():
@@ -39,6 +39,8 @@ def test_the_profile_of_a_run_holds_what_was_recorded():
     profile = ExpertProfile.from_routing(routing, model="m", domain="noise", dataset=SOURCE, num_sequences=2)
     domain = profile.domain()
 
+    assert profile.num_parameters == model.num_parameters()
+    assert profile.num_per_expert == 3 * 16 * 32
     assert (profile.top_k, domain.num_tokens, domain.num_sequences, list(domain.layers)) == (2, 16, 2, [1, 2])
     for routed, layer in zip(routing.layers, domain.layers.values(), strict=False):
         assert layer.tokens == tuple(routed.tokens_E.tolist())
@@ -145,6 +147,8 @@ _LAYER = ("domains", "law", "layers", "1")
         (_change("model", to=3), "'model' is a int, not a str"),
         (_change("top_k", to=-1), "'top_k' is no count"),
         (_change("top_k", to=True), "'top_k' is no count"),
+        (_change("num_parameters", to=-1), "'num_parameters' is no count"),
+        (_drop("num_per_expert"), "it lacks 'num_per_expert'"),
         (_change("revision", to=[]), "'revision' is a list"),
         (_change("domains", to={}), "it has no domain"),
         (_change("domains", "law", to=[]), "domain 'law' is no object"),

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hub_moe.anatomy import find_moe_layers, record_routing
@@ -218,6 +219,24 @@ def test_the_decoder_alone_and_a_positional_mask_are_recorded_too():
         model(tokens_BL, mask_BL)
 
     assert counts(routing) == counts(positional) == counts(expected)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft 0.21
+def test_a_model_that_peft_wraps_is_recorded_however_it_is_called():
+    model, tokens_BL = build("qwen3_moe"), random_tokens(2, 6)
+    mask_BL = torch.ones_like(tokens_BL)
+    mask_BL[0, :2] = 0
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    calls = [
+        (lambda: call(wrapped, tokens_BL, mask_BL), 10),
+        (lambda: wrapped(tokens_BL, mask_BL), 10),
+        (lambda: wrapped.base_model.model(tokens_BL, mask_BL), 10),
+        (lambda: wrapped.generate(input_ids=tokens_BL, attention_mask=mask_BL, max_new_tokens=1, pad_token_id=1), 10),
+    ]
+    for forward, num_tokens in calls:
+        with record_routing(wrapped) as routing:
+            forward()
+        assert [sum(counts_E) for counts_E in counts(routing)] == [2 * num_tokens] * 3
 
 
 def test_two_recordings_of_one_model_do_not_disturb_each_other():

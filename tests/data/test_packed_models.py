@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hub_moe.modeling  # noqa: F401  (registers hub_moe)
 from hub_moe.data import LoadedRows, check_packing, prepare
@@ -107,6 +107,19 @@ def test_rows_of_text_keep_documents_apart_alone_and_in_a_batch_of_several(chat_
     stacked = {name: torch.stack([row[name] for row in full]) for name in full[0]}
     logits = model(**stacked, use_cache=False).logits.flatten(0, 1)
     assert (logits - alone[: len(logits)]).abs().max() < 1e-5
+
+
+def test_the_stock_trainer_keeps_documents_apart(prepared, tmp_path):
+    model, packed = build("deepseek_v3"), prepared[True]
+    arguments = TrainingArguments(
+        tmp_path, per_device_eval_batch_size=2, report_to="none", use_cpu=True, dataloader_pin_memory=False
+    )
+    trainer = Trainer(model, arguments, data_collator=packed.collator(), eval_dataset=packed.train)
+    batch = packed.collator()(list(packed.train))
+    with torch.no_grad():
+        expected = model(**batch).loss.item()
+
+    assert abs(trainer.evaluate()["eval_loss"] - expected) < 1e-5
 
 
 def test_models_that_carry_a_state_are_not_packed():

@@ -1,6 +1,4 @@
-import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -12,27 +10,7 @@ from hub_moe.errors import ConfigError, UnsupportedModelError
 from hub_moe.experts import freeze_all_but, merge_experts, split_experts, trained_tensors
 
 from ..anatomy.families import FAMILIES, tiny_config
-
-IDS = torch.arange(24).reshape(2, 12)
-CHOSEN = {1: [6, 1], 2: [0]}
-
-
-def build(model_type="hub_moe", **changes):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type, **changes)).train()
-
-
-def hashes(model):
-    return {name: hash_tensor(view) for name, *_, view in named_tensors(model, find_moe_layers(model))}
-
-
-def train(model, *, steps=2):
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01)
-    for _ in range(steps):
-        model(IDS, labels=IDS, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer
+from .training import CHOSEN, IDS, build, hashes, train
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -68,7 +46,7 @@ def test_merging_restores_the_forward_and_what_was_trained_before():
 
     assert model.config._experts_implementation == "eager"
     assert {name: each.requires_grad for name, each in model.named_parameters()} == before
-    assert "save_pretrained" not in vars(model)
+    assert not {"save_pretrained", "load_state_dict"} & vars(model).keys()
     train(model)
     split_experts(model, CHOSEN)
 
@@ -100,12 +78,24 @@ def test_layers_below_the_lowest_trained_one_run_without_autograd():
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     plain, checkpointed = build(), build()
     checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    if use_reentrant:
-        checkpointed.enable_input_require_grads()
+    compare_gradients(plain, checkpointed)
+
+
+def test_gradient_checkpointing_without_gradients_of_the_input_still_skips_the_lower_layers():
+    plain, checkpointed = build(), build()
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed.disable_input_require_grads()  # transformers switches them on with checkpointing
+    needs_gradient = []
+    checkpointed.model.layers[0].register_forward_hook(lambda _, __, out: needs_gradient.append(out.requires_grad))
+    compare_gradients(plain, checkpointed)
+
+    assert needs_gradient == [False]
+
+
+def compare_gradients(plain, checkpointed):
     for model in (plain, checkpointed):
         freeze_all_but(model, CHOSEN, shared_experts=False, non_expert_modules=False)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
-
     expected = {name: each.grad for name, each in plain.named_parameters() if each.grad is not None}
     for name, parameter in checkpointed.named_parameters():
         assert torch.equal(parameter.grad, expected[name]) if name in expected else parameter.grad is None, name
@@ -128,85 +118,6 @@ def test_float32_copies_of_a_bfloat16_model_take_steps_that_bfloat16_would_lose(
 
     assert (find_moe_layers(lost)[0].experts.down_proj[1] == 1.0).all()
     assert (find_moe_layers(kept)[0].experts.down_proj[1] == torch.tensor(0.99).bfloat16()).all()
-
-
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_a_split_model_is_saved_merged_and_stays_split(model_type, tmp_path):
-    model = build(model_type)
-    index = find_moe_layers(model)[-1].index
-    freeze_all_but(model, {index: [6, 1]}, shared_experts=False, non_expert_modules=False)
-    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    train(model)
-    trained = {name: hash_tensor(view) for name, view in trained_tensors(model).items()}
-    logits = model.eval()(IDS, use_cache=False).logits
-    model.save_pretrained(tmp_path)
-
-    assert {name: hash_tensor(view) for name, view in trained_tensors(model).items()} == trained
-    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items() if ".chosen." not in name)
-    assert "hub_moe_split" not in (tmp_path / "config.json").read_text()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert hashes(loaded).items() >= trained.items()
-    torch.testing.assert_close(loaded(IDS, use_cache=False).logits, logits)
-
-
-def test_a_state_dict_given_to_save_pretrained_is_merged_too_and_not_changed(tmp_path):
-    model = build()
-    freeze_all_but(model, CHOSEN, shared_experts=False, non_expert_modules=False)
-    train(model)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    given = dict(state)
-    model.save_pretrained(tmp_path, state_dict=given)
-
-    assert given.keys() == state.keys()
-    loaded = hashes(AutoModelForCausalLM.from_pretrained(tmp_path))
-    assert loaded.items() >= {name: hash_tensor(view) for name, view in trained_tensors(model).items()}.items()
-
-
-def test_a_failed_save_leaves_the_frozen_stack_as_it_was(tmp_path):
-    model = build()
-    freeze_all_but(model, CHOSEN, shared_experts=False, non_expert_modules=False)
-    train(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="it is a file"):
-        model.save_pretrained(tmp_path / "file")
-
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_split_model_trains_merges_and_saves_by_itself(duplicate, tmp_path):
-    model = build()
-    freeze_all_but(model, CHOSEN, shared_experts=False, non_expert_modules=False)
-    before = hashes(model)
-    twin = duplicate(model)
-    assert torch.equal(twin(IDS).logits, model(IDS).logits)
-    train(twin)
-    twin.save_pretrained(tmp_path)
-    trained = {name: hash_tensor(view) for name, view in trained_tensors(twin).items()}
-    merge_experts(twin)
-
-    assert hashes(twin).items() >= trained.items()
-    assert hashes(AutoModelForCausalLM.from_pretrained(tmp_path)).items() >= trained.items()
-    assert hashes(model) == before
-    merge_experts(model)
-
-
-def test_a_state_dict_brings_a_split_model_back_exactly():
-    model, other = build(), build()
-    for each in (model, other):
-        freeze_all_but(each, CHOSEN, shared_experts=False, non_expert_modules=False)
-    train(model)
-    other.load_state_dict(model.state_dict())
-
-    assert hashes(other) == hashes(model)
-
-
-def test_a_state_dict_without_the_chosen_experts_is_refused():
-    model = build()
-    split_experts(model, CHOSEN)
-    with pytest.raises(RuntimeError, match=r"Missing key.*chosen"):
-        model.load_state_dict(build().state_dict())
 
 
 def test_generation_by_a_split_model_is_that_of_the_whole_one():

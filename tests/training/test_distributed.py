@@ -10,7 +10,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from hub_moe.anatomy import find_moe_layers
 from hub_moe.data import BlockDataset
-from hub_moe.training import BalancingCallback, RunMetrics, measure_imbalance, read_metrics
+from hub_moe.training import AuxLossOnce, BalancingCallback, RunMetrics, measure_imbalance, read_metrics
 from hub_moe.training.balancing import gather_bias
 
 from ..anatomy.families import tiny_config
@@ -77,7 +77,12 @@ def _train_all(folder):
         for family in FAMILIES
     }
     statics = _describe(f"{folder}/ernie4_5_moe", f"{folder}/statics", per_device=2, strategy=STRATEGIES["fsdp2"])
-    return {**results, "statics": statics, "gradients": [_gradients(folder, num_ignored=count) for count in (0, 9)]}
+    return {
+        **results,
+        "statics": statics,
+        "gradients": [_gradients(folder, num_ignored=count) for count in (0, 9)],
+        "aux": _aux_gradient(folder),
+    }
 
 
 class _KeepGradients(TrainerCallback):
@@ -104,6 +109,32 @@ def _gradients(folder, *, num_ignored, per_device=1, accumulation=1):
         save_strategy="no",
     )
     return keeper.gradients
+
+
+def _aux_gradient(folder, *, trainer_class=AuxLossOnce, accumulation=1):
+    """A router's gradient of one step of qwen3_moe over equal rows, which have one auxiliary loss however divided."""
+    torch.manual_seed(0)
+    config = tiny_config("qwen3_moe", output_router_logits=True, router_aux_loss_coef=1.0)
+    keeper = _KeepGradients()
+    trainer = trainer_class(
+        model=AutoModelForCausalLM.from_config(config),
+        args=TrainingArguments(
+            output_dir=f"{folder}/aux",
+            max_steps=1,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=True,
+        ),
+        train_dataset=BlockDataset(torch.arange(2, 2 + LENGTH).repeat(4, 1)),
+        callbacks=[keeper],
+    )
+    trainer.train()
+    return keeper.gradients["model.layers.1.mlp.gate.weight"]
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +247,15 @@ def test_every_loss_has_one_gradient_over_ranks_or_micro_batches(folder, two_pro
 def test_every_loss_has_the_gradient_of_the_undivided_batch(folder, two_processes):
     undivided = _gradients(folder, num_ignored=0, per_device=2)
     _assert_close(two_processes[0]["gradients"][0], undivided)
+
+
+def test_the_auxiliary_loss_of_stock_families_counts_once(folder, two_processes):
+    once = _aux_gradient(folder)
+    assert torch.allclose(_aux_gradient(folder, accumulation=4), once, rtol=1e-4, atol=1e-6)
+    for rank in two_processes:
+        assert torch.allclose(rank["aux"], once, rtol=1e-4, atol=1e-6)
+    # what it is for: transformers' own Trainer counts it once a micro-batch
+    assert _aux_gradient(folder, trainer_class=Trainer, accumulation=4).norm() > 3 * once.norm()
 
 
 def _assert_close(gradients, expected):
