@@ -83,7 +83,7 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
 def _describe_block(model: nn.Module, name: str, block: nn.Module, text_config: Any) -> MoeLayer:
     children = _children(block)
     routers = [children[router] for router in _ROUTER_NAMES if router in children]
-    experts = _without_adapter(children["experts"])
+    experts = children["experts"]
     num_experts = _count_stacked_experts(experts)
     index = re.search(r"\d+", name)
     if len(routers) != 1 or num_experts is None or index is None:
@@ -126,13 +126,8 @@ def _bias_owner(block: nn.Module, experts: nn.Module) -> nn.Module | None:
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
-    """By name; of one that an adapter of peft is wrapped around, what is inside."""
-    return {name: _unwrap(child) for name, child in module.named_children()}
-
-
-def _unwrap(module: nn.Module) -> nn.Module:
-    inside = getattr(module, "base_layer", None)
-    return _unwrap(inside) if isinstance(inside, nn.Module) else module
+    """By name; of one that an adapter is wrapped around, what is inside."""
+    return {name: _without_adapter(child) for name, child in module.named_children()}
 
 
 def _count_stacked_experts(experts: nn.Module) -> int | None:

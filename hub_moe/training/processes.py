@@ -11,25 +11,30 @@ from ..errors import HubMoeError
 _T = TypeVar("_T")
 
 
+def _state() -> PartialState:
+    """As TrainingArguments will find it: without a GPU, processes are only seen by who asks for the CPU."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
-    return bool(PartialState().is_main_process)
+    return bool(_state().is_main_process)
 
 
 def count() -> int:
     """How many there are."""
-    return int(PartialState().num_processes)
+    return int(_state().num_processes)
 
 
 def device() -> torch.device:
     """The one that this process trains on."""
-    found: torch.device = PartialState().device
+    found: torch.device = _state().device
     return found
 
 
 def wait_for_all() -> None:
     """Go on when every process is here."""
-    PartialState().wait_for_everyone()
+    _state().wait_for_everyone()
 
 
 def in_first(work: Callable[[], _T]) -> _T:

@@ -12,16 +12,17 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError, DivergenceError
+from .aux_loss import AuxLossOnce
 from .non_finite import describe_divergence, find_non_finite
 from .row_order import RowOrder
 
 TRAINED_WEIGHTS = "trained.safetensors"
 
 
-class MoeTrainer(Trainer):  # type: ignore[misc]
+class MoeTrainer(AuxLossOnce):
     """`Trainer` whose checkpoints hold what is trained, and load it whole or not at all.
 
     Where everything is trained, a checkpoint is a model that `from_pretrained` loads; else it holds the trained weights

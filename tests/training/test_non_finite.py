@@ -22,6 +22,7 @@ def test_a_broken_weight_is_named(tiny_model):
 
 def test_the_innermost_module_whose_output_overflows_first_is_named(tiny_model):
     with torch.no_grad():
+        tiny_model.model.layers[1].self_attn.kv_b_proj.weight.mul_(1e6)
         tiny_model.model.layers[1].self_attn.o_proj.weight.fill_(3e38)
     where = describe_divergence(tiny_model, [_batch()])
     assert where == "the first output that is not finite is that of model.layers.1.self_attn.o_proj (Linear)"

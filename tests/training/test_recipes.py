@@ -25,7 +25,7 @@ def test_a_recipe_runs_on_other_rows_and_another_model(path, tmp_path, tiny_toke
         f"output.folder={tmp_path}/run",
     ]
     if path.stem == "pretrain":
-        (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 300, "utf-8")
+        (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 2000, "utf-8")
         overrides += [f"data.source={tmp_path}/text.txt", "model.learn_vocab_size=300"]
     else:
         base = save_base(tmp_path / "base", "hub_moe", tiny_tokenizer)
