@@ -46,6 +46,7 @@ PLAN = DemoPlan(
     },
     curve_blocks=8,
     completion_tokens=8,
+    tuning_steps=4,
 )
 
 PROGRAM = """
@@ -99,8 +100,9 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_a_model_two_pictures_and_a_report(finished):
     names = {path.name for path in finished.iterdir()}
-    pictures = {"expert_load.png", "loss_curve.png"}
-    assert names == {"checkpoints", "hub", "model", "num_threads.txt", "report.json", "run.json", *pictures}
+    pictures = {"chosen_experts.png", "expert_load.png", "loss_curve.png"}
+    tuning = {"reference.jsonl", "tuning", "tuning.toml"}
+    assert names == {"checkpoints", "hub", "model", "num_threads.txt", "report.json", "run.json", *pictures, *tuning}
     report = DemoReport.read(finished / "report.json")
     assert int((finished / "num_threads.txt").read_text("utf-8")) == report.training["torch_threads"]
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"checkpoint-30", "metrics.jsonl"}

@@ -16,10 +16,11 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Train, evaluate, publish and report a small model, offline.
+    """Train, evaluate, publish and fine-tune a small model, offline.
 
     Takes minutes on two cores. The text, the running Python's own standard library, is pushed to an embedded Hub and
-    loaded from it as a dataset; the model is published there and loaded back by its name. Ctrl-C leaves a checkpoint;
+    loaded from it as a dataset; the model is published there and loaded back by its name. A contributor then trains
+    the few experts that English prose uses most, and shares them as an expert patch. Ctrl-C leaves a checkpoint;
     running again resumes.
 
     \b

@@ -2,6 +2,7 @@
 
 from .bpe_tokenizer import train_bpe_tokenizer
 from .chat_template import set_chat_template
+from .language_reference import read_language_reference
 from .loading import load_rows
 from .overlap import OverlapReport, measure_overlap
 from .packing import BlockDataset, pack_documents
@@ -28,6 +29,7 @@ __all__ = [
     "measure_overlap",
     "pack_documents",
     "prepare",
+    "read_language_reference",
     "read_stdlib_corpus",
     "set_chat_template",
     "train_bpe_tokenizer",

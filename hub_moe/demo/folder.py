@@ -61,6 +61,26 @@ class RunFolder:
         return self.path / "expert_load.png"
 
     @property
+    def chosen_experts(self) -> Path:
+        """Picture."""
+        return self.path / "chosen_experts.png"
+
+    @property
+    def reference(self) -> Path:
+        """Rows that the contributor fine-tunes on."""
+        return self.path / "reference.jsonl"
+
+    @property
+    def tuning_settings(self) -> Path:
+        """The contributor's run, as `hub-moe train` takes it."""
+        return self.path / "tuning.toml"
+
+    @property
+    def tuning(self) -> Path:
+        """The contributor's run folder, with the expert patch."""
+        return self.path / "tuning"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return self.report.exists()
@@ -91,5 +111,6 @@ def open_run_folder(path: Path, settings: dict[str, Any], *, fresh: bool) -> Run
 
 def _made(folder: RunFolder) -> list[Path]:
     """What a run writes beside its settings, the report first."""
-    folders = [folder.model, folder.checkpoints, folder.hub]
-    return [folder.report, *folders, folder.num_threads, folder.loss_curve, folder.expert_load]
+    folders = [folder.model, folder.checkpoints, folder.tuning, folder.hub]
+    pictures = [folder.loss_curve, folder.expert_load, folder.chosen_experts]
+    return [folder.report, *folders, folder.num_threads, folder.reference, folder.tuning_settings, *pictures]

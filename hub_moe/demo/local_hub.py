@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from ..errors import CheckpointError, DatasetError, HubError
 from ..hubserver.process import Hub
 
 OWNER = "demo"
+CONTRIBUTOR = "contributor"
 DATASET = f"{OWNER}/python-stdlib"
 MODEL = f"{OWNER}/nano"
+PATCH = f"{CONTRIBUTOR}/nano-prose"
 _VISITOR = Path(__file__).with_name("visitor.py")
 _DATASET_CARD = """
 # Python's own standard library
@@ -59,6 +62,27 @@ class LocalHub:
         """Publish a folder as the demo's model; the commit."""
         return str(self.run_step("publish_model", repo=MODEL, folder=str(folder))["revision"])
 
+    def run_command(self, arguments: list[str], *, user: str) -> None:
+        """`hub-moe` with `arguments` in a process of its own, as `user`; what it says on stderr is shown.
+
+        Raises:
+            HubError: If it fails.
+            KeyboardInterrupt: After Ctrl-C, once it has come to its own end.
+        """
+        command = [sys.executable, "-P", "-m", "hub_moe", *arguments]
+        environment = self.hub.environment(user, xet=True, home=self.scratch / "hf_home")
+        environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        # a session of its own: Ctrl-C reaches it once, from here
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+            raise
+        if code:
+            raise HubError(f"hub-moe {arguments[0]} against {self.hub.url} failed; its reason is above.")
+
     def run_step(self, step: str, *, user: str | None = OWNER, **values: Any) -> dict[str, Any]:
         """One step of `visitor` in a process of its own, as `user` (None: somebody without a token).
 
@@ -83,9 +107,14 @@ def open_local_hub(root: Path, *, scratch: Path) -> Iterator[LocalHub]:
 
     try:
         with Store(root) as store:
-            if not store.accounts.count():
-                store.accounts.add_user(OWNER)
-            tokens = {OWNER: store.accounts.create_token(OWNER, name="hub-moe demo", replace=True)}
+            known = {account["name"] for account in store.accounts.list_all()}
+            for user in (OWNER, CONTRIBUTOR):
+                if user not in known:
+                    store.accounts.add_user(user)
+            tokens = {
+                user: store.accounts.create_token(user, name="hub-moe demo", replace=True)
+                for user in (OWNER, CONTRIBUTOR)
+            }
     except sqlite3.OperationalError as error:
         raise CheckpointError(f"Cannot write to {root}: {error}; choose a folder with room.") from error
     shutil.rmtree(scratch, ignore_errors=True)

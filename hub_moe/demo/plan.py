@@ -24,6 +24,10 @@ class DemoPlan:
         curve_blocks: Held-out blocks that the points of the loss curve are taken on.
         prompt: What the finished model completes.
         completion_tokens: How many tokens it adds.
+        tuning_steps: Optimizer steps of the contributor, who trains chosen experts on Python's language reference.
+        tuning_top_p: Share of a layer's tokens that the chosen experts get together.
+        tuning_learning_rate: Peak.
+        tuning_held_out: Share of that text.
     """
 
     training: TrainingPlan
@@ -36,6 +40,10 @@ class DemoPlan:
     curve_blocks: int = 160
     prompt: str = "def fibonacci(n):\n"
     completion_tokens: int = 60
+    tuning_steps: int = 120
+    tuning_top_p: float = 0.3
+    tuning_learning_rate: float = 4e-3
+    tuning_held_out: float = 0.1
 
 
 def plan_demo(*, minutes: float, seed: int) -> DemoPlan:

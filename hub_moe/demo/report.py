@@ -21,6 +21,8 @@ class DemoReport:
         load_imbalance: Busiest expert over the mean by layer, in the first and the last tenth of training.
         dataset: `repo` and `revision` under which the text was pushed and loaded.
         model: `repo` and `revision` under which the model was published and loaded.
+        patch: The contributor's expert patch: `repo` and `revision`, chosen experts, sizes, loss on the prose and bits
+            per byte of the base's text before and after.
         prompt: What was completed.
         completion: What the model made of it, loaded from the Hub by its name.
         versions: Of Python and the libraries.
@@ -38,6 +40,7 @@ class DemoReport:
     load_imbalance: dict[str, dict[str, float]]
     dataset: dict[str, str]
     model: dict[str, str]
+    patch: dict[str, Any]
     prompt: str
     completion: str
     versions: dict[str, str]
@@ -57,6 +60,16 @@ class DemoReport:
         """Plain data for JSON."""
         return asdict(self)
 
+    def _patch_rows(self) -> list[tuple[str, str]]:
+        loss, bits = self.patch["held_out_loss"], self.patch["base_text_bits_per_byte"]
+        share = self.patch["size_bytes"] / self.patch["checkpoint_bytes"]
+        return [
+            ("expert patch", f"{self.patch['repo']} at {self.patch['revision'][:8]}"),
+            ("- size", f"{self.patch['size_bytes'] / 1e6:.2f} MB, {share:.0%} of the model"),
+            ("- loss on prose, before / after", f"{loss['before']:.3f} / {loss['after']:.3f}"),
+            ("- bits per byte of code, before / after", f"{bits['before']:.3f} / {bits['after']:.3f}"),
+        ]
+
     def summary_rows(self) -> list[tuple[str, str]]:
         """The main figures as pairs of words for people."""
         rows = [(f"bits per byte, {name}", f"{value:.3f}") for name, value in self.bits_per_byte.items()]
@@ -70,5 +83,6 @@ class DemoReport:
             ("busiest expert / mean load", f"{worst:.2f}"),
             ("published as", f"{self.model['repo']} at {self.model['revision'][:8]}"),
             ("trained on", f"{self.dataset['repo']} at {self.dataset['revision'][:8]}"),
+            *self._patch_rows(),
             ("seconds", f"{self.wall_s:.0f}"),
         ]

@@ -20,6 +20,7 @@ from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_b
 from ..errors import CheckpointError
 from ..evals import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
 from ..modeling import HubMoeConfig, HubMoeForCausalLM
+from ..patches import ExpertPatch, apply_patch, remove_patch
 from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
@@ -27,9 +28,10 @@ from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
 from .card import render_card
 from .folder import RunFolder, open_run_folder
-from .local_hub import DATASET, MODEL, LocalHub, open_local_hub
+from .local_hub import DATASET, MODEL, PATCH, LocalHub, open_local_hub
 from .plan import DemoPlan, plan_demo
 from .report import DemoReport
+from .tuning import Tuned, describe_patch, draw_choice, publish_patch, tune_experts
 from .visitor import hash_logits
 
 
@@ -102,10 +104,24 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
             _draw(plan, record, folder)
             _save(model, tokenizer, facts, folder)
             published = _publish(hub, plan, model, folder)
+        _say("A contributor trains the experts that English prose uses most, on Python's language reference")
+        tuned = tune_experts(hub, plan, folder, base_revision=published["model"]["revision"])
+        _say(f"Publishing them as {PATCH}, loading that by its name")
+        with explain_failed_writes(folder.path):
+            draw_choice(folder)
+            patch = publish_patch(hub, tuned, model)
+            patched_score = _score_patched(plan, model, corpus, tokens, tuned, separator=tokenizer.bos_token_id)
             report = DemoReport(
                 **facts,
                 dataset={"repo": DATASET, "revision": dataset_revision},
                 model=published["model"],
+                patch=patch
+                | describe_patch(
+                    tuned,
+                    folder.model,
+                    bits_before=scores["model"].bits_per_byte,
+                    bits_after=patched_score.bits_per_byte,
+                ),
                 prompt=plan.prompt,
                 completion=published["completion"],
                 seed=plan.seed,
@@ -174,20 +190,36 @@ def _score(
     texts = [document.text for document in corpus.held_out]
     size_bytes = sum(document.size_bytes for document in corpus.held_out)
     return {
-        "model": score_with_model(
-            model.eval(),
-            tokens.held_out,
-            size_bytes=size_bytes,
-            separator=separator,
-            context_length=plan.block_length,
-            stride=plan.block_length // 2,
-        ),
+        "model": _score_model(plan, model, corpus, tokens, separator=separator),
         "xz -9": score_with_compressor(lambda data: lzma.compress(data, preset=9), texts),
         "gzip -9": score_with_compressor(lambda data: gzip.compress(data, 9), texts),
         "unigram": score_with_unigrams(
             tokens.train, tokens.held_out, vocab_size=model.config.vocab_size, size_bytes=size_bytes
         ),
     }
+
+
+def _score_model(
+    plan: DemoPlan, model: PreTrainedModel, corpus: Corpus, tokens: Tokens, *, separator: int
+) -> CodeLength:
+    return score_with_model(
+        model.eval(),
+        tokens.held_out,
+        size_bytes=sum(document.size_bytes for document in corpus.held_out),
+        separator=separator,
+        context_length=plan.block_length,
+        stride=plan.block_length // 2,
+    )
+
+
+def _score_patched(
+    plan: DemoPlan, model: PreTrainedModel, corpus: Corpus, tokens: Tokens, tuned: Tuned, *, separator: int
+) -> CodeLength:
+    """Of the held-out code, under the model with the contributor's patch, which is then taken off again."""
+    apply_patch(model, ExpertPatch.load(tuned.patch))
+    score = _score_model(plan, model, corpus, tokens, separator=separator)
+    remove_patch(model)
+    return score
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], folder: RunFolder) -> None:

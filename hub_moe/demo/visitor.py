@@ -64,6 +64,17 @@ def try_model(
     return {"logits_sha256": hash_logits(model), "completion": completion}
 
 
+def hash_model(*, repo: str, revision: str, num_threads: int) -> dict[str, Any]:
+    """Load a model, or an expert patch and its base, by its name; the hash of its logits on a probe."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import hub_moe.modeling  # noqa: F401 (teaches AutoModelForCausalLM our models and patches)
+
+    torch.set_num_threads(num_threads)
+    return {"logits_sha256": hash_logits(AutoModelForCausalLM.from_pretrained(repo, revision=revision).eval())}
+
+
 def hash_logits(model: Any) -> str:
     """The sha256 of what a model computes on its first 64 token ids: two that load the same weights agree."""
     import torch
@@ -73,7 +84,7 @@ def hash_logits(model: Any) -> str:
     return hashlib.sha256(logits.float().numpy().tobytes()).hexdigest()
 
 
-STEPS: tuple[Step, ...] = (push_dataset, load_dataset, publish_model, try_model)
+STEPS: tuple[Step, ...] = (push_dataset, load_dataset, publish_model, try_model, hash_model)
 
 if __name__ == "__main__":
     chosen = next(step for step in STEPS if step.__name__ == sys.argv[1])

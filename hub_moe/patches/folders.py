@@ -52,12 +52,13 @@ def _fetch(name: str, revision: str | None, paths: Sequence[str], **hub_options:
 
 
 def _refuse_foreign_link(folder: Path, path: Path) -> None:
-    """Links are only for the Hub's cache, whose snapshots/SHA/FILE are links to blobs/."""
+    """Links are only for the Hub's cache: snapshots/SHA/FILE lead to the repo's blobs/ or to those all repos share."""
     if not path.is_symlink():
         return
     target = path.resolve()
-    depth = next((up for up in folder.resolve().parents if up.name == "snapshots"), None)
-    if depth is None or not target.is_relative_to(depth.parent / "blobs"):
+    snapshots = next((up for up in folder.resolve().parents if up.name == "snapshots"), None)
+    places = [] if snapshots is None else [snapshots.parent / "blobs", snapshots.parent.parent / "blobs"]
+    if not any(target.is_relative_to(place) for place in places):
         raise CheckpointError(f"{path} is a link to another place; a patch must hold its files itself.")
 
 
