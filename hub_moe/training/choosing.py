@@ -4,12 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..anatomy import ExpertProfile, record_routing
+from ..anatomy import ExpertProfile
 from ..data import PreparedData
 from ..errors import ConfigError
 from .method_config import ExpertsMethod
+from .profiling import Sample, profile_experts
 from .run_config import RunConfig
 from .run_folder import TrainingFolder
 from .selection import ExpertChoice, score_experts, select_experts
@@ -61,25 +60,13 @@ def choose_experts(base: Any, data: PreparedData, config: RunConfig, method: Exp
 
 def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: int) -> ExpertProfile:
     """The expert profile of the first training rows, which are in random order."""
-    rows = range(min(num_rows, len(data.train)))
-    collate = data.collator()
-    base.eval()
-    with record_routing(base) as routing, torch.no_grad():
-        for start in range(0, len(rows), _ROWS_AT_A_TIME):
-            batch = collate([data.train[row] for row in rows[start : start + _ROWS_AT_A_TIME]])
-            base(**{name: _to(base.device, value) for name, value in batch.items() if name != "labels"})
-    return ExpertProfile.from_routing(
-        routing,
-        model=str(config.model.name),
-        revision=config.model.revision,
-        domain="training rows",
+    sample = Sample(
+        rows=[data.train[row] for row in range(min(num_rows, len(data.train)))],
+        collator=data.collator(),
+        batch_size=_ROWS_AT_A_TIME,
         dataset=data.report.provenance.to_dict(),
-        num_sequences=len(rows),
     )
-
-
-def _to(device: torch.device, value: Any) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return profile_experts(base, sample, name=str(config.model.name), domain="training rows")
 
 
 def _load(method: ExpertsMethod) -> ExpertChoice:

@@ -70,6 +70,7 @@ def _make_trainable(
     if isinstance(config.method, LoraMethod):
         from .lora import add_adapters  # needs an extra
 
+        torch.manual_seed(config.training.seed)  # adapters begin as random numbers
         return add_adapters(base, config.method, in_float32=keeps_float32), []
     if choice is not None:
         choice.check(find_moe_layers(base))

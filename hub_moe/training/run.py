@@ -148,11 +148,11 @@ class _Run:
             except HubMoeError:
                 remove(folder.result(config.method.NAME))
                 raise
+            self._draw(session, data)
             if isinstance(config.method, ExpertsMethod):
                 outcome.save_patch(base, folder, config, hashes=evidence.hashes, figures=figures, tokenizer=tokenizer)
             elif adapter is None:
                 outcome.save_model(base, folder, tokenizer=tokenizer)
-            self._draw(session, data)
             report = {**figures, "changes": table.totals(), "wall_s": round(time.monotonic() - self.started_s, 1)}
             folder.write_json(folder.report, report)
 
