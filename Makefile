@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo test test-unit test-network check golden clean
+.PHONY: install demo train test test-unit test-network check golden clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hub_moe needs Python 3.11 or newer: make PYTHON=python3.13 ...")'
@@ -17,6 +17,9 @@ install: $(VENV)/.installed  ## only build .venv
 
 demo: $(VENV)/.installed  ## train, evaluate, save, reload and report a small model, offline
 	$(BIN)/hub-moe demo
+
+train: demo  ## fine-tune the demo's model by each method of evals/recipes: a patch, an adapter, models
+	for method in experts lora full pretrain; do $(BIN)/hub-moe train evals/recipes/$$method.toml || exit 1; done
 
 test: $(VENV)/.installed  ## every test
 	$(BIN)/python -m pytest -n 2

@@ -1,5 +1,6 @@
 """The README is true: its programs and commands run as they stand, and what it names exists."""
 
+import json
 import os
 import re
 import shlex
@@ -88,6 +89,24 @@ def test_the_commands_about_a_hub_of_your_own_run_one_after_the_other(tmp_path, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "my-clone" / "README.md").read_text() == "# My first MoE\n"
     assert (tmp_path / "lab-hub.tar").stat().st_size > 100_000
+
+
+@pytest.mark.slow
+def test_the_commands_about_fine_tuning_run_one_after_the_other(tmp_path, tiny_model, tiny_tokenizer):
+    demo, recipes = tmp_path / "runs" / "demo", tmp_path / "evals" / "recipes"
+    tiny_model.save_pretrained(demo / "model")
+    tiny_tokenizer.save_pretrained(demo / "model")
+    rows = [json.dumps({"text": f"Topic {number}: " + "one word after the other. " * number}) for number in range(60)]
+    (demo / "reference.jsonl").write_text("\n".join(rows))
+    recipes.mkdir(parents=True)
+    recipe = (ROOT / "evals" / "recipes" / "experts.toml").read_text("utf-8")
+    assert "steps = 200" in recipe
+    (recipes / "experts.toml").write_text(recipe.replace("steps = 200", "steps = 3"))
+    section = read_section(README, "Fine-tune the experts that a domain uses")
+    for language, content in read_blocks(section):
+        _run(["bash", "-euc", content] if language == "bash" else [sys.executable, "-c", content], tmp_path)
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_fixture_hub_works_in_the_tests_of_another_project(tmp_path):

@@ -223,7 +223,7 @@ def load_on(hub, tmp_path, call, *, user="alice"):
     import subprocess
     import sys
 
-    environment = hub.environment(user, home=tmp_path / f"home-{user}")
+    environment = hub.environment(user, xet=True, home=tmp_path / f"home-{user}")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), environment.get("PYTHONPATH")]))
     code = f"{HUB_STEPS}\nprint(json.dumps({call}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
