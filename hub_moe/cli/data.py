@@ -3,15 +3,12 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
 from .output import print_json, print_table, print_text, say
-
-if TYPE_CHECKING:
-    from ..data import DataReport, LoadedRows, OverlapReport
 
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at training data before training on it.")
 
@@ -109,7 +106,7 @@ def show(
     say(f"Row {row:,}: {marked.tokens:,} tokens, {marked.trained_tokens:,} trained on{cut}.")
 
 
-def _load(names: list[str], settings: list[str] | None) -> "LoadedRows":
+def _load(names: list[str], settings: list[str] | None) -> Any:
     pairs = [setting.partition("=") for setting in settings or []]
     wrong = [key for key, equals, value in pairs if not equals or not value]
     if wrong:
@@ -134,7 +131,7 @@ def _load_tokenizer(name: str, chat_template: str | None) -> Any:
     return tokenizer
 
 
-def _print_report(report: "DataReport") -> None:
+def _print_report(report: Any) -> None:
     source, train = report.provenance, report.train
     at = f" at {source.revision[:12]}" if source.revision else ""
     print_text(f"{source.source}{at}, split {source.split}: {report.rows:,} rows.")
@@ -172,7 +169,7 @@ def _print_lengths(histogram: tuple[tuple[int, int], ...]) -> None:
         print_text(f"  up to {limit:>9,} {count:>9,} {'#' * -(-count * _BAR // most)}".rstrip())
 
 
-def _print_overlap(overlap: "OverlapReport") -> None:
+def _print_overlap(overlap: Any) -> None:
     print_text(
         f"\nOverlap: {len(overlap.eval_rows_hit):,} of {overlap.eval_rows:,} evaluation rows ({overlap.share_hit:.1%}) "
         f"share {overlap.n} words in a row with {len(overlap.train_rows_hit):,} training rows; "
