@@ -12,6 +12,7 @@ from .profiling import Sample, profile_experts
 from .run_config import RunConfig
 from .run_folder import TrainingFolder
 from .selection import ExpertChoice, score_experts, select_experts
+from .session import fit_rows
 
 _ROWS_AT_A_TIME = 8
 
@@ -63,7 +64,7 @@ def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: 
     sample = Sample(
         rows=[data.train[row] for row in range(min(num_rows, len(data.train)))],
         collator=data.collator(),
-        batch_size=_ROWS_AT_A_TIME,
+        batch_size=fit_rows(config.data, _ROWS_AT_A_TIME) if data.packing else _ROWS_AT_A_TIME,
         dataset=data.report.provenance.to_dict(),
     )
     return profile_experts(base, sample, name=str(config.model.name), domain="training rows")

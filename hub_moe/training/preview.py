@@ -31,7 +31,7 @@ def preview_run(config: RunConfig) -> dict[str, Any]:
         fit_vocabulary(architecture.config, tokenizer)
     check_fit(config, tokenizer, architecture.config)
     data = prepare_rows(config, rows, tokenizer)
-    split_batch(config.training, count())
+    split_batch(config, count())
     choice = None
     if isinstance(config.method, ExpertsMethod):
         base = load_base(config.model, revision=architecture.revision) if config.method.choice is None else None

@@ -82,7 +82,8 @@ class TrainingConfig:
         steps: Optimizer steps; or
         epochs: Passes over the training rows.
         batch_size: Rows per optimizer step, over all processes.
-        micro_batch_size: Rows that one process holds at a time; the rest is gradient accumulation.
+        micro_batch_size: Rows that one process holds at a time; the rest is gradient accumulation. None is all, of
+            packed rows as many as make 2048 tokens.
         warmup: Share of the steps in which the learning rate rises.
         evaluations: How often the held-out loss is taken while training; also before and after it.
         evaluation_rows: Held-out rows that it is taken on at most, evenly spread.

@@ -18,9 +18,11 @@ from .methods import Prepared
 from .metrics import RunMetrics
 from .processes import count
 from .progress import TrainingProgress
-from .run_config import RunConfig, TrainingConfig
+from .run_config import DataConfig, RunConfig, TrainingConfig
 from .run_folder import TrainingFolder
 from .trainer import MoeTrainer
+
+_LONGEST_PACKED = 2048  # tokens
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,15 @@ def count_steps(training: TrainingConfig, num_rows: int) -> int:
     return max(1, -int(-training.epochs * num_rows // training.batch_size))
 
 
-def split_batch(training: TrainingConfig, num_processes: int) -> tuple[int, int]:
+def split_batch(config: RunConfig, num_processes: int) -> tuple[int, int]:
     """Rows that a process holds at a time, and how often it does before an optimizer step.
 
     Raises:
         ConfigError: If the batch cannot be shared out evenly.
     """
-    micro = training.micro_batch_size or training.batch_size // num_processes or 1
+    training = config.training
+    share = training.batch_size // num_processes or 1
+    micro = training.micro_batch_size or (fit_rows(config.data, share) if config.data.packing else share)
     accumulation, rest = divmod(training.batch_size, micro * num_processes)
     if rest or not accumulation:
         raise ConfigError(
@@ -72,6 +76,18 @@ def split_batch(training: TrainingConfig, num_processes: int) -> tuple[int, int]
             "time cannot share evenly; change batch_size or micro_batch_size."
         )
     return micro, accumulation
+
+
+def fit_rows(data: DataConfig, share: int) -> int:
+    """How many packed rows to lay end to end: the most that divides `share` and keeps the whole short.
+
+    Documents in it are told apart by a mask whose cost grows with the square of its length.
+    """
+    return max(
+        rows
+        for rows in range(1, share + 1)
+        if share % rows == 0 and (rows == 1 or rows * data.max_length <= _LONGEST_PACKED)
+    )
 
 
 def spread_rows(rows: Dataset[Any], most: int) -> Dataset[Any]:
@@ -143,7 +159,7 @@ def _step_of(checkpoint: Path | None) -> int:
 
 def _arguments(config: RunConfig, folder: TrainingFolder, *, steps: int) -> TrainingArguments:
     training = config.training
-    micro, accumulation = split_batch(training, count())
+    micro, accumulation = split_batch(config, count())
     has_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(scratch_folder(folder.checkpoints)),
