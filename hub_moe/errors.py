@@ -25,6 +25,10 @@ class GenerationError(HubMoeError, ValueError):
     """A generation setting that this model cannot serve."""
 
 
+class EvaluationError(HubMoeError, ValueError):
+    """Scores that cannot be summarised or compared, such as those of two models on different documents or prompts."""
+
+
 class DatasetError(HubMoeError, ValueError):
     """A text or dataset lacks what the task needs."""
 

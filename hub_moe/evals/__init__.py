@@ -1,5 +1,56 @@
-"""How good a model is, next to what it has to beat."""
+"""How good a model is, next to what it has to beat.
 
-from .bits_per_byte import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
+Importing this imports neither torch nor evaluate; `hub_moe.evals.metrics` holds what `evaluate.combine` takes.
+"""
 
-__all__ = ["CodeLength", "score_with_compressor", "score_with_model", "score_with_unigrams"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_LAZY_NAMES = {
+    "CodeLength": "bits_per_byte",
+    "Comparison": "statistics",
+    "DocumentScores": "statistics",
+    "Estimate": "statistics",
+    "Pairs": "statistics",
+    "TaskComparison": "statistics",
+    "compare_tasks": "statistics",
+    "pair_scores": "statistics",
+    "plan_detectable_difference": "statistics",
+    "score_with_compressor": "bits_per_byte",
+    "score_with_model": "bits_per_byte",
+    "score_with_unigrams": "bits_per_byte",
+}
+
+if TYPE_CHECKING:
+    from .bits_per_byte import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
+    from .statistics import (
+        Comparison,
+        DocumentScores,
+        Estimate,
+        Pairs,
+        TaskComparison,
+        compare_tasks,
+        pair_scores,
+        plan_detectable_difference,
+    )
+
+__all__ = [
+    "CodeLength",
+    "Comparison",
+    "DocumentScores",
+    "Estimate",
+    "Pairs",
+    "TaskComparison",
+    "compare_tasks",
+    "pair_scores",
+    "plan_detectable_difference",
+    "score_with_compressor",
+    "score_with_model",
+    "score_with_unigrams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_NAMES:
+        return getattr(import_module(f".{_LAZY_NAMES[name]}", __name__), name)
+    raise AttributeError(f"module 'hub_moe.evals' has no attribute {name!r}")
