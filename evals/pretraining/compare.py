@@ -1,0 +1,74 @@
+"""Small pretraining runs at equal training FLOPs: dense, coarse and fine-grained experts, three ways to balance them.
+
+    python evals/pretraining/compare.py [--text stdlib|FILE] [--seeds 3] [--out evals/results/pretraining]
+
+Every finished run is a JSON file in `OUT/runs` and is not computed again. `OUT/README.md`, `summary.json` and
+`comparison.png` are made anew from all files there at each call.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from arms import ARMS, MAIN_ARMS, SHARED_FIELDS
+from single_run import plan_run, run_or_read
+from texts import read_text
+from transformers.utils.logging import disable_progress_bar
+
+from hub_moe.errors import HubMoeError
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK_LENGTH = 256
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    disable_progress_bar()  # of reading and writing weights
+    torch.set_num_threads(1)  # another number rounds differently, and waits for its threads on a busy machine
+    try:
+        compare(arguments)
+    except HubMoeError as error:
+        sys.exit(str(error))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default="stdlib", help="stdlib, or a UTF-8 file whose last tenth is held out")
+    parser.add_argument("--name", help="what records call the text; the file's name by default")
+    parser.add_argument("--arms", nargs="+", default=[arm.name for arm in MAIN_ARMS], choices=ARMS, metavar="ARM")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=8, help=f"blocks of {BLOCK_LENGTH} tokens per step")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--held-out-blocks", type=int, default=96)
+    parser.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "pretraining")
+    return parser.parse_args()
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Make the runs that are missing, seed by seed, so that an early end leaves whole pairs."""
+    text = read_text(
+        arguments.text,
+        name=arguments.name or Path(arguments.text).stem,
+        vocab_size=SHARED_FIELDS["vocab_size"],
+        block_length=BLOCK_LENGTH,
+        held_out_blocks=arguments.held_out_blocks,
+    )
+    for seed in range(arguments.seeds):
+        for arm in (ARMS[name] for name in arguments.arms):
+            plan = plan_run(
+                arm,
+                steps=arguments.steps,
+                batch_size=arguments.batch_size,
+                learning_rate=arguments.learning_rate,
+                seed=seed,
+            )
+            path = arguments.out / "runs" / f"{text.name}-{arm.name}-seed{seed}.json"
+            print(f"{path.stem}: {'found' if path.exists() else 'training'}", file=sys.stderr)
+            record = run_or_read(arm, text, plan, path)
+            print(f"  held-out loss {record['held_out_losses'][-1]['loss']:.4f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
