@@ -76,7 +76,7 @@ class Arm:
 
     name: str
     title: str
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: dict[str, Any] = field(default_factory=dict, hash=False)
     balancing_speed: float | None = 0.0
     learning_rate_factor: float = 1.0
 

@@ -2,18 +2,23 @@
 
     python evals/pretraining/compare.py [--text stdlib|FILE] [--seeds 3] [--out evals/results/pretraining]
 
-Every finished run is a JSON file in `OUT/runs` and is not computed again. `OUT/README.md`, `summary.json` and
-`comparison.png` are made anew from all files there at each call.
+A finished run is a JSON file in `OUT/runs` and is not computed again. `figures.md`, `summary.json` and `comparison.png`
+in OUT are made anew from all files there at each call; `step_times.json` is measured once.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 import torch
 from arms import ARMS, MAIN_ARMS, SHARED_FIELDS
-from single_run import plan_run, run_or_read
-from texts import read_text
+from plot import plot_comparison
+from report import render_report
+from single_run import plan_run, run_or_read, write_json
+from step_times import measure_step_times
+from summary import read_records, summarise
+from texts import Text, read_text
 from transformers.utils.logging import disable_progress_bar
 
 from hub_moe.errors import HubMoeError
@@ -38,10 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="what records call the text; the file's name by default")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in MAIN_ARMS], choices=ARMS, metavar="ARM")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8, help=f"blocks of {BLOCK_LENGTH} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--held-out-blocks", type=int, default=96)
+    parser.add_argument("--held-out-blocks", type=int, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "pretraining")
     return parser.parse_args()
 
@@ -68,6 +73,26 @@ def compare(arguments: argparse.Namespace) -> None:
             print(f"{path.stem}: {'found' if path.exists() else 'training'}", file=sys.stderr)
             record = run_or_read(arm, text, plan, path)
             print(f"  held-out loss {record['held_out_losses'][-1]['loss']:.4f}", file=sys.stderr)
+    write_results(arguments.out, read_step_times(arguments.out / "step_times.json", text, arguments.batch_size))
+
+
+def read_step_times(path: Path, text: Text, batch_size: int) -> dict[str, float]:
+    """Relative step times from `path`, measured where there are none."""
+    if not path.exists():
+        print("measuring step times, the arms in turns", file=sys.stderr)
+        write_json(measure_step_times(MAIN_ARMS, text.train_blocks[:batch_size]), path)
+    step_times: dict[str, float] = json.loads(path.read_text("utf-8"))
+    return step_times
+
+
+def write_results(out: Path, step_times: dict[str, float]) -> None:
+    """Everything that is made from the records."""
+    records = read_records(out / "runs")
+    summary = summarise(records)
+    write_json(summary, out / "summary.json")
+    (out / "figures.md").write_text(render_report(summary, step_times), "utf-8")
+    plot_comparison(records).savefig(out / "comparison.png")
+    print(out / "figures.md")
 
 
 if __name__ == "__main__":

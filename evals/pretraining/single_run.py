@@ -67,7 +67,9 @@ def run_or_read(arm: Arm, text: Text, plan: TrainingPlan, path: Path) -> dict[st
         )
         if session.is_interrupted:
             raise KeyboardInterrupt
-        outcome = _outcome(read_record(session.checkpoint), tokens_per_step=plan.batch_size * text.train_blocks.shape[1])
+        outcome = _outcome(
+            read_record(session.checkpoint), tokens_per_step=plan.batch_size * text.train_blocks.shape[1]
+        )
     record = {
         "arm": arm.name,
         "text": text.name,
