@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="what records call the text; the file's name by default")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in MAIN_ARMS], choices=ARMS, metavar="ARM")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8, help=f"blocks of {BLOCK_LENGTH} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--held-out-blocks", type=int, default=64)

@@ -254,7 +254,8 @@ def test_step_times_are_relative_to_the_first_arm(program):
 
 def test_the_program_makes_everything_from_one_command(program, tmp_path, monkeypatch, capsys):
     (tmp_path / "play.txt").write_text("\n".join(f"{i} times {i} is {i * i}." for i in range(3000)), "utf-8")
-    options = "--arms dense coarse-aux --seeds 1 --steps 1 --batch-size 1 --held-out-blocks 2".split()
+    options = ["--arms", "dense", "coarse-aux", "--seeds", "1", "--steps", "1"]
+    options += ["--batch-size", "1", "--held-out-blocks", "2"]
     paths = ["--text", str(tmp_path / "play.txt"), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["compare.py", *paths, *options])
     threads = torch.get_num_threads()
