@@ -35,6 +35,15 @@ def main() -> None:
         compare(arguments)
     except HubMoeError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; finished runs are kept, and the same command makes the others.")
+
+
+def positive(value: str) -> int:
+    """A whole number from 1 on."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is no whole number from 1 on")
+    return int(value)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,11 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text", default="stdlib", help="stdlib, or a UTF-8 file whose last tenth is held out")
     parser.add_argument("--name", help="what records call the text; the file's name by default")
     parser.add_argument("--arms", nargs="+", default=[arm.name for arm in MAIN_ARMS], choices=ARMS, metavar="ARM")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... of each arm")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=8, help=f"blocks of {BLOCK_LENGTH} tokens per step")
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds 0, 1, ... of each arm")
+    parser.add_argument("--steps", type=positive, default=600)
+    parser.add_argument("--batch-size", type=positive, default=8, help=f"blocks of {BLOCK_LENGTH} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--held-out-blocks", type=int, default=64)
+    parser.add_argument("--held-out-blocks", type=positive, default=64)
     parser.add_argument("--out", type=Path, default=ROOT / "evals" / "results" / "pretraining")
     return parser.parse_args()
 

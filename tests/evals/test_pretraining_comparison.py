@@ -273,6 +273,21 @@ def test_the_program_makes_everything_from_one_command(program, tmp_path, monkey
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "0"], "0 is no whole number from 1 on"),
+        (["--arms", "sparse"], "invalid choice: 'sparse'"),
+        (["--text", "missing.txt"], "There is no file missing.txt"),
+    ],
+)
+def test_wrong_options_end_in_one_sentence(program, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options])
+    with pytest.raises(SystemExit) as end:
+        program.compare.main()
+    assert message in f"{capsys.readouterr().err}{end.value}"
+
+
 def test_committed_figures_are_those_of_the_committed_runs(program):
     summary = program.summary.summarise(program.summary.read_records(RESULTS / "runs"))
     step_times = json.loads((RESULTS / "step_times.json").read_text("utf-8"))
