@@ -1,5 +1,6 @@
 """The summary as Markdown. Every number in it comes from the records."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ def render_report(summary: Mapping[str, Any], step_times: Mapping[str, float]) -
     ]
     for text, facts in summary.items():
         parts += [_render_arms(text, facts), _render_comparisons(facts["comparisons"])]
+        parts += [_render_reading(facts["comparisons"])]
     return "\n".join(parts)
 
 
@@ -78,6 +80,19 @@ def _render_comparisons(comparisons: Sequence[Mapping[str, Any]]) -> str:
     ]
     return f"\nPaired by seed, with the {CONFIDENCE:.0%} t interval; below 0 favours the first.\n\n" + _table(
         ["difference", "of", "mean", "interval", "claim", "verdict"], rows
+    )
+
+
+def _render_reading(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """Each claim with the verdicts on it, those that contradict it first."""
+    verdicts: dict[str, Counter[str]] = {}
+    for row in comparisons:
+        if row["claim"]:
+            verdicts.setdefault(row["claim"], Counter())[row["verdict"]] += 1
+    ranked = sorted(verdicts.items(), key=lambda item: -item[1]["contradicts"])
+    return "\nIn short:\n\n" + "".join(
+        f"- {claim}: {', '.join(f'{verdict} ({count}×)' for verdict, count in counts.most_common())}\n"
+        for claim, counts in ranked
     )
 
 
