@@ -74,6 +74,9 @@ def _plot_last_losses(axes: Axes, runs: Mapping[Arm, Sequence[Record]]) -> None:
 
 
 def _plot_imbalance(axes: Axes, runs: Mapping[Arm, Sequence[Record]]) -> None:
+    if not runs:
+        axes.set_axis_off()
+        return
     for arm, found in runs.items():
         curves = [[max(window["layers"]) for window in run["imbalance_over_time"]] for run in found]
         share = [100 * window["share_of_training"] for window in found[0]["imbalance_over_time"]]

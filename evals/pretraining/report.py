@@ -21,8 +21,9 @@ def render_report(summary: Mapping[str, Any], step_times: Mapping[str, float]) -
         _render_costs(summary, step_times),
     ]
     for text, facts in summary.items():
-        parts += [_render_arms(text, facts), _render_comparisons(facts["comparisons"])]
-        parts += [_render_reading(facts["comparisons"])]
+        parts.append(_render_arms(text, facts))
+        if comparisons := facts["comparisons"]:
+            parts += [_render_comparisons(comparisons), _render_reading(comparisons)]
     return "\n".join(parts)
 
 

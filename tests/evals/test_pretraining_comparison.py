@@ -241,7 +241,9 @@ def test_the_report_shows_contradictions_and_the_picture_is_drawn(program, tmp_p
     assert "**contradicts**" in report
     assert "| 3.0500 ± 0.0707 |" in report
     assert "| 1.25 |" in report
-    program.plot.plot_comparison(records).savefig(tmp_path / "plot.png")
+    program.plot.plot_comparison([*records, make_record("dense", 0, loss=3, text="other")]).savefig(
+        tmp_path / "plot.png"
+    )
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
