@@ -1,5 +1,6 @@
 """`hub-moe hub`: run the embedded Hub and look after it."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -110,6 +111,32 @@ def leave_org(
     with Store(root, create=False) as store:
         store.accounts.remove_member(org, name)
     say(f"{name} is no member of {org} any more.")
+
+
+@user.command("remove")
+def remove_user(
+    name: Annotated[str, typer.Argument(help="A user or an organisation.")],
+    root: Root = DEFAULT_ROOT,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a user or an organisation that has no repos; all tokens of a user become worthless at once.
+
+    Commits and comments keep the name, and whoever is added under it later is taken for their author.
+
+    \b
+    Examples:
+      hub-moe hub user remove carol
+    """
+    from ..hubserver.store import Store
+
+    if not (yes or sys.stdin.isatty()):
+        raise typer.BadParameter("Without a terminal to ask at, this needs --yes.")
+    with Store(root, create=False) as store:
+        name = store.accounts.find(name)["name"]
+        if not yes:
+            typer.confirm(f"Remove {name}?", abort=True, err=True)
+        store.accounts.remove(name)
+    say(f"{name} is removed.")
 
 
 @user.command("list")

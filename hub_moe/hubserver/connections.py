@@ -3,7 +3,10 @@
 import asyncio
 from typing import Any
 
+from httptools import HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from .bodies import EXTENSION, DirectBody, Pieces
 
 MAX_HEAD_BYTES = 64 << 10
 _HEAD_S = 30.0
@@ -22,6 +25,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._waits_for_data = True
         self._last_data_s = self.loop.time()
         self._watch: asyncio.TimerHandle | None = None
+        self._body_left = 0  # as far as the parser knows; 0 or less for a body that does not say its length
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there; from now on it is watched."""
@@ -48,18 +52,45 @@ class BoundedConnection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         self._waits_for_data = True
+        self._body_left = 0
         super().on_message_begin()
+        self.scope["extensions"] = {EXTENSION: {"take": self._give_body}}
 
     def on_headers_complete(self) -> None:
         """Its headers are complete."""
         self._is_head_complete = True
+        fields = dict(self.headers)
+        if b"transfer-encoding" not in fields:
+            self._body_left = int(fields.get(b"content-length", 0))  # the parser allows one, and digits only
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Some of its body is there."""
+        self._body_left -= len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """It is complete; the next one may be long in coming, which is uvicorn's `timeout_keep_alive`."""
         self._is_head_complete = self._waits_for_data = False
         self._head_bytes = 0
         super().on_message_complete()
+
+    def _give_body(self, pieces: Pieces) -> DirectBody | None:
+        """What the request that is being read still lacks, past the parser."""
+        if self._body_left <= 0 or self.transport.is_closing():
+            return None
+        return DirectBody(self, pieces, self._body_left, on_data=self._note_data, on_end=self._end_body)
+
+    def _note_data(self) -> None:
+        self._last_data_s = self.loop.time()
+        self._unset_keepalive_if_required()
+
+    def _end_body(self) -> None:
+        """The parser knows nothing of a body that went past it: a new one reads the next request."""
+        self.transport.set_protocol(self)
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.on_message_complete()
 
     def _look(self) -> None:
         allowed_s = _BODY_PAUSE_S if self._is_head_complete else _HEAD_S

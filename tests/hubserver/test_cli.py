@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 
@@ -48,6 +49,35 @@ def test_people_and_tokens_are_listed_and_join_organisations(tmp_path):
     again = run("user", "leave", "carol", "lab", *root)
     assert (again.returncode, "carol is not a member of lab" in again.stderr) == (1, True)
     assert "admin, write or read" in run("user", "join", "carol", "lab", "--role", "boss", *root).stderr
+
+
+def test_a_user_without_repos_is_removed_and_their_tokens_with_them(tmp_path):
+    root = ("--root", tmp_path)
+    token = run("user", "add", "carol", *root).stdout.strip()
+    refused = run("user", "remove", "carol", *root, stdin=subprocess.DEVNULL)
+    assert (refused.returncode, "needs --yes" in refused.stderr) == (2, True)
+    with Store(tmp_path) as store:
+        assert store.accounts.identify(token).user == "carol"
+    assert "carol is removed" in run("user", "remove", "Carol", "--yes", *root).stderr
+    assert json.loads(run("user", "list", "--json", *root).stdout) == []
+    with Store(tmp_path) as store, pytest.raises(UnauthenticatedError):
+        store.accounts.identify(token)
+    again = run("user", "remove", "carol", "--yes", *root)
+    assert (again.returncode, "no user or organisation named 'carol'" in again.stderr) == (1, True)
+
+
+def test_who_is_removed_at_a_terminal_is_asked_for_first(tmp_path):
+    run("user", "add", "carol", "--root", tmp_path)
+    master, terminal = pty.openpty()
+    try:
+        os.write(master, b"n\ny\n")
+        for answer, left in (("n", 1), ("y", 0)):
+            done = run("user", "remove", "carol", "--root", tmp_path, stdin=terminal)
+            assert "Remove carol?" in done.stderr, answer
+            assert len(json.loads(run("user", "list", "--json", "--root", tmp_path).stdout)) == left
+    finally:
+        os.close(master)
+        os.close(terminal)
 
 
 @pytest.mark.parametrize("command", [["check"], ["user", "list"], ["token", "create", "carol"]])

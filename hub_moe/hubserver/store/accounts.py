@@ -16,6 +16,7 @@ SELECT_IDENTITY = (
     "FROM tokens t JOIN users u ON u.name = t.user"
 )
 """The rows of `Identity`, by the table `t` of tokens."""
+_MAX_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,28 @@ class Accounts:
             done = connection.execute("DELETE FROM members WHERE org = ? AND user = ?", (org, user))
             if not done.rowcount:
                 raise NotFoundError("user", f"{user} is not a member of {org}.")
+
+    def remove(self, name: str) -> None:
+        """Remove a user with tokens, memberships and likes, or an organisation. Commits and comments keep the name.
+
+        Raises:
+            ConflictError: If there are repos of theirs, or organisations of which they are the only admin.
+        """
+        with self._database.transaction() as connection:
+            name = self.find(name)["name"]
+            left = [f"still has {_enumerate(repos)}"] if (repos := self._repos_of(name)) else []
+            left += [f"is the only admin of {_enumerate(orgs)}"] if (orgs := self._orgs_led_by(name)) else []
+            if left:
+                raise ConflictError(f"{name} {' and '.join(left)}; give them to somebody else or delete them first.")
+            connection.execute("DELETE FROM users WHERE name = ?", (name,))
+
+    def _repos_of(self, owner: str) -> list[str]:
+        rows = self._database.rows("SELECT kind, owner, name FROM repos WHERE owner = ? ORDER BY kind, name", owner)
+        return [f"the {row['kind']} {row['owner']}/{row['name']}" for row in rows]
+
+    def _orgs_led_by(self, user: str) -> list[str]:
+        query = "SELECT org FROM members WHERE role = 'admin' GROUP BY org HAVING count(*) = 1 AND max(user) = ?"
+        return [row["org"] for row in self._database.rows(f"{query} ORDER BY org", user)]
 
     def create_token(self, user: str, *, name: str | None = None, role: str = "write", replace: bool = False) -> str:
         """A new token, shown only here. Without a name it gets one that is free.
@@ -168,6 +191,11 @@ class Accounts:
     def _require(self, name: str, kind: str) -> None:
         if self.find(name)["kind"] != kind:
             raise InvalidInputError(f"{name!r} is not {'a user' if kind == 'user' else 'an organisation'}.")
+
+
+def _enumerate(names: list[str]) -> str:
+    shown = names if len(names) <= _MAX_NAMED else [*names[: _MAX_NAMED - 1], f"{len(names) - _MAX_NAMED + 1} more"]
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
 
 
 def _token_names() -> Iterator[str]:
