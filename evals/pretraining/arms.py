@@ -70,7 +70,7 @@ class Arm:
         name: In file names.
         title: In the table and the plot.
         fields: Of HubMoeConfig, beside `SHARED_FIELDS`.
-        balancing_speed: See `TrainingPlan`.
+        balancing_speed: See `RunPlan`.
         learning_rate_factor: Times the learning rate of all arms.
     """
 

@@ -19,7 +19,6 @@ from single_run import plan_run, run_or_read, write_json
 from step_times import measure_step_times
 from summary import read_records, summarise
 from texts import Text, read_text
-from transformers.utils.logging import disable_progress_bar
 
 from hub_moe.errors import HubMoeError
 
@@ -29,7 +28,6 @@ BLOCK_LENGTH = 256
 
 def main() -> None:
     arguments = parse_arguments()
-    disable_progress_bar()  # of reading and writing weights
     torch.set_num_threads(1)  # another number rounds differently, and waits for its threads on a busy machine
     try:
         compare(arguments)
@@ -79,9 +77,8 @@ def compare(arguments: argparse.Namespace) -> None:
                 seed=seed,
             )
             path = arguments.out / "runs" / f"{text.name}-{arm.name}-seed{seed}.json"
-            print(f"{path.stem}: {'found' if path.exists() else 'training'}", file=sys.stderr)
-            record = run_or_read(arm, text, plan, path)
-            print(f"  held-out loss {record['held_out_losses'][-1]['loss']:.4f}", file=sys.stderr)
+            print(f"{path.stem}: {'found' if path.exists() else 'training'}", file=sys.stderr, flush=True)
+            run_or_read(arm, text, plan, path)
     write_results(arguments.out, read_step_times(arguments.out / "step_times.json", text, arguments.batch_size))
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,19 @@ import torch
 import transformers
 from arms import SHARED_FIELDS, Arm, measure_arm
 from texts import Text
+from training import Course, RunPlan, train
 
 import hub_moe
 from hub_moe.errors import ConfigError
 from hub_moe.modeling import HubMoeForCausalLM
-from hub_moe.training import TrainingPlan, TrainingRecord, measure_imbalance, read_record, train_causal_lm
+from hub_moe.training import measure_imbalance
 
 WINDOWS = 20
 DEAD_SHARE = 0.01  # of an even load, in the last tenth of training
 _DECIMALS = 4
 
 
-def plan_run(arm: Arm, *, steps: int, batch_size: int, learning_rate: float, seed: int) -> TrainingPlan:
+def plan_run(arm: Arm, *, steps: int, batch_size: int, learning_rate: float, seed: int) -> RunPlan:
     """Equal for all arms but for what the arm says; the last evaluation falls on the last step.
 
     Raises:
@@ -32,51 +32,37 @@ def plan_run(arm: Arm, *, steps: int, batch_size: int, learning_rate: float, see
     evaluations = min(10, steps)
     if steps % evaluations:
         raise ConfigError(f"--steps {steps} must be a multiple of 10, so that the last loss is taken after the last.")
-    return TrainingPlan(
+    return RunPlan(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate * arm.learning_rate_factor,
         balancing_speed=arm.balancing_speed,
         evaluations=evaluations,
-        checkpoints=1,
         seed=seed,
     )
 
 
-def run_or_read(arm: Arm, text: Text, plan: TrainingPlan, path: Path) -> dict[str, Any]:
+def run_or_read(arm: Arm, text: Text, plan: RunPlan, path: Path) -> dict[str, Any]:
     """The record at `path`; the run is made only where there is none.
 
     Raises:
         ConfigError: If the record there is of other settings.
-        KeyboardInterrupt: After Ctrl-C; the record is then not written.
     """
     settings = _settings(arm, text, plan)
     if path.exists():
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         _refuse_other_settings(record["settings"], settings, path)
         return record
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(plan.seed)
-        session = train_causal_lm(
-            HubMoeForCausalLM(arm.config()),
-            text.tokenizer,
-            train_blocks=text.train_blocks,
-            held_out_blocks=text.held_out_blocks,
-            plan=plan,
-            folder=Path(folder),
-        )
-        if session.is_interrupted:
-            raise KeyboardInterrupt
-        outcome = _outcome(
-            read_record(session.checkpoint), tokens_per_step=plan.batch_size * text.train_blocks.shape[1]
-        )
+    torch.manual_seed(plan.seed)
+    course = train(HubMoeForCausalLM(arm.config()), text, plan)
     record = {
         "arm": arm.name,
         "text": text.name,
         "seed": plan.seed,
         "settings": settings,
         "cost": _cost(arm, context=text.train_blocks.shape[1]),
-        **outcome,
+        "tokens": plan.steps * plan.batch_size * text.train_blocks.shape[1],
+        **_outcome(course, tokens_per_step=plan.batch_size * text.train_blocks.shape[1]),
         "versions": _versions(),
     }
     write_json(record, path)
@@ -91,7 +77,7 @@ def write_json(value: Any, path: Path) -> None:
     os.replace(unfinished, path)
 
 
-def _settings(arm: Arm, text: Text, plan: TrainingPlan) -> dict[str, Any]:
+def _settings(arm: Arm, text: Text, plan: RunPlan) -> dict[str, Any]:
     """Everything that decides the outcome, as JSON gives it back."""
     settings = {
         "model": {**SHARED_FIELDS, **arm.fields},
@@ -119,19 +105,18 @@ def _cost(arm: Arm, *, context: int) -> dict[str, Any]:
     }
 
 
-def _outcome(record: TrainingRecord, *, tokens_per_step: int) -> dict[str, Any]:
-    history = torch.tensor(record.load_history)
+def _outcome(course: Course, *, tokens_per_step: int) -> dict[str, Any]:
+    history = torch.tensor(course.load_history)
     outcome: dict[str, Any] = {
-        "tokens": record.step * tokens_per_step,
         "held_out_losses": [
-            {"tokens": step * tokens_per_step, "loss": round(loss, _DECIMALS)} for step, loss in record.held_out
+            {"tokens": step * tokens_per_step, "loss": round(loss, _DECIMALS)} for step, loss in course.held_out
         ],
-        "layers": record.layer_indices,
+        "layers": course.layer_indices,
         "imbalance_over_time": [],
         "imbalance": [],
         "dead_experts": [],
     }
-    if not record.layer_indices:
+    if not course.layer_indices:
         return outcome
     edges = torch.linspace(0, len(history), min(WINDOWS, len(history)) + 1).long().tolist()
     for start, end in zip(edges, edges[1:], strict=False):

@@ -19,7 +19,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
     evaluation left out.
     """
 
-    def __init__(self, balancing: BalancingCallback | None, *, tokens_per_step: int) -> None:
+    def __init__(self, balancing: BalancingCallback, *, tokens_per_step: int) -> None:
         self.tokens_per_s = 0.0
         self._balancing = balancing
         self._tokens_per_step = tokens_per_step
@@ -64,9 +64,9 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         if "loss" not in logs or self._task is None:
             return
         self._loss = logs["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * logs["loss"]
-        figures = f"loss {self._loss:.3f}  {self.tokens_per_s:,.0f} tokens/s"
-        if self._balancing is not None:
-            figures += f"  imbalance {self._balancing.imbalance():.2f}"
+        figures = (
+            f"loss {self._loss:.3f}  {self.tokens_per_s:,.0f} tokens/s  imbalance {self._balancing.imbalance():.2f}"
+        )
         self._bar.update(self._task, completed=state.global_step, figures=figures)
         is_due = state.global_step % max(1, state.max_steps // _PLAIN_LINES) == 0
         if is_due and not self._console.is_terminal:

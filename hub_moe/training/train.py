@@ -32,8 +32,7 @@ class TrainingPlan:
         warmup_share: Share of the steps.
         weight_decay: Of AdamW, on matrices.
         adam_beta2: Of AdamW.
-        balancing_speed: Step of the balancing bias. 0 leaves the bias as it is and records the load; None does neither,
-            as a model without experts needs.
+        balancing_speed: Step of the balancing bias.
         evaluations: How often the held-out loss is taken.
         checkpoints: How often a checkpoint is written.
         seed: Order of the blocks.
@@ -45,7 +44,7 @@ class TrainingPlan:
     warmup_share: float = 0.05
     weight_decay: float = 0.1
     adam_beta2: float = 0.99
-    balancing_speed: float | None = 0.001
+    balancing_speed: float = 0.001
     evaluations: int = 10
     checkpoints: int = 4
     seed: int = 0
@@ -59,7 +58,7 @@ class TrainingRecord:
         step: Optimizer steps done.
         losses: Training loss of each step, nats per token.
         held_out: `(step, loss)` pairs, nats per token.
-        layer_indices: Decoder layers with experts; none where the plan had no `balancing_speed`.
+        layer_indices: Decoder layers with experts.
         load_history: Load of windows of steps, as nested lists (windows, layers, experts).
     """
 
@@ -101,9 +100,7 @@ def train_causal_lm(
     first_step = read_record(found).step if found else 0
     if found and first_step >= plan.steps:
         return TrainingSession(found, first_step=first_step, is_interrupted=False, tokens_per_s=None)
-    balancing = None
-    if plan.balancing_speed is not None:
-        balancing = BalancingCallback(speed=plan.balancing_speed, window_steps=max(1, plan.steps // 100))
+    balancing = BalancingCallback(speed=plan.balancing_speed, window_steps=max(1, plan.steps // 100))
     progress = TrainingProgress(balancing, tokens_per_step=plan.batch_size * train_blocks.shape[1])
     with StopOnInterrupt() as stop:
         trainer = Trainer(
@@ -113,7 +110,7 @@ def train_causal_lm(
             eval_dataset=BlockDataset(held_out_blocks),
             data_collator=default_data_collator,
             processing_class=tokenizer,
-            callbacks=[*([balancing] if balancing else []), CompleteCheckpoints(folder), progress, stop],
+            callbacks=[balancing, CompleteCheckpoints(folder), progress, stop],
         )
         for talkative in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(talkative)
@@ -128,13 +125,13 @@ def train_causal_lm(
 def read_record(checkpoint: Path) -> TrainingRecord:
     """The record of the training that led to a checkpoint."""
     state = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    balancing = state["stateful_callbacks"].get(BalancingCallback.__name__, {}).get("attributes", {})
+    balancing = state["stateful_callbacks"][BalancingCallback.__name__]["attributes"]
     return TrainingRecord(
         step=state["global_step"],
         losses=[entry["loss"] for entry in state["log_history"] if "loss" in entry],
         held_out=[(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry],
-        layer_indices=balancing.get("layer_indices", []),
-        load_history=balancing.get("history", []),
+        layer_indices=balancing["layer_indices"],
+        load_history=balancing["history"],
     )
 
 

@@ -14,7 +14,7 @@ from hub_moe.modeling import HubMoeForCausalLM
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "evals" / "results" / "pretraining"
-MODULES = ("arms", "texts", "single_run", "summary", "report", "plot", "step_times", "compare")
+MODULES = ("arms", "texts", "training", "single_run", "summary", "report", "plot", "step_times", "compare")
 
 
 @pytest.fixture(scope="module")
