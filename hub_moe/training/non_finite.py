@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def find_non_finite(tensors: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> str | None:
@@ -21,13 +22,18 @@ def describe_divergence(model: nn.Module, batches: list[dict[str, Any]]) -> str:
     weight = find_non_finite((name, parameter.detach()) for name, parameter in model.named_parameters())
     if weight is not None:
         return f"the weight {weight} is not finite"
-    for batch in batches:
-        module = _first_non_finite_output(model, batch)
-        if module is not None:
-            return f"the first output that is not finite is that of {module}"
-    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    # all batches in any case: where a model is sharded, the processes need each other for every forward
+    modules = [module for batch in batches if (module := _first_non_finite_output(model, batch)) is not None]
+    if modules:
+        return f"the first output that is not finite is that of {modules[0]}"
+    gradients = ((name, _local(p.grad)) for name, p in model.named_parameters() if p.grad is not None)
     gradient = find_non_finite(gradients)
     return f"the gradient of {gradient} is not finite" if gradient is not None else "a repeated forward is finite"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _first_non_finite_output(model: nn.Module, batch: dict[str, Any]) -> str | None:

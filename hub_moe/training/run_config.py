@@ -88,6 +88,9 @@ class TrainingConfig:
         evaluation_rows: Held-out rows that it is taken on at most, evenly spread.
         checkpoints: How often a checkpoint is written.
         precision: Arithmetic: that of the weights, or bfloat16 (autocast) over weights as they are.
+        fsdp_size: Processes among which weights, gradients and optimizer state are shared out (FSDP2); they have to
+            be started by torchrun. More processes, a multiple of it, train on more rows each with a share of its own.
+        ep_size: Processes among which the experts of a layer are shared out (expert parallelism); divides `fsdp_size`.
         num_threads: Of torch; None leaves torch's own number.
         energy: Meter the machine's energy (codecarbon).
         report_to: Trackers of transformers' Trainer: wandb, trackio, tensorboard.
@@ -109,6 +112,8 @@ class TrainingConfig:
     evaluation_rows: int = 500
     checkpoints: int = 4
     seed: int = 0
+    fsdp_size: int = 1
+    ep_size: int = 1
     num_threads: int | None = None
     energy: bool = False
     report_to: tuple[str, ...] = ()
@@ -125,6 +130,8 @@ class TrainingConfig:
             "micro_batch_size",
             "num_threads",
             "evaluation_rows",
+            "fsdp_size",
+            "ep_size",
         ):
             value = getattr(self, key)
             _check(value is None or value > 0, "[training]", key, value, "more than 0")
@@ -137,6 +144,15 @@ class TrainingConfig:
                 f"[training] batch_size is {self.batch_size} and micro_batch_size {self.micro_batch_size}; the first "
                 "must be a multiple of the second."
             )
+        if self.fsdp_size % self.ep_size:
+            raise ConfigError(
+                f"[training] ep_size is {self.ep_size} and fsdp_size {self.fsdp_size}; the first must divide the second."
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the model only."""
+        return self.fsdp_size > 1
 
 
 @dataclass(frozen=True)
