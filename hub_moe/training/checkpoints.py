@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError, HubMoeError
-from .processes import count, in_any
+from .processes import in_any
 
 _UNFINISHED = "unfinished"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -98,8 +98,7 @@ class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """While entered, Ctrl-C (SIGINT) ends training after the current step, with a checkpoint; a second one at once.
 
-    Of several processes all end after the same step. A second one has no effect there, since each of them gets two from
-    one Ctrl-C: from the terminal and from torchrun, which itself ends what takes longer than 30 s.
+    Of several processes all end after the same step; torchrun passes Ctrl-C on, and kills them after 30 s.
     Enter it around `Trainer.train`. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
@@ -127,8 +126,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
 
     def _interrupt(self, signal_number: int, frame: FrameType | None) -> None:
         self.is_interrupted = True
-        if count() == 1:
-            self._restore()
+        self._restore()
 
     def _restore(self) -> None:
         if self._previous is not None:

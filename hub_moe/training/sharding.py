@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError
-from .processes import count, in_first, is_first
+from .processes import count, in_first, is_first, wait_for_all
 from .run_config import ModelConfig, TrainingConfig
 from .run_model import sketch_model
 
@@ -66,6 +66,7 @@ def build_sharded(build: Callable[[], PreTrainedModel], training: TrainingConfig
     in_first(lambda: build().save_pretrained(scratch))
     model = load_sharded(str(scratch), training)
     model.config._name_or_path = ""
+    wait_for_all()  # others may still be reading
     in_first(lambda: shutil.rmtree(scratch))
     return model
 
