@@ -7,11 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .processes import in_any
+
 
 def find_non_finite(tensors: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, or None."""
+    """The name of the first tensor that holds a NaN or an infinity, or None.
+
+    Of sharded tensors it is the same in all processes, which then have to call this together.
+    """
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    return next((name for name, tensor in pairs if not torch.isfinite(tensor).all()), None)
+    return next((name for name, tensor in pairs if not _is_finite(tensor)), None)
 
 
 def describe_divergence(model: nn.Module, batches: list[dict[str, Any]]) -> str:
@@ -29,6 +34,11 @@ def describe_divergence(model: nn.Module, batches: list[dict[str, Any]]) -> str:
     gradients = ((name, _local(p.grad)) for name, p in model.named_parameters() if p.grad is not None)
     gradient = find_non_finite(gradients)
     return f"the gradient of {gradient} is not finite" if gradient is not None else "a repeated forward is finite"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    is_finite = bool(torch.isfinite(_local(tensor)).all())
+    return not in_any(not is_finite) if isinstance(tensor, DTensor) else is_finite
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..data import DataSource
 from ..errors import ConfigError
-from .method_config import Method, PretrainMethod, read_method
+from .method_config import FullMethod, Method, PretrainMethod, read_method
 from .toml_tables import check_keys, read_table, read_toml, write_toml
 
 
@@ -88,8 +88,9 @@ class TrainingConfig:
         evaluation_rows: Held-out rows that it is taken on at most, evenly spread.
         checkpoints: How often a checkpoint is written.
         precision: Arithmetic: that of the weights, or bfloat16 (autocast) over weights as they are.
-        fsdp_size: Processes among which weights, gradients and optimizer state are shared out (FSDP2); they have to
-            be started by torchrun. More processes, a multiple of it, train on more rows each with a share of its own.
+        fsdp_size: Processes among which weights, gradients and optimizer state are shared out (FSDP2), for the
+            methods full and pretrain; they have to be started by torchrun. A multiple of it
+            holds the model several times.
         ep_size: Processes among which the experts of a layer are shared out (expert parallelism); divides `fsdp_size`.
         num_threads: Of torch; None leaves torch's own number.
         energy: Meter the machine's energy (codecarbon).
@@ -146,7 +147,8 @@ class TrainingConfig:
             )
         if self.fsdp_size % self.ep_size:
             raise ConfigError(
-                f"[training] ep_size is {self.ep_size} and fsdp_size {self.fsdp_size}; the first must divide the second."
+                f"[training] ep_size is {self.ep_size} and fsdp_size {self.fsdp_size}; the second must be a multiple "
+                "of the first."
             )
 
     @property
@@ -196,6 +198,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_architecture(self.model, is_pretraining=isinstance(self.method, PretrainMethod))
+        if self.training.is_sharded and not isinstance(self.method, FullMethod | PretrainMethod):
+            raise ConfigError(
+                f"[training] fsdp_size is {self.training.fsdp_size}, which only the methods full and pretrain can use; "
+                f"leave it out: {self.method.NAME} trains in several processes that each hold the whole base."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The tables of the TOML file, every default in place."""

@@ -110,7 +110,9 @@ def train(prepared: Prepared, config: RunConfig, data: PreparedData, folder: Tra
             ],
         )
         if trainer.is_fsdp_enabled:
-            raise ConfigError("hub-moe train shards models by [training] fsdp_size; start it without accelerate's FSDP.")
+            raise ConfigError(
+                "hub-moe train shards models by [training] fsdp_size; start it without accelerate's FSDP."
+            )
         metrics.add_to(trainer)
         for talkative in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(talkative)

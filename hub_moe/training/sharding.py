@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
+import transformers.distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingExtraError
 from .processes import count, in_first, is_first, wait_for_all
 from .run_config import ModelConfig, TrainingConfig
 from .run_model import sketch_model
@@ -29,8 +31,14 @@ def check_sharding(training: TrainingConfig) -> None:
 
     Raises:
         ConfigError: If they cannot be grouped by `fsdp_size`.
+        MissingExtraError: If transformers is too old to shard a model.
     """
     size = training.fsdp_size
+    if size > 1 and not hasattr(transformers.distributed, "save_optimizer_distributed"):
+        raise MissingExtraError(
+            f"[training] fsdp_size needs transformers 5.23 or newer, and {transformers.__version__} is installed: "
+            "pip install -U transformers."
+        )
     if count() % size:
         raise ConfigError(
             f"[training] fsdp_size is {size}, and the number of processes is {count()}, which is no multiple of it; "
