@@ -22,8 +22,8 @@ def train(
 
     Methods: full, experts (ESFT: an expert patch comes out), lora, pretrain. Ctrl-C leaves a checkpoint; the same
     command goes on from there. The run folder holds the result, run.toml with every default, what_changed.json,
-    metrics.jsonl and report.json. Works under torchrun, and there shares out the model too: [training] fsdp_size (FSDP2)
-    and ep_size (expert parallelism), for full and pretrain.
+    metrics.jsonl and report.json. Works under torchrun, and there shares out the model too: [training] fsdp_size
+    (FSDP2) and ep_size (expert parallelism), for full and pretrain.
 
     \b
     Examples:
