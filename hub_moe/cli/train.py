@@ -22,13 +22,15 @@ def train(
 
     Methods: full, experts (ESFT: an expert patch comes out), lora, pretrain. Ctrl-C leaves a checkpoint; the same
     command goes on from there. The run folder holds the result, run.toml with every default, what_changed.json,
-    metrics.jsonl and report.json. Works under torchrun.
+    metrics.jsonl and report.json. Works under torchrun, and there shares out the model too: [training] fsdp_size
+    (FSDP2) and ep_size (expert parallelism), for full and pretrain.
 
     \b
     Examples:
       hub-moe train run.toml
       hub-moe train run.toml --set training.steps=10 --dry-run
       torchrun --nproc-per-node 2 -m hub_moe train run.toml
+      torchrun --nproc-per-node 2 -m hub_moe train run.toml --set training.fsdp_size=2
     """
     from ..training import read_run_config, run_training
     from ..training.preview import preview_run
