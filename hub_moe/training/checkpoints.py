@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import CheckpointError, HubMoeError
+from .processes import in_any
 
 _UNFINISHED = "unfinished"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -97,6 +98,7 @@ class CompleteCheckpoints(TrainerCallback):  # type: ignore[misc]
 class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
     """While entered, Ctrl-C (SIGINT) ends training after the current step, with a checkpoint; a second one at once.
 
+    Of several processes all end after the same step; torchrun passes Ctrl-C on, and kills them after 30 s.
     Enter it around `Trainer.train`. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
@@ -116,6 +118,7 @@ class StopOnInterrupt(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask Trainer to save and stop."""
+        self.is_interrupted = in_any(self.is_interrupted)
         if self.is_interrupted:
             control.should_save = True
             control.should_training_stop = True

@@ -14,6 +14,7 @@ from .method_config import ExpertsMethod, LoraMethod
 from .run_config import RunConfig
 from .run_model import StoredDtypes
 from .selection import ExpertChoice
+from .sharding import is_sharded, sketch_whole
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _make_trainable(
     if keeps_float32:
         dtypes.widen(base)
     frozen = {name for name, _ in base.named_buffers()} | set(_bias_names(base))
-    return base, [name for name, *_ in named_tensors(base, find_moe_layers(base)) if name not in frozen]
+    whole = sketch_whole(base) if is_sharded(base) else base  # names are all that is asked for
+    return base, [name for name, *_ in named_tensors(whole, find_moe_layers(whole)) if name not in frozen]
 
 
 def _freeze_bias_parameters(base: PreTrainedModel) -> None:

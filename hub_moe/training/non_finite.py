@@ -5,12 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .processes import in_any
 
 
 def find_non_finite(tensors: Iterator[tuple[str, Tensor]] | Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity, or None."""
+    """The name of the first tensor that holds a NaN or an infinity, or None.
+
+    Of sharded tensors it is the same in all processes, which then have to call this together.
+    """
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-    return next((name for name, tensor in pairs if not torch.isfinite(tensor).all()), None)
+    return next((name for name, tensor in pairs if not _is_finite(tensor)), None)
 
 
 def describe_divergence(model: nn.Module, batches: list[dict[str, Any]]) -> str:
@@ -21,13 +27,23 @@ def describe_divergence(model: nn.Module, batches: list[dict[str, Any]]) -> str:
     weight = find_non_finite((name, parameter.detach()) for name, parameter in model.named_parameters())
     if weight is not None:
         return f"the weight {weight} is not finite"
-    for batch in batches:
-        module = _first_non_finite_output(model, batch)
-        if module is not None:
-            return f"the first output that is not finite is that of {module}"
-    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    # all batches in any case: where a model is sharded, the processes need each other for every forward
+    modules = [module for batch in batches if (module := _first_non_finite_output(model, batch)) is not None]
+    if modules:
+        return f"the first output that is not finite is that of {modules[0]}"
+    gradients = ((name, _local(p.grad)) for name, p in model.named_parameters() if p.grad is not None)
     gradient = find_non_finite(gradients)
     return f"the gradient of {gradient} is not finite" if gradient is not None else "a repeated forward is finite"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    is_finite = bool(torch.isfinite(_local(tensor)).all())
+    return not in_any(not is_finite) if isinstance(tensor, DTensor) else is_finite
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _first_non_finite_output(model: nn.Module, batch: dict[str, Any]) -> str | None:

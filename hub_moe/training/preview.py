@@ -51,7 +51,7 @@ def preview_run(config: RunConfig) -> dict[str, Any]:
         "tokens": side.tokens,
         "steps": steps,
         "tokens_in_run": round(steps * config.training.batch_size * side.tokens / len(data.train)),
-        "memory_bytes": _estimate_memory(prepared),
+        "memory_bytes": _estimate_memory(prepared, parts=config.training.fsdp_size),
     }
 
 
@@ -67,11 +67,12 @@ def _count_by_kind(prepared: Prepared) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _estimate_memory(prepared: Prepared) -> dict[str, int]:
+def _estimate_memory(prepared: Prepared, *, parts: int) -> dict[str, int]:
+    """Of each process, where `parts` of them share a model out."""
     parameters = list(prepared.model.parameters())
-    gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad)
+    gradients = sum(parameter.nbytes for parameter in parameters if parameter.requires_grad) // parts
     return {
-        "weights": sum(parameter.nbytes for parameter in parameters),
+        "weights": sum(parameter.nbytes for parameter in parameters) // parts,
         "gradients": gradients,
         "optimizer": _ADAM_BYTES * gradients,
     }

@@ -37,6 +37,15 @@ def wait_for_all() -> None:
     _state().wait_for_everyone()
 
 
+def in_any(flag: bool) -> bool:
+    """Whether `flag` is set in at least one process; all of them have to ask."""
+    if count() == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device())
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+    return bool(found.item())
+
+
 def in_first(work: Callable[[], _T]) -> _T:
     """What `work` returns in the first process, in all of them; an error of the first is one of all.
 

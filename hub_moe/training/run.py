@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..data import PreparedData, load_rows
 from ..errors import HubMoeError, MissingExtraError
 from ..patches import hash_base
 from . import outcome
-from .checkpoints import explain_failed_writes
+from .checkpoints import explain_failed_writes, scratch_folder
 from .choosing import find_choice
 from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
@@ -26,6 +26,7 @@ from .run_data import check_fit, find_tokenizer, prepare_rows, report_data
 from .run_folder import TrainingFolder, open_training_folder
 from .run_model import Architecture, build_model, fit_vocabulary, load_base, read_architecture
 from .session import Session, train
+from .sharding import build_sharded, check_sharding, gather_whole, is_sharded, load_base_sharded
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class _Run:
     def __init__(self, config: RunConfig, *, fresh: bool, say: Callable[[str], None]) -> None:
         self.started_s = time.monotonic()
         self.say = say
+        check_sharding(config.training)
         if config.training.num_threads is not None:
             torch.set_num_threads(config.training.num_threads)
         self.architecture: Architecture = read_architecture(config.model)
@@ -86,11 +88,11 @@ class _Run:
         with explain_failed_writes(folder.path):
             in_first(lambda: folder.write_json(folder.data_report, report_data(config, self.rows, data)))
             choice = in_first(lambda: find_choice(base, data, config, folder))
-        before = fingerprint(base)
+        before = _fingerprint(base)
         prepared = prepare_model(base, config, choice)
         is_patch = isinstance(config.method, ExpertsMethod)
-        evidence = _Evidence(before, hash_base(base, prepared.trained) if is_patch else {})
         numbers = outcome.describe_trained(prepared)
+        evidence = _Evidence(before, hash_base(base, prepared.trained) if is_patch else {}, numbers)
         self.say(
             f"Training {numbers['trained']:,} of {numbers['in_memory']:,} numbers by {config.method.NAME} on "
             f"{data.report.train.tokens:,} tokens in {len(data.train):,} rows"
@@ -99,6 +101,8 @@ class _Run:
         if session.is_interrupted:
             self.say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
             raise KeyboardInterrupt
+        if is_sharded(prepared.model):
+            prepared = replace(prepared, model=gather_whole(prepared.model))
         in_first(lambda: self._finish(prepared, session, data, tokenizer, evidence))
         wait_for_all()
         return self._read_result()
@@ -118,11 +122,19 @@ class _Run:
                 write_atomically(file, lambda path: path.write_text(str(torch.get_num_threads()), "utf-8"))
 
     def _load(self) -> PreTrainedModel:
-        if isinstance(self.config.method, PretrainMethod):
-            base = build_model(self.architecture.config, seed=self.config.training.seed)
-        else:
-            base = load_base(self.config.model, revision=self.architecture.revision)
-        return base.to(device())
+        config, architecture = self.config, self.architecture
+        if isinstance(config.method, PretrainMethod):
+            if config.training.is_sharded:
+                scratch = scratch_folder(self.folder.checkpoints) / "start"
+                with explain_failed_writes(self.folder.path):
+                    return build_sharded(self._build, config.training, scratch=scratch)
+            return self._build().to(device())
+        if config.training.is_sharded:
+            return load_base_sharded(config.model, config.training, revision=architecture.revision)
+        return load_base(config.model, revision=architecture.revision).to(device())
+
+    def _build(self) -> PreTrainedModel:
+        return build_model(self.architecture.config, seed=self.config.training.seed)
 
     def _finish(
         self,
@@ -134,7 +146,7 @@ class _Run:
     ) -> None:
         """Prove what was trained, then write the result, the pictures and, last, the report."""
         config, folder = self.config, self.folder
-        figures = self._figures(session, data, prepared)
+        figures = self._figures(session, data, prepared) | {"numbers": evidence.numbers}
         adapter = outcome.count_adapter(prepared.model) if isinstance(config.method, LoraMethod) else None
         with explain_failed_writes(folder.path):
             if adapter is not None:
@@ -170,7 +182,6 @@ class _Run:
             "tokens_per_s": round(session.tokens_per_s, 1),
             "held_out_loss": {"before": session.held_out[0][1], "after": session.held_out[-1][1]},
             "training_loss": {"first": session.losses[0], "last": session.losses[-1]},
-            "numbers": outcome.describe_trained(prepared),
             "balancing_speed": prepared.balancing_speed,
             "processes": count(),
             "torch_threads": torch.get_num_threads(),
@@ -199,6 +210,13 @@ class _Run:
             write_atomically(self.folder.expert_load, lambda path: load.savefig(path, format="png"))
 
 
+def _fingerprint(base: PreTrainedModel) -> Fingerprint:
+    if not is_sharded(base):
+        return fingerprint(base)
+    whole = gather_whole(base)
+    return in_first(lambda: fingerprint(whole))  # type: ignore[arg-type]  # None only where it is not run
+
+
 def _relative(loads: Mapping[int, list[int]]) -> list[list[float]]:
     """Loads of layers, each over its mean."""
     return [[count * len(load) / max(1, sum(load)) for count in load] for load in loads.values()]
@@ -206,7 +224,8 @@ def _relative(loads: Mapping[int, list[int]]) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """Of the base before training: everything's fingerprint, and hashes of what a patch would replace."""
+    """Of the base before training: fingerprint, hashes of what a patch would replace, how many numbers are trained."""
 
     before: Fingerprint
     hashes: Mapping[str, Mapping[str, str]]
+    numbers: Mapping[str, int]

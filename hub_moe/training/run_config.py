@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..data import DataSource
 from ..errors import ConfigError
-from .method_config import Method, PretrainMethod, read_method
+from .method_config import FullMethod, Method, PretrainMethod, read_method
 from .toml_tables import check_keys, read_table, read_toml, write_toml
 
 
@@ -89,6 +89,10 @@ class TrainingConfig:
         evaluation_rows: Held-out rows that it is taken on at most, evenly spread.
         checkpoints: How often a checkpoint is written.
         precision: Arithmetic: that of the weights, or bfloat16 (autocast) over weights as they are.
+        fsdp_size: Processes among which weights, gradients and optimizer state are shared out (FSDP2), for the
+            methods full and pretrain; they have to be started by torchrun. A multiple of it
+            holds the model several times.
+        ep_size: Processes among which the experts of a layer are shared out (expert parallelism); divides `fsdp_size`.
         num_threads: Of torch; None leaves torch's own number.
         energy: Meter the machine's energy (codecarbon).
         report_to: Trackers of transformers' Trainer: wandb, trackio, tensorboard.
@@ -110,6 +114,8 @@ class TrainingConfig:
     evaluation_rows: int = 500
     checkpoints: int = 4
     seed: int = 0
+    fsdp_size: int = 1
+    ep_size: int = 1
     num_threads: int | None = None
     energy: bool = False
     report_to: tuple[str, ...] = ()
@@ -126,6 +132,8 @@ class TrainingConfig:
             "micro_batch_size",
             "num_threads",
             "evaluation_rows",
+            "fsdp_size",
+            "ep_size",
         ):
             value = getattr(self, key)
             _check(value is None or value > 0, "[training]", key, value, "more than 0")
@@ -138,6 +146,16 @@ class TrainingConfig:
                 f"[training] batch_size is {self.batch_size} and micro_batch_size {self.micro_batch_size}; the first "
                 "must be a multiple of the second."
             )
+        if self.fsdp_size % self.ep_size:
+            raise ConfigError(
+                f"[training] ep_size is {self.ep_size} and fsdp_size {self.fsdp_size}; the second must be a multiple "
+                "of the first."
+            )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process holds a part of the model only."""
+        return self.fsdp_size > 1
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_architecture(self.model, is_pretraining=isinstance(self.method, PretrainMethod))
+        if self.training.is_sharded and not isinstance(self.method, FullMethod | PretrainMethod):
+            raise ConfigError(
+                f"[training] fsdp_size is {self.training.fsdp_size}, which only the methods full and pretrain can use; "
+                f"leave it out: {self.method.NAME} trains in several processes that each hold the whole base."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The tables of the TOML file, every default in place."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import modeling
@@ -91,9 +91,12 @@ class StoredDtypes:
 
     def widen(self, model: nn.Module) -> None:
         """Cast parameters of fewer bits to float32."""
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.dtype.itemsize < torch.float32.itemsize:
-                parameter.data = parameter.data.float()
+
+        def wider(tensor: Tensor) -> Tensor:
+            is_narrow = tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
+            return tensor.float() if is_narrow and isinstance(tensor, nn.Parameter) else tensor
+
+        model._apply(wider)  # where FSDP2 shards the model, it has to know of it
 
     def restore(self, model: nn.Module) -> None:
         """Cast parameters back."""

@@ -126,7 +126,9 @@ def train(prepared: Prepared, config: RunConfig, data: PreparedData, folder: Tra
             ],
         )
         if trainer.is_fsdp_enabled:
-            raise ConfigError("hub-moe train shares out rows and does not shard models; start it without FSDP.")
+            raise ConfigError(
+                "hub-moe train shards models by [training] fsdp_size; start it without accelerate's FSDP."
+            )
         metrics.add_to(trainer)
         for talkative in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(talkative)
@@ -188,6 +190,7 @@ def _arguments(config: RunConfig, folder: TrainingFolder, *, steps: int) -> Trai
         disable_tqdm=True,
         report_to=_trackers(training),
         use_cpu=not has_gpu,
+        save_only_model=training.is_sharded,  # else Trainer refuses; MoeTrainer saves the rest
     )
 
 

@@ -13,13 +13,16 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
 
 from ..errors import CheckpointError, DivergenceError
 from .aux_loss import AuxLossOnce
 from .non_finite import describe_divergence, find_non_finite
 from .row_order import RowOrder
+from .sharding import is_sharded, load_like, load_optimizer, save_optimizer
 
 TRAINED_WEIGHTS = "trained.safetensors"
+OPTIMIZER = "optimizer"  # folder of a sharded model's, in which each process writes its part
 
 
 class MoeTrainer(AuxLossOnce):
@@ -137,7 +140,23 @@ class MoeTrainer(AuxLossOnce):
                 "over the last good one; lower the learning rate."
             )
         super()._save_checkpoint(model, trial)
+        if is_sharded(self.model):
+            self._save_what_trainer_leaves_out(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
         self.accelerator.wait_for_everyone()  # before the folder moves
+
+    def _save_what_trainer_leaves_out(self, folder: Path) -> None:
+        """`Trainer` does not resume sharded models, and saves the weights alone."""
+        save_optimizer(self.model, self.optimizer, folder / OPTIMIZER)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+        self._save_rng_state(str(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_optimizer(self.model, self.optimizer, Path(checkpoint) / OPTIMIZER)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
@@ -218,9 +237,7 @@ def load_whole_model(model: Any, folder: str) -> None:
         CheckpointError: If a tensor is missing from the checkpoint, or has another shape.
     """
     assert isinstance(model, PreTrainedModel)
-    loaded, info = type(model).from_pretrained(
-        folder, dtype=model.dtype, local_files_only=True, output_loading_info=True
-    )
+    loaded, info = load_like(model, folder)
     faults = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if faults:
         raise CheckpointError(f"{faults[0]} is missing from the checkpoint {folder}, or has another shape there.")
