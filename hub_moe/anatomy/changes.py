@@ -44,6 +44,12 @@ class Fingerprint:
 
     tensors: Mapping[str, TensorPrint]
 
+    @property
+    def combined_sha256(self) -> str:
+        """One hash over the names and hashes of all tensors."""
+        lines = (f"{name} {tensor.sha256}\n" for name, tensor in sorted(self.tensors.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {"version": _VERSION, "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()}}

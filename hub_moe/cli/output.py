@@ -10,7 +10,7 @@ Row = Sequence[str]
 
 def print_json(data: Any) -> None:
     """Write `data` to stdout as indented JSON."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def print_table(

@@ -59,7 +59,7 @@ def _print_report(report: dict[str, Any]) -> None:
     rows = [
         ("held-out loss before", f"{loss['before']:.4f} nats per token"),
         ("held-out loss after", f"{loss['after']:.4f} nats per token"),
-        ("trained", f"{describe_count(numbers['trained'])} of {describe_count(numbers['in_memory'])} numbers"),
+        ("trained", f"{describe_count(numbers['trained'])} of {describe_count(numbers['model'])} numbers"),
         ("tokens", f"{report['tokens']:,} in {report['steps']:,} steps"),
         ("speed", f"{report['tokens_per_s']:,.0f} tokens/s"),
         ("peak memory", describe_bytes(report["peak_memory_bytes"])),

@@ -7,7 +7,7 @@ from typing import Any
 from ..anatomy import ExpertProfile
 from ..data import PreparedData
 from ..errors import ConfigError
-from .method_config import ExpertsMethod
+from .method_config import ExpertsMethod, Method
 from .profiling import Sample, profile_experts
 from .run_config import RunConfig
 from .run_folder import TrainingFolder
@@ -48,15 +48,16 @@ def choose_experts(base: Any, data: PreparedData, config: RunConfig, method: Exp
     Raises:
         ConfigError: If the choice file cannot be read.
     """
-    if method.choice is not None:
-        return Chosen(_load(method), None)
+    choice = read_choice_file(method)
+    if choice is not None:
+        return Chosen(choice, None)
     assert method.score is not None
     assert method.top_p is not None
     assert method.sample_rows is not None
     profile = profile_rows(base, data, config, num_rows=method.sample_rows)
     chosen = select_experts(score_experts(profile, score=method.score), top_p=method.top_p)
-    choice = ExpertChoice(chosen.experts, bool(method.shared_experts), bool(method.non_expert_modules))
-    return Chosen(choice, profile)
+    selected = ExpertChoice(chosen.experts, bool(method.shared_experts), bool(method.non_expert_modules))
+    return Chosen(selected, profile)
 
 
 def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: int) -> ExpertProfile:
@@ -70,8 +71,14 @@ def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: 
     return profile_experts(base, sample, name=str(config.model.name), domain="training rows")
 
 
-def _load(method: ExpertsMethod) -> ExpertChoice:
-    assert method.choice is not None
+def read_choice_file(method: Method) -> ExpertChoice | None:
+    """The choice in the file that the method names; None where it names none.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    if not isinstance(method, ExpertsMethod) or method.choice is None:
+        return None
     path = Path(method.choice).expanduser()
     try:
         choice = ExpertChoice.load(path)

@@ -49,7 +49,10 @@ class ExpertsMethod:
         selection = {"score": self.score, "top_p": self.top_p, "sample_rows": self.sample_rows}
         given = [key for key, value in selection.items() if value is not None]
         if self.choice is not None and given:
-            raise ConfigError(f"[method] has both choice and {given[0]}; a choice file needs no selection.")
+            raise ConfigError(
+                f"[method] has both choice and {given[0]}; a choice file needs no selection: leave out "
+                f"{given[0]} (--set method.{given[0]}= takes it out)."
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"[method] top_p is {self.top_p}; expected a share above 0 and at most 1.")
         if self.sample_rows is not None and self.sample_rows < 1:

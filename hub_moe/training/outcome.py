@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedModel
 
 from .. import __version__
@@ -16,20 +17,18 @@ from ..anatomy import ChangeTable, find_moe_layers, named_tensors
 from ..errors import DivergenceError
 from ..patches import Base, Selection, make_patch
 from .folder import write_atomically
-from .methods import Prepared
 from .non_finite import find_non_finite
 from .run_config import RunConfig
 from .run_folder import TrainingFolder
 
 
-def check_finite(base: PreTrainedModel, trained: frozenset[str]) -> None:
-    """Whether what was trained ended as numbers.
+def check_finite(model: nn.Module) -> None:
+    """Whether what was trained, adapters among it, ended as numbers.
 
     Raises:
         DivergenceError: Naming the first tensor that holds NaN or infinity.
     """
-    tensors = ((name, view) for name, *_, view in named_tensors(base, find_moe_layers(base)) if name in trained)
-    broken = find_non_finite(tensors)
+    broken = find_non_finite((name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad)
     if broken is not None:
         raise DivergenceError(
             f"The trained tensor {broken} is not finite; nothing was written; lower the learning rate."
@@ -85,11 +84,9 @@ def count_adapter(model: Any) -> dict[str, Any]:
     return {"tensors": len(trained), "numbers": sum(p.numel() for p in trained.values()), "still_zero": idle}
 
 
-def describe_trained(prepared: Prepared) -> dict[str, int]:
-    """How many numbers are trained, and how many there are."""
-    parameters = list(prepared.model.parameters())
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return {"trained": trained, "in_memory": sum(parameter.numel() for parameter in parameters)}
+def count_trained(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def peak_memory_bytes() -> int:

@@ -11,7 +11,7 @@ from .processes import count
 from .run_config import RunConfig
 from .run_data import check_fit, find_tokenizer, prepare_rows
 from .run_model import fit_vocabulary, load_base, read_architecture, sketch_model
-from .session import count_steps, split_batch
+from .session import count_steps, find_trackers, split_batch
 
 _ADAM_BYTES = 2  # moments of each trained number, in its own type
 
@@ -25,6 +25,7 @@ def preview_run(config: RunConfig) -> dict[str, Any]:
         ConfigError, DatasetError: As `run_training`.
     """
     architecture = read_architecture(config.model)
+    find_trackers(config.training)
     rows = load_rows(config.data.rows)
     tokenizer = find_tokenizer(config, rows, revision=architecture.revision)
     if config.model.learn_vocab_size is not None:

@@ -15,7 +15,7 @@ from ..errors import HubMoeError, MissingExtraError
 from ..patches import hash_base
 from . import outcome
 from .checkpoints import explain_failed_writes, scratch_folder
-from .choosing import find_choice
+from .choosing import find_choice, read_choice_file
 from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
 from .methods import Prepared, make_whole, prepare_model
@@ -23,9 +23,10 @@ from .processes import count, device, in_first, is_first, wait_for_all
 from .progress import quiet_bars
 from .run_config import RunConfig
 from .run_data import check_fit, find_tokenizer, prepare_rows, report_data
-from .run_folder import TrainingFolder, open_training_folder
+from .run_folder import TrainingFolder, find_training_folder, open_training_folder
+from .run_inputs import FolderLock, check_inputs
 from .run_model import Architecture, build_model, fit_vocabulary, load_base, read_architecture
-from .session import Session, train
+from .session import Session, find_trackers, train
 from .sharding import build_sharded, check_sharding, gather_whole, is_sharded, load_base_sharded
 
 
@@ -71,9 +72,33 @@ class _Run:
         self.architecture: Architecture = read_architecture(config.model)
         self.rows = load_rows(config.data.rows)
         self.config = config.with_revisions(model=self.architecture.revision, data=self.rows.provenance.revision)
-        self.folder: TrainingFolder = in_first(lambda: open_training_folder(self.config, fresh=fresh))
+        find_trackers(config.training)
+        self.lock = FolderLock()
+        self.folder: TrainingFolder = in_first(lambda: self._open_folder(fresh=fresh))
+
+    def _open_folder(self, *, fresh: bool) -> TrainingFolder:
+        self.lock.take(find_training_folder(self.config).settings)
+        folder = open_training_folder(self.config, fresh=fresh)
+        self.lock.take(folder.settings)  # a new file, if the folder was new
+        choice = read_choice_file(self.config.method)
+        with explain_failed_writes(folder.path):
+            check_inputs(
+                folder,
+                {
+                    "rows": self.rows.provenance.to_dict(),
+                    **({"experts in its choice file": choice.to_dict()} if choice is not None else {}),
+                },
+            )
+        return folder
 
     def run(self) -> RunResult:
+        """The whole run; the folder is free for others afterwards."""
+        try:
+            return self._run()
+        finally:
+            self.lock.release()
+
+    def _run(self) -> RunResult:
         config, folder = self.config, self.folder
         if folder.is_finished:
             self.say(f"{folder.path} holds this run, finished; --fresh starts it anew.")
@@ -89,12 +114,16 @@ class _Run:
             in_first(lambda: folder.write_json(folder.data_report, report_data(config, self.rows, data)))
             choice = in_first(lambda: find_choice(base, data, config, folder))
         before = _fingerprint(base)
+        if is_first():
+            with explain_failed_writes(folder.path):
+                check_inputs(folder, {"weights of its base": before.combined_sha256})
+        num_numbers = sum(parameter.numel() for parameter in base.parameters())
         prepared = prepare_model(base, config, choice)
         is_patch = isinstance(config.method, ExpertsMethod)
-        numbers = outcome.describe_trained(prepared)
+        numbers = {"trained": outcome.count_trained(prepared.model), "model": num_numbers}
         evidence = _Evidence(before, hash_base(base, prepared.trained) if is_patch else {}, numbers)
         self.say(
-            f"Training {numbers['trained']:,} of {numbers['in_memory']:,} numbers by {config.method.NAME} on "
+            f"Training {numbers['trained']:,} of {numbers['model']:,} numbers by {config.method.NAME} on "
             f"{data.report.train.tokens:,} tokens in {len(data.train):,} rows"
         )
         session = train(prepared, config, data, folder)
@@ -147,12 +176,12 @@ class _Run:
         """Prove what was trained, then write the result, the pictures and, last, the report."""
         config, folder = self.config, self.folder
         figures = self._figures(session, data, prepared) | {"numbers": evidence.numbers}
+        outcome.check_finite(prepared.model)
         adapter = outcome.count_adapter(prepared.model) if isinstance(config.method, LoraMethod) else None
         with explain_failed_writes(folder.path):
             if adapter is not None:
                 outcome.save_adapter(prepared.model, folder, config)
             base = make_whole(prepared)
-            outcome.check_finite(base, prepared.trained)
             table = compare_fingerprints(evidence.before, fingerprint(base), trained=prepared.trained)
             folder.write_json(folder.changes, outcome.describe_changes(table, adapter))
             try:

@@ -1,5 +1,6 @@
 """A training run as a TOML file: every setting, its default and the values it may have."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -136,9 +137,11 @@ class TrainingConfig:
             "ep_size",
         ):
             value = getattr(self, key)
-            _check(value is None or value > 0, "[training]", key, value, "more than 0")
+            _check(value is None or 0 < value < math.inf, "[training]", key, value, "a number above 0")
         for key in ("weight_decay", "max_grad_norm", "evaluations", "checkpoints", "seed"):
-            _check(getattr(self, key) >= 0, "[training]", key, getattr(self, key), "0 or more")
+            _check(0 <= getattr(self, key) < math.inf, "[training]", key, getattr(self, key), "a number from 0 on")
+        _check(self.seed < 2**32, "[training]", "seed", self.seed, "a number below 2**32")
+        _check((self.num_threads or 1) <= 4096, "[training]", "num_threads", self.num_threads, "at most 4096")
         _check(0 <= self.warmup < 1, "[training]", "warmup", self.warmup, "a share below 1")
         _check(0 < self.adam_beta2 < 1, "[training]", "adam_beta2", self.adam_beta2, "between 0 and 1")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:

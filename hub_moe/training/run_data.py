@@ -49,6 +49,12 @@ def check_fit(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
     """
     check_tokenizer(tokenizer, model_config)
     check_marks(tokenizer, model_config)
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.data.max_length > longest:
+        raise DatasetError(
+            f"[data] max_length is {config.data.max_length:,}, and the model knows positions up to {longest:,} "
+            "(max_position_embeddings); give no more."
+        )
     if config.data.packing:
         check_packing(model_config)
 

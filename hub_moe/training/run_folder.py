@@ -43,6 +43,11 @@ class TrainingFolder:
         return self.path / "data_report.json"
 
     @property
+    def inputs(self) -> Path:
+        """What the run began with beyond its settings: identities of rows, choice file and base."""
+        return self.path / "inputs.json"
+
+    @property
     def changes(self) -> Path:
         """The proof of what was trained."""
         return self.path / "what_changed.json"
@@ -88,8 +93,13 @@ class TrainingFolder:
 
     def write_json(self, path: Path, data: Any) -> None:
         """Write one of the files, complete or not at all."""
-        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def find_training_folder(config: RunConfig) -> TrainingFolder:
+    """The folder that [output] names, whatever is there."""
+    return TrainingFolder(Path(config.output.folder).expanduser())
 
 
 def open_training_folder(config: RunConfig, *, fresh: bool) -> TrainingFolder:
@@ -102,7 +112,7 @@ def open_training_folder(config: RunConfig, *, fresh: bool) -> TrainingFolder:
         ConfigError: If the folder holds something else, or a run with other settings.
         CheckpointError: If it cannot be written.
     """
-    folder = TrainingFolder(Path(config.output.folder).expanduser())
+    folder = find_training_folder(config)
     never_began = folder.settings.exists() and not folder.metrics.exists() and not folder.is_finished
     claim_folder(
         folder.settings,
@@ -119,5 +129,13 @@ def open_training_folder(config: RunConfig, *, fresh: bool) -> TrainingFolder:
 def _made(folder: TrainingFolder) -> list[Path]:
     """What a run writes beside its settings, the report first."""
     results = [folder.result(method) for method in ("experts", "lora", "full")]
-    files = [folder.metrics, folder.data_report, folder.changes, folder.choice, folder.profile, folder.num_threads]
+    files = [
+        folder.metrics,
+        folder.data_report,
+        folder.inputs,
+        folder.changes,
+        folder.choice,
+        folder.profile,
+        folder.num_threads,
+    ]
     return [folder.report, *results, folder.checkpoints, *files, folder.loss_curve, folder.expert_load]

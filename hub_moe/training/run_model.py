@@ -41,6 +41,8 @@ def read_architecture(model: ModelConfig) -> Architecture:
             raise ConfigError(_NO_BASE.format(name=model.name, kind=kind))
     if folder.exists() and not (folder / "config.json").is_file():
         raise ConfigError(f"[model] name {model.name} is a folder without config.json, so it holds no model.")
+    if folder.exists() and model.revision is not None:
+        raise ConfigError(f"[model] revision is {model.revision!r}, and {model.name} is a folder, which has none.")
     config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
     if config.model_type == MODEL_TYPE:
         raise ConfigError(_NO_BASE.format(name=model.name, kind="an expert patch"))

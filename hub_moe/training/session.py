@@ -188,7 +188,7 @@ def _arguments(config: RunConfig, folder: TrainingFolder, *, steps: int) -> Trai
         remove_unused_columns=False,
         dataloader_pin_memory=has_gpu,
         disable_tqdm=True,
-        report_to=_trackers(training),
+        report_to=find_trackers(training),
         use_cpu=not has_gpu,
         save_only_model=training.is_sharded,  # else Trainer refuses; MoeTrainer saves the rest
     )
@@ -200,7 +200,12 @@ _CHECKPOINTING = "activation_checkpointing" if _IS_RENAMED else "gradient_checkp
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-def _trackers(training: TrainingConfig) -> list[str]:
+def find_trackers(training: TrainingConfig) -> list[str]:
+    """The trackers to report to.
+
+    Raises:
+        ConfigError: If one is not installed.
+    """
     installed = get_available_reporting_integrations()
     for tracker in training.report_to:
         if tracker not in installed:

@@ -3,6 +3,7 @@
 Shape letters: B batch, L sequence.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,10 @@ class MoeTrainer(AuxLossOnce):
     ) -> dict[str, float]:
         """Mean loss over the predicted tokens of the held-out rows, nats per token, over all processes."""
         loss, tokens = self._sum_losses(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if not math.isfinite(loss):
+            when = f"after step {self.state.global_step}" if self.state.global_step else "before training"
+            what = "lower the learning rate" if self.state.global_step else "the base itself is broken"
+            raise DivergenceError(f"The held-out loss {when} is not finite; {what}.")
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_tokens": tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -59,7 +59,15 @@ def test_chosen_experts_become_a_patch_and_everything_else_stays(experts_run, ba
 def test_a_run_folder_says_all_about_the_run(experts_run):
     names = {path.name for path in experts_run.folder.iterdir()}
     assert names == {
-        *("run.toml", "report.json", "what_changed.json", "data_report.json", "metrics.jsonl", "num_threads.txt"),
+        *(
+            "run.toml",
+            "report.json",
+            "what_changed.json",
+            "data_report.json",
+            "metrics.jsonl",
+            "num_threads.txt",
+            "inputs.json",
+        ),
         *("patch", "checkpoints", "loss_curve.png", "expert_config.json"),
     }
     report = experts_run.report
