@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import modeling
 from ..errors import ConfigError, DatasetError
+from ..patches.folders import is_repo_id
 from ..patches.metadata import METADATA_FILE, MODEL_TYPE
 from .run_config import ModelConfig
 
@@ -41,6 +42,8 @@ def read_architecture(model: ModelConfig) -> Architecture:
             raise ConfigError(_NO_BASE.format(name=model.name, kind=kind))
     if folder.exists() and not (folder / "config.json").is_file():
         raise ConfigError(f"[model] name {model.name} is a folder without config.json, so it holds no model.")
+    if not folder.exists() and not is_repo_id(model.name):
+        raise ConfigError(f"[model] name {model.name!r} is neither a folder nor a repo id (OWNER/NAME).")
     config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
     if config.model_type == MODEL_TYPE:
         raise ConfigError(_NO_BASE.format(name=model.name, kind="an expert patch"))
