@@ -35,13 +35,24 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     """The JSON object in a file; `what` names the kind of file in errors: "an expert profile".
 
     Raises:
-        ConfigError: If the file is truncated or no JSON object.
+        ConfigError: If the file is truncated or no JSON object, or a key is in an object twice.
         OSError: If it cannot be read.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_make_object)
+    except ConfigError as error:
+        raise ConfigError(f"{path} is not {what}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not {what}: it is truncated or not JSON ({error}).") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not {what}: expected a JSON object, found a {type(data).__name__}.")
     return data
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in found if keys.count(key) > 1)
+        raise ConfigError(f"the key {twice!r} is there twice.")
+    return found

@@ -1,5 +1,6 @@
 """`hub-moe data`: look at training data before training on it."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def check(
         if overlap is not None:
             _print_overlap(overlap)
     if report.bad_rows:
-        say(f"{len(report.bad_rows):,} of {report.rows:,} rows do not fit.")
+        say(f"{len(report.bad_rows):,} of {report.rows:,} rows do not fit{_how_to_go_on(report)}")
         raise typer.Exit(1)
 
 
@@ -163,6 +164,13 @@ def _print_report(report: "DataReport") -> None:
             print_text(f"  row {bad.row}: {bad.reason}")
         if len(report.bad_rows) > _SHOWN:
             print_text(f"  and {len(report.bad_rows) - _SHOWN:,} more; --json lists all")
+
+
+def _how_to_go_on(report: "DataReport") -> str:
+    if not report.train.documents:
+        return ", and none is left; mend them."
+    share = math.ceil(1000 * len(report.bad_rows) / report.rows) / 1000
+    return f"; mend them, or train without them by allow_bad_rows = {share:g} in [data] (a share of the rows)."
 
 
 def _print_lengths(histogram: tuple[tuple[int, int], ...]) -> None:

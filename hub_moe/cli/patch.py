@@ -122,8 +122,9 @@ def verify(name: PatchName, base: BaseOption = None, as_json: AsJson = False) ->
     """
     from ..patches import PatchMetadata, verify_patch
     from ..patches.folders import find_patch
+    from ..patches.metadata import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE
 
-    folder = find_patch(**split_name(name))
+    folder = find_patch(**split_name(name), files=(METADATA_FILE, WEIGHTS_FILE, CONFIG_FILE))
     base_folder = _fetch_base(PatchMetadata.read(folder), name, base) if base is not None else None
     verification = verify_patch(folder, base=base_folder)
     if as_json:

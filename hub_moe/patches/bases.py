@@ -44,11 +44,15 @@ def find_base(base: Base, *, found_in: Place, instead: str | Path | None = None)
     """Where the base is: `instead` (a folder, REPO or REPO@REVISION), if given, or what the patch `found_in` says.
 
     Raises:
-        PatchError: If the base was a folder that is not here, or a folder is in its way.
+        PatchError: If the base was a folder that is not here, a folder is in its way, or `instead` is no name.
         CheckpointError: If what the patch says is no name of a repo.
     """
     if instead is not None:
-        name, _, revision = (str(instead), "", "") if Path(instead).is_dir() else str(instead).partition("@")
+        if Path(instead).is_dir():
+            return Place(str(instead))
+        name, _, revision = str(instead).partition("@")
+        if not is_repo_id(name):
+            raise PatchError(f"The base {str(instead)!r} is neither a folder nor a repo id (OWNER/NAME[@REVISION]).")
         return Place(name, revision or None)
     if base.commit is None:
         if not found_in.is_folder or not Path(base.repo).is_dir():

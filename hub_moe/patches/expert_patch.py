@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from .card import render_card
 from .folders import find_patch, new_folder
 from .metadata import (
+    CONFIG_FILE,
     DTYPES,
     METADATA_FILE,
     MODEL_TYPE,
@@ -79,7 +80,7 @@ class ExpertPatch:
             texts = {
                 METADATA_FILE: written.to_json(),
                 "README.md": render_card(written),
-                "config.json": json.dumps(_describe_config(written), indent=2) + "\n",
+                CONFIG_FILE: json.dumps(describe_config(written), indent=2) + "\n",
             }
             for name, text in texts.items():
                 (work / name).write_text(text, encoding="utf-8")
@@ -213,7 +214,7 @@ def _natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _describe_config(metadata: PatchMetadata) -> dict[str, Any]:
+def describe_config(metadata: PatchMetadata) -> dict[str, Any]:
     """`config.json`: what makes transformers load the base and apply the patch, once hub_moe is imported."""
     return {
         "model_type": MODEL_TYPE,

@@ -32,7 +32,7 @@ def find_patch(
     if not folder.is_dir():
         folder = _fetch(str(name_or_path), revision, [f"{subfolder or '.'}/{name}" for name in files], **hub_options)
     folder = folder / (subfolder or "")
-    for name in (METADATA_FILE, WEIGHTS_FILE):
+    for name in {METADATA_FILE, WEIGHTS_FILE, *files}:
         _refuse_foreign_link(folder, folder / name)
     return folder
 

@@ -14,6 +14,7 @@ from .names import check_declared
 
 METADATA_FILE = "expert_patch.json"
 WEIGHTS_FILE = "expert_patch.safetensors"
+CONFIG_FILE = "config.json"
 FORMAT_VERSION = 1
 MODEL_TYPE = "hub_moe_expert_patch"
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # what a patch may hold -> bytes per number
@@ -202,7 +203,7 @@ def _read_experts(fields: dict[str, Any], source: str) -> dict[int, tuple[int, .
     experts = {}
     for layer, chosen in fields.items():
         is_list = isinstance(chosen, list) and all(type(expert) is int for expert in chosen)
-        if not re.fullmatch(r"0|[1-9]\d{0,8}", layer) or not is_list:
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not is_list:
             raise CheckpointError(f"{source}: 'experts' must map layer numbers to lists of experts; see {layer!r}.")
         experts[int(layer)] = tuple(chosen)
     return experts

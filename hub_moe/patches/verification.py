@@ -1,5 +1,6 @@
 """Checks everything that can be checked of a patch, and says of each thing whether it is right."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .base_files import find_fault, locate_tensors, read_checkpoint_places
-from .expert_patch import check_places, find_non_finite
+from .bases import Place, read_model_type
+from .expert_patch import check_places, describe_config, find_non_finite
 from .merging import read_tensor
-from .metadata import METADATA_FILE, WEIGHTS_FILE, PatchMetadata
+from .metadata import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, PatchMetadata
 from .tensor_file import hash_file, read_places
 
 
@@ -53,6 +55,7 @@ def _check(folder: Path, base: Path | None) -> Iterator[Check]:
         yield Check(METADATA_FILE, str(error))
         return
     yield Check(METADATA_FILE)
+    yield Check(CONFIG_FILE, _find_config_fault(folder / CONFIG_FILE, metadata))
     path = folder / WEIGHTS_FILE
     try:
         check_places(path, metadata)
@@ -65,6 +68,22 @@ def _check(folder: Path, base: Path | None) -> Iterator[Check]:
         yield from _check_tensors(path, metadata)
     if base is not None:
         yield from _check_base(base, metadata)
+
+
+def _find_config_fault(path: Path, metadata: PatchMetadata) -> str | None:
+    """Why transformers would not load the patch by its config; None if it would."""
+    if not path.is_file():
+        return "is missing, without which from_pretrained does not know the patch"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"is not valid JSON: {error}"
+    if not isinstance(config, dict):
+        return f"is not a config: expected a JSON object, found a {type(config).__name__}"
+    for field, value in describe_config(metadata).items():
+        if config.get(field) != value:
+            return f"is of something else: {field} is {config.get(field)!r}, and {value!r} was expected"
+    return None
 
 
 def _check_tensors(path: Path, metadata: PatchMetadata) -> Iterator[Check]:
@@ -84,9 +103,13 @@ def _check_tensors(path: Path, metadata: PatchMetadata) -> Iterator[Check]:
 
 def _check_base(base: Path, metadata: PatchMetadata) -> Iterator[Check]:
     try:
+        model_type = read_model_type(Place(str(base)))
         located = locate_tensors(read_checkpoint_places(base), metadata)
     except CheckpointError as error:
         yield Check("the base's files", str(error))
         return
+    is_same = model_type == metadata.base.model_type
+    fault = f"is {model_type!r}, and the patch is for {metadata.base.model_type!r}"
+    yield Check("the base's model type", None if is_same else fault)
     for name, record in metadata.tensors.items():
         yield Check("sha256 of the base's tensor", find_fault(located.get(name), record), name)

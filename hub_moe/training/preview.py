@@ -9,7 +9,7 @@ from .method_config import ExpertsMethod, LoraMethod
 from .methods import Prepared, prepare_model
 from .processes import count
 from .run_config import RunConfig
-from .run_data import check_fit, find_tokenizer, prepare_rows
+from .run_data import check_fit, check_packed_model, find_tokenizer, prepare_rows
 from .run_model import fit_vocabulary, load_base, read_architecture, sketch_model
 from .session import count_steps, find_trackers, split_batch
 
@@ -36,6 +36,8 @@ def preview_run(config: RunConfig) -> dict[str, Any]:
     choice = None
     if isinstance(config.method, ExpertsMethod):
         base = load_base(config.model, revision=architecture.revision) if config.method.choice is None else None
+        if base is not None:
+            check_packed_model(config, base, data)
         choice = choose_experts(base, data, config, config.method).choice
     prepared = prepare_model(sketch_model(architecture.config), config, choice)
     steps = count_steps(config.training, len(data.train))

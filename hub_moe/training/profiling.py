@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..anatomy import ExpertProfile, record_routing
 from ..data import LoadedRows, prepare
+from .eval_mode import eval_mode
 
 Batch = Mapping[str, Any]
 
@@ -81,16 +82,10 @@ def profile_experts(
         UnsupportedModelError: If the model has no experts that hub_moe finds.
         ConfigError: If the model's routing is not finite.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), record_routing(model, output_norms=output_norms) as routing:
-            for done, batch in enumerate(sample.batches()):
-                on_batch(done, sample.num_batches)
-                _run_decoder(model, batch)
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
+    with eval_mode(model), torch.no_grad(), record_routing(model, output_norms=output_norms) as routing:
+        for done, batch in enumerate(sample.batches()):
+            on_batch(done, sample.num_batches)
+            _run_decoder(model, batch)
     on_batch(sample.num_batches, sample.num_batches)
     return ExpertProfile.from_routing(
         routing,

@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from .metrics import RunMetrics
 
 _PLAIN_LINES = 10
+_DECAY = 0.95
 
 
 @contextmanager
@@ -35,8 +36,8 @@ def quiet_bars() -> Iterator[None]:
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]
     """A bar on stderr: loss, speed, imbalance, dead experts and the time that is left; ten plain lines off a terminal.
 
-    The loss is a moving average over logging steps. Only the first process shows it. `metrics` has to come before it
-    among the trainer's callbacks, as `RunMetrics.add_to` sees to.
+    The mean loss is a moving average over logging steps, of which the newest weigh most. Only the first process shows
+    it. `metrics` has to come before it among the trainer's callbacks, as `RunMetrics.add_to` sees to.
     """
 
     def __init__(self, metrics: RunMetrics) -> None:
@@ -51,7 +52,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
             disable=not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._loss: float | None = None
+        self._loss = MovingAverage()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,8 +73,7 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         """Show the newest figures."""
         if "loss" not in logs or self._task is None:
             return
-        self._loss = logs["loss"] if self._loss is None else 0.95 * self._loss + 0.05 * logs["loss"]
-        figures = describe_figures(self._metrics.latest, loss=self._loss)
+        figures = describe_figures(self._metrics.latest, mean_loss=self._loss.add(logs["loss"]))
         self._bar.update(self._task, figures=figures)
         if (
             state.global_step % max(1, state.max_steps // _PLAIN_LINES) < state.logging_steps
@@ -88,8 +88,25 @@ class TrainingProgress(TrainerCallback):  # type: ignore[misc]
         self._bar.stop()
 
 
-def describe_figures(row: dict[str, Any], *, loss: float) -> str:
+class MovingAverage:
+    """A mean in which each value weighs a little less than the next; of few values it is almost their plain mean."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def add(self, value: float) -> float:
+        """The mean with this value, the newest."""
+        self._sum = _DECAY * self._sum + value
+        self._weight = _DECAY * self._weight + 1
+        return self._sum / self._weight
+
+
+def describe_figures(row: dict[str, Any], *, mean_loss: float) -> str:
     """A row of `metrics.jsonl` in one short line."""
     dead = sum(row["dead_experts"].values())
-    parts = [f"loss {loss:.3f}", f"{row['tokens_per_s']:,.0f} tokens/s", f"imbalance {row['imbalance_worst']:.2f}"]
+    parts = [
+        f"mean loss {mean_loss:.3f}",
+        f"{row['tokens_per_s']:,.0f} tokens/s",
+        f"imbalance {row['imbalance_worst']:.2f}",
+    ]
     return "  ".join([*parts, f"{dead} dead expert{'' if dead == 1 else 's'}"] if dead else parts)

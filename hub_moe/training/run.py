@@ -22,7 +22,7 @@ from .methods import Prepared, make_whole, prepare_model
 from .processes import count, device, in_first, is_first, wait_for_all
 from .progress import quiet_bars
 from .run_config import RunConfig
-from .run_data import check_fit, find_tokenizer, prepare_rows, report_data
+from .run_data import check_fit, check_packed_model, find_tokenizer, prepare_rows, report_data
 from .run_folder import TrainingFolder, find_training_folder, open_training_folder
 from .run_inputs import FolderLock, check_inputs
 from .run_model import Architecture, build_model, fit_vocabulary, load_base, read_architecture
@@ -110,6 +110,7 @@ class _Run:
         check_fit(config, tokenizer, self.architecture.config)
         data = prepare_rows(config, self.rows, tokenizer)
         base = self._load()
+        check_packed_model(config, base, data)
         with explain_failed_writes(folder.path):
             in_first(lambda: folder.write_json(folder.data_report, report_data(config, self.rows, data)))
             choice = in_first(lambda: find_choice(base, data, config, folder))

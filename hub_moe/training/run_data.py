@@ -14,6 +14,7 @@ from ..data import (
     train_bpe_tokenizer,
 )
 from ..errors import DatasetError
+from .packing_probe import check_documents_apart
 from .run_config import RunConfig
 from .run_model import check_marks, load_tokenizer
 
@@ -57,6 +58,16 @@ def check_fit(config: RunConfig, tokenizer: Any, model_config: Any) -> None:
         )
     if config.data.packing:
         check_packing(model_config)
+
+
+def check_packed_model(config: RunConfig, model: Any, prepared: PreparedData) -> None:
+    """Whether the model keeps the documents of packed rows apart, if rows are packed.
+
+    Raises:
+        DatasetError: If not.
+    """
+    if config.data.packing:
+        check_documents_apart(model, prepared.train[0]["input_ids"])
 
 
 def prepare_rows(config: RunConfig, rows: LoadedRows, tokenizer: Any) -> PreparedData:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import modeling
 from ..errors import ConfigError, DatasetError
+from ..patches.folders import is_repo_id
 from ..patches.metadata import METADATA_FILE, MODEL_TYPE
 from .run_config import ModelConfig
 
@@ -43,6 +44,8 @@ def read_architecture(model: ModelConfig) -> Architecture:
         raise ConfigError(f"[model] name {model.name} is a folder without config.json, so it holds no model.")
     if folder.exists() and model.revision is not None:
         raise ConfigError(f"[model] revision is {model.revision!r}, and {model.name} is a folder, which has none.")
+    if not folder.exists() and not is_repo_id(model.name):
+        raise ConfigError(f"[model] name {model.name!r} is neither a folder nor a repo id (OWNER/NAME).")
     config = AutoConfig.from_pretrained(model.name, revision=model.revision, trust_remote_code=False)
     if config.model_type == MODEL_TYPE:
         raise ConfigError(_NO_BASE.format(name=model.name, kind="an expert patch"))

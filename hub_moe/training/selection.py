@@ -5,6 +5,7 @@ the same routing gives the same choice. ESFT's later code divides each score by 
 the released scores and choices were not made with it, and neither are ours.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, repeat
@@ -18,6 +19,7 @@ from ..errors import ConfigError
 Score = Literal["gate", "token"]
 SCORES: tuple[Score, ...] = get_args(Score)
 RELEASED_DECIMALS = 4
+_LAYER = re.compile("0|[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,6 @@ def _normalise(index: int, scores: Sequence[float]) -> list[float]:
 
 def _parse_layer(path: str | Path, layer: str, experts: Any) -> tuple[int, list[int]]:
     is_list = isinstance(experts, list) and all(type(expert) is int and expert >= 0 for expert in experts)
-    if not layer.isdecimal() or not is_list or len(set(experts)) < len(experts):
+    if not _LAYER.fullmatch(layer) or not is_list or len(set(experts)) < len(experts):
         raise ConfigError(f"{path}: layer {layer!r} is not the number of a layer with a list of distinct expert ids.")
     return int(layer), experts

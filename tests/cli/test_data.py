@@ -58,7 +58,12 @@ def test_check_names_rows_that_do_not_fit_and_ends_with_1(data, tokenizer, tmp_p
     assert code == 1
     assert "row 20: answer is missing" in out
     assert "row 21: " in out
-    assert err == "2 of 22 rows do not fit.\n"
+    assert err == (
+        "2 of 22 rows do not fit; mend them, or train without them by allow_bad_rows = 0.091 in [data] (a share of the "
+        "rows).\n"
+    )
+    write(path, [{"question": "why", "answer": ""}])
+    assert data("check", path, "-t", tokenizer, "--chat-template", "plain")[2].startswith("1 of 1 rows do not fit, and")
 
 
 def test_check_as_json_holds_everything(data, tokenizer, tmp_path):

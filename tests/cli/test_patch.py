@@ -1,6 +1,8 @@
 """`hub-moe patch` as a person types it."""
 
 import json
+import shutil
+import socket
 import sys
 
 import pytest
@@ -134,8 +136,6 @@ def test_verify_says_what_is_right(run, folders):
 
 
 def test_verify_says_what_is_wrong_and_fails(run, folders, tmp_path):
-    import shutil
-
     shutil.copytree(folders / "law", tmp_path / "law")
     data = bytearray((tmp_path / "law" / "expert_patch.safetensors").read_bytes())
     data[-1] ^= 1
@@ -156,13 +156,55 @@ def test_verify_says_what_is_wrong_and_fails(run, folders, tmp_path):
     ],
 )
 def test_verify_of_a_damaged_patch_reports_instead_of_stopping(run, folders, tmp_path, damage, fault):
-    import shutil
-
     shutil.copytree(folders / "law", tmp_path / "law")
     damage(tmp_path / "law")
     code, out, _ = run("verify", tmp_path / "law")
     assert code == 1
     assert fault in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda path: path.unlink(), "config.json is missing, without which from_pretrained does not know the patch"),
+        (lambda path: path.write_text("{"), "config.json is not valid JSON"),
+        (lambda path: path.write_text("[]"), "config.json is not a config: expected a JSON object, found a list"),
+        (
+            lambda path: path.write_text('{"model_type": "mixtral"}'),
+            "config.json is of something else: model_type is 'mixtral', and 'hub_moe_expert_patch' was expected",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace('"base_model_type": "hub_moe"', '"x": 1')),
+            "config.json is of something else: base_model_type is None, and 'hub_moe' was expected",
+        ),
+    ],
+)
+def test_verify_reports_a_config_by_which_the_patch_cannot_be_loaded(run, folders, tmp_path, damage, fault):
+    shutil.copytree(folders / "law", tmp_path / "law")
+    damage(tmp_path / "law" / "config.json")
+    code, out, _ = run("verify", tmp_path / "law")
+    wrong = [line for line in out.splitlines() if line.startswith("WRONG")]
+    assert code == 1
+    assert len(wrong) == 1
+    assert wrong[0].startswith(f"WRONG  {fault}")
+
+
+def test_verify_compares_the_model_type_of_the_base(run, folders, tmp_path):
+    shutil.copytree(folders / "base", tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "hub_moe"', '"model_type": "deepseek_v3"'))
+    code, out, _ = run("verify", folders / "law", "--base", tmp_path / "base")
+    assert code == 1
+    fault = "the base's model type is 'deepseek_v3', and the patch is for 'hub_moe'"
+    assert [line for line in out.splitlines() if line.startswith("WRONG")] == [f"WRONG  {fault}"]
+
+
+@pytest.mark.parametrize("base", ["nope", "./no/base", "no@main", "a/b/c"])
+def test_a_base_that_is_nothing_is_one_sentence_and_asks_no_hub(run, folders, tmp_path, monkeypatch, base):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: pytest.fail(f"asked for {arguments[0]}"))
+    code, out, err = run("apply", folders / "law", "--base", base, "--out", tmp_path / "merged")
+    assert (code, out) == (1, "")
+    assert err == f"Error: The base {base!r} is neither a folder nor a repo id (OWNER/NAME[@REVISION]).\n"
 
 
 def test_a_name_that_is_nothing_is_one_sentence(run, tmp_path):

@@ -1,6 +1,7 @@
 """`hub-moe train`, all methods, on tiny models: what comes out, and that it is proved."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -221,6 +222,13 @@ def test_rows_without_answers_are_refused_and_the_folder_can_be_used_afterwards(
 def test_a_patch_or_adapter_is_no_base(tmp_path, experts_run, rows):
     with pytest.raises(ConfigError, match="is an expert patch and not a model"):
         run(make_tables(tmp_path / "run", base=experts_run.result, rows=rows, method="full"))
+
+
+@pytest.mark.parametrize("name", ["nope", "./runs/nope", "a/b/c"])
+def test_a_base_that_is_no_folder_and_no_repo_id_is_refused_without_asking_a_hub(tmp_path, rows, monkeypatch, name):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **_: pytest.fail(f"asked for {arguments[0]}"))
+    with pytest.raises(ConfigError, match=f"name '{name}' is neither a folder nor a repo id"):
+        run(make_tables(tmp_path / "run", base=name, rows=rows, method="full"))
 
 
 def test_a_choice_for_another_model_is_refused(tmp_path, base, rows):

@@ -145,6 +145,19 @@ def test_a_saved_choice_is_esfts_file_and_loads_as_it_was(tmp_path):
         ('{"experts": {"x": []}, "shared_experts": false, "non_expert_modules": false}', "layer 'x' is not the number"),
         ('{"experts": {"1": 3}, "shared_experts": false, "non_expert_modules": false}', "layer '1' is not the number"),
         (
+            '{"experts": {"01": [1]}, "shared_experts": false, "non_expert_modules": false}',
+            "layer '01' is not the numb",
+        ),
+        (
+            '{"experts": {"\u0661": [1]}, "shared_experts": false, "non_expert_modules": false}',
+            "is not the number of a",
+        ),
+        (
+            '{"experts": {"1": [1], "1": [2]}, "shared_experts": false, "non_expert_modules": false}',
+            "key '1' is there tw",
+        ),
+        ('{"experts": {}, "shared_experts": false, "shared_experts": true}', "the key 'shared_experts' is there twice"),
+        (
             '{"experts": {"1": [-3]}, "shared_experts": false, "non_expert_modules": false}',
             "list of distinct expert id",
         ),
