@@ -110,14 +110,15 @@ class _Run:
         check_fit(config, tokenizer, self.architecture.config)
         data = prepare_rows(config, self.rows, tokenizer)
         base = self._load()
-        check_packed_model(config, base, data)
+        whole: Any = gather_whole(base) if is_sharded(base) else base
+        in_first(lambda: check_packed_model(config, whole, data))
         with explain_failed_writes(folder.path):
             in_first(lambda: folder.write_json(folder.data_report, report_data(config, self.rows, data)))
             choice = in_first(lambda: find_choice(base, data, config, folder))
-        before = _fingerprint(base)
-        if is_first():
-            with explain_failed_writes(folder.path):
-                check_inputs(folder, {"weights of its base": before.combined_sha256})
+        before = in_first(lambda: fingerprint(whole))
+        whole = None  # of a sharded base it is a copy, which would stay while training
+        with explain_failed_writes(folder.path):
+            in_first(lambda: check_inputs(folder, {"weights of its base": before.combined_sha256}))
         num_numbers = sum(parameter.numel() for parameter in base.parameters())
         prepared = prepare_model(base, config, choice)
         is_patch = isinstance(config.method, ExpertsMethod)
@@ -238,13 +239,6 @@ class _Run:
                 title="Tokens per expert",
             )
             write_atomically(self.folder.expert_load, lambda path: load.savefig(path, format="png"))
-
-
-def _fingerprint(base: PreTrainedModel) -> Fingerprint:
-    if not is_sharded(base):
-        return fingerprint(base)
-    whole = gather_whole(base)
-    return in_first(lambda: fingerprint(whole))  # type: ignore[arg-type]  # None only where it is not run
 
 
 def _relative(loads: Mapping[int, list[int]]) -> list[list[float]]:

@@ -58,7 +58,7 @@ def test_any_text_survives_writing_and_reading(tmp_path, text):
         (_with("training", steps=None), "has neither steps nor epochs"),
         (_with("training", steps="ten"), "steps must be a whole number, not 'ten'"),
         (_with("training", steps=True), "steps must be a whole number, not True"),
-        (_with("training", steps=0), "steps is 0; expected more than 0"),
+        (_with("training", steps=0), "steps is 0; expected a number above 0"),
         (_with("training", schedule="cosin"), "schedule is 'cosin'; expected one of 'linear', 'cosine', 'constant'"),
         (_with("training", batch_size=6, micro_batch_size=4), "must be a multiple"),
         (_with("training", warmup=1.0), "warmup is 1.0; expected a share below 1"),
