@@ -92,7 +92,16 @@ def gather_whole(model: PreTrainedModel) -> PreTrainedModel | None:
     whole = sketch_whole(model)
     whole.load_state_dict(state, assign=True)
     whole.tie_weights()
+    _copy_unsaved_buffers(model, whole)
     return whole
+
+
+def _copy_unsaved_buffers(model: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """What no state dict holds, such as the frequencies of positions; every process has all of it."""
+    for name, module in whole.named_modules():
+        for buffer, value in module.named_buffers(recurse=False):
+            if value.is_meta:
+                setattr(module, buffer, model.get_buffer(f"{name}.{buffer}".lstrip(".")).detach().cpu().clone())
 
 
 def load_like(model: PreTrainedModel, folder: str) -> tuple[PreTrainedModel, dict[str, Any]]:

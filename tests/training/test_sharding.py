@@ -194,7 +194,7 @@ def test_sharding_in_a_single_process_says_how_to_start_it(folder):
     [
         ({"fsdp_size": 3, "ep_size": 2}, "ep_size is 2 and fsdp_size 3; the second must be a multiple"),
         ({"ep_size": 2}, "ep_size is 2 and fsdp_size 1"),
-        ({"fsdp_size": 0}, "fsdp_size is 0; expected more than 0"),
+        ({"fsdp_size": 0}, "fsdp_size is 0; expected a number above 0"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(folder, change, message):
