@@ -94,13 +94,20 @@ class MoeTrainer(AuxLossOnce):
         """Mean loss over the predicted tokens of the held-out rows, nats per token, over all processes."""
         loss, tokens = self._sum_losses(self.eval_dataset if eval_dataset is None else eval_dataset)
         if not math.isfinite(loss):
-            when = f"after step {self.state.global_step}" if self.state.global_step else "before training"
-            what = "lower the learning rate" if self.state.global_step else "the base itself is broken"
-            raise DivergenceError(f"The held-out loss {when} is not finite; {what}.")
+            self._stop_evaluation()
         metrics = {f"{metric_key_prefix}_loss": loss / max(tokens, 1), f"{metric_key_prefix}_tokens": tokens}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _stop_evaluation(self) -> None:
+        dataset: Any = self.eval_dataset
+        where = describe_divergence(self._plain_model, [self._prepare_inputs(self.data_collator([dataset[0]]))])
+        if self.state.global_step == 0:
+            raise DivergenceError(f"The held-out loss before training is not finite: {where}; the base is broken.")
+        raise DivergenceError(
+            f"The held-out loss after step {self.state.global_step} is not finite: {where}; lower the learning rate."
+        )
 
     def _sum_losses(self, dataset: Any) -> tuple[float, int]:
         """The summed loss and the number of predicted tokens; each process takes every world-size-th row.

@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_one_sentence_in_every_process(two_processes):
         assert rank["too many"].startswith("ConfigError: [training] fsdp_size is 3, and the number of processes is 2")
         assert "ep_size = 2 do not fit" in rank["uneven"]
         assert "Cannot evenly shard 9 experts across 2" in rank["uneven"]
-        assert "DivergenceError: The loss of step 1 is not finite" in rank["not finite"]
+        assert "DivergenceError: The held-out loss before training is not finite" in rank["not finite"]
         assert "the weight model.layers.2.mlp.experts.down_proj is not finite" in rank["not finite"]
 
 
