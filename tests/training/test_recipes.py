@@ -31,6 +31,7 @@ def test_a_recipe_runs_on_other_rows_and_another_model(path, tmp_path, tiny_toke
         base = save_base(tmp_path / "base", "hub_moe", tiny_tokenizer)
         overrides += [f"data.source={write_rows(tmp_path / 'rows.jsonl')}", f"model.name={base}"]
         overrides += ["data.columns.prompt=prompt", "data.columns.completion=completion"]
+        overrides += ["data.chat_template=plain"]
     result = run_training(read_run_config(path, overrides), say=lambda text: None)
     assert result.report["method"] == path.stem
     assert result.report["steps"] == 2
