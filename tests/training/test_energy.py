@@ -21,6 +21,7 @@ def no_network(monkeypatch):
 
 def test_a_meter_adds_up_labels_its_parts_and_leaves_nothing(no_network, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    threads_before = set(threading.enumerate())
     meter = EnergyMeter()
     first = meter.read()
     sum(number * number for number in range(3_000_000))
@@ -32,7 +33,7 @@ def test_a_meter_adds_up_labels_its_parts_and_leaves_nothing(no_network, tmp_pat
     assert all(source.startswith(("measured (", "estimated (")) for source in last.sources.values())
     assert last.sources["ram"].startswith("estimated")
     assert list(tmp_path.iterdir()) == []
-    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    assert all(thread.daemon for thread in set(threading.enumerate()) - threads_before)
 
 
 def test_an_estimate_is_never_called_measured():
