@@ -82,4 +82,20 @@ def render_table(summary: dict[str, Any]) -> str:
             f"{loss['after']:.3f} ± {loss['after_sd']:.3f} | "
             f"{bits['after']:.3f} ± {bits['after_sd']:.3f} ({bits['after'] - bits['before']:+.3f}) |"
         )
+    edges = _at_the_edge(summary)
+    if edges:
+        lines += [
+            "",
+            f"For {', '.join(edges)} the best rate is the largest or smallest one tried: a better one may exist.",
+        ]
     return "\n".join([*lines, ""])
+
+
+def _at_the_edge(summary: dict[str, Any]) -> list[str]:
+    """Methods whose best rate has no worse ones on both sides."""
+    found = []
+    for method, figures in summary["methods"].items():
+        rates = [point["learning_rate"] for point in summary["rates_tried"] if point["method"] == method]
+        if figures["learning_rate"] in (min(rates), max(rates)):
+            found.append(method)
+    return found

@@ -20,28 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rounds import measure_in_turns, median_ratio, report
+from step import SHAPE as STEP_SHAPE
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "n_shared_experts": 1,
-    "n_routed_experts": 64,
-    "num_experts_per_tok": 6,
-    "kv_lora_rank": 128,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 32,
-    "v_head_dim": 64,
-    "qk_nope_head_dim": 64,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "num_mtp_layers": 0,
-}
+SHAPE = {**STEP_SHAPE, "num_hidden_layers": 7}
 SHARE = 0.1
 LENGTH = 256
 GOALS = {"peak_bytes": 0.35, "step_s": 0.75, "patch_bytes": 0.15}

@@ -1,15 +1,13 @@
 """The proof of what a training run changed: hashes of every tensor before and after, compared by kind and layer."""
 
 import hashlib
-import json
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -49,40 +47,6 @@ class Fingerprint:
         """One hash over the names and hashes of all tensors."""
         lines = (f"{name} {tensor.sha256}\n" for name, tensor in sorted(self.tensors.items()))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"version": _VERSION, "tensors": {name: asdict(tensor) for name, tensor in self.tensors.items()}}
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Self:
-        """What `to_dict` gave.
-
-        Raises:
-            TrainingProofError: If it is something else.
-        """
-        try:
-            if data["version"] != _VERSION:
-                raise TrainingProofError(f"A fingerprint of version {data['version']!r}; {_VERSION} was expected.")
-            return cls({name: TensorPrint(**tensor) for name, tensor in data["tensors"].items()})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise TrainingProofError(f"This is no fingerprint of a model: {error!r}.") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            TrainingProofError: If the file holds something else.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise TrainingProofError(f"{path} is no fingerprint of a model: {error}.") from error
 
 
 def fingerprint(model: nn.Module, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Fingerprint:

@@ -1,9 +1,7 @@
 """What became of the rows: counts, and every row that was left out, by its number."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError
@@ -47,10 +45,6 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write all of it, every bad row included, as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def describe_bad_rows(bad_rows: Sequence[BadRow], *, shown: int = 5) -> str:

@@ -2,7 +2,6 @@
 
 import gzip
 import lzma
-import platform
 import shutil
 import sys
 import time
@@ -11,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from .. import __version__
 from ..anatomy import measure_footprint
 from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_bpe_tokenizer
 from ..errors import CheckpointError
 from ..evals import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
 from ..modeling import HubMoeConfig, HubMoeForCausalLM
-from ..patches import ExpertPatch, apply_patch, remove_patch
 from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
+from ..training.outcome import describe_versions
 from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
 from .card import render_card
@@ -31,7 +28,7 @@ from .folder import RunFolder, open_run_folder
 from .local_hub import DATASET, MODEL, PATCH, LocalHub, open_local_hub
 from .plan import DemoPlan, plan_demo
 from .report import DemoReport
-from .tuning import Tuned, describe_patch, draw_choice, publish_patch, tune_experts
+from .tuning import describe_patch, draw_choice, patched, publish_patch, tune_experts
 from .visitor import hash_logits
 
 
@@ -97,7 +94,7 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
             "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items()},
             "held_out": _describe_scoring(plan, scores["model"]),
             "load_imbalance": _describe_imbalance(record),
-            "versions": _versions(),
+            "versions": describe_versions(),
         }
         _say(f"Publishing {MODEL}, loading it back by its name, completing")
         with explain_failed_writes(folder.path):
@@ -109,8 +106,9 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
         _say(f"Publishing them as {PATCH}, loading that by its name")
         with explain_failed_writes(folder.path):
             draw_choice(folder)
-            patch = publish_patch(hub, tuned, model)
-            patched_score = _score_patched(plan, model, corpus, tokens, tuned, separator=tokenizer.bos_token_id)
+            with patched(model, tuned):
+                patch = publish_patch(hub, tuned, model)
+                patched_score = _score_model(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
             report = DemoReport(
                 **facts,
                 dataset={"repo": DATASET, "revision": dataset_revision},
@@ -210,16 +208,6 @@ def _score_model(
         context_length=plan.block_length,
         stride=plan.block_length // 2,
     )
-
-
-def _score_patched(
-    plan: DemoPlan, model: PreTrainedModel, corpus: Corpus, tokens: Tokens, tuned: Tuned, *, separator: int
-) -> CodeLength:
-    """Of the held-out code, under the model with the contributor's patch, which is then taken off again."""
-    apply_patch(model, ExpertPatch.load(tuned.patch))
-    score = _score_model(plan, model, corpus, tokens, separator=separator)
-    remove_patch(model)
-    return score
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], folder: RunFolder) -> None:
@@ -350,13 +338,4 @@ def _describe_imbalance(record: TrainingRecord) -> dict[str, dict[str, float]]:
             for index, value in zip(record.layer_indices, measure_imbalance(load_NE).tolist(), strict=True)
         }
         for phase, load_NE in _load_by_phase(record).items()
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hub_moe": __version__,
     }

@@ -4,6 +4,8 @@ The published base is fetched by its name, as a stranger would, in processes of 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,20 +92,27 @@ def draw_choice(folder: RunFolder) -> None:
     folder.write_atomically(folder.chosen_experts, lambda path: picture.savefig(path, format="png"))
 
 
+@contextmanager
+def patched(model: PreTrainedModel, tuned: Tuned) -> Iterator[None]:
+    """Inside, `model` carries the patch."""
+    apply_patch(model, ExpertPatch.load(tuned.patch))
+    try:
+        yield
+    finally:
+        remove_patch(model)
+
+
 def publish_patch(hub: LocalHub, tuned: Tuned, model: PreTrainedModel) -> dict[str, str]:
     """Publish the patch, and let somebody else load it by its name; its `repo` and `revision`.
 
     Raises:
-        CheckpointError: If what they load computes other logits than `model` with the patch applied here.
+        CheckpointError: If what they load computes other logits than `model`, which carries the patch.
     """
     published = hub.run_step("publish_model", user=CONTRIBUTOR, repo=PATCH, folder=str(tuned.patch))
     trial = hub.run_step(
         "hash_model", user=None, repo=PATCH, revision=published["revision"], num_threads=torch.get_num_threads()
     )
-    apply_patch(model, ExpertPatch.load(tuned.patch))
-    here = hash_logits(model)
-    remove_patch(model)
-    if trial["logits_sha256"] != here:
+    if trial["logits_sha256"] != hash_logits(model):
         raise CheckpointError(
             f"{PATCH}, loaded from the Hub by its name, computes other logits than the patched model."
         )

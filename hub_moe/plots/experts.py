@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from .drawing import ORANGE, Axes, Figure, PowerNorm, Rectangle
 
 _CELL_INCHES = 0.17
+_LETTERS_PER_INCH = 9  # of the title, axis labels and scale beside it
 
 
 def plot_expert_heat_map(
@@ -42,7 +44,7 @@ def plot_expert_heat_map(
         for expert in (choice or {}).get(index, ()):
             outline = Rectangle((expert, place), 1, 1, fill=False, edgecolor=ORANGE, linewidth=1.6, zorder=3)
             axes.add_patch(outline).set_clip_on(False)
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(textwrap.fill(title, int(_LETTERS_PER_INCH * size[0])), loc="left", fontsize=11)
     scale = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03, aspect=30)
     scale.set_label(label)
     scale.outline.set_visible(False)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .folder import claim_folder, write_atomically
+from ..anatomy.json_files import write_json
+from .folder import claim_folder
 from .run_config import RunConfig
 from .toml_tables import write_toml
 
@@ -93,8 +94,7 @@ class TrainingFolder:
 
     def write_json(self, path: Path, data: Any) -> None:
         """Write one of the files, complete or not at all."""
-        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+        write_json(path, data)
 
 
 def find_training_folder(config: RunConfig) -> TrainingFolder:

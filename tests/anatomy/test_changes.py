@@ -5,7 +5,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hub_moe.anatomy import (
-    Fingerprint,
     compare_fingerprints,
     expert_tensors,
     find_moe_layers,
@@ -51,27 +50,6 @@ def test_a_fingerprint_holds_the_hash_of_every_tensor(model_type):
         found = tensors[name]
         assert (found.kind, found.layer, found.size, found.dtype) == (kind, layer, view.numel(), "float32")
         assert found.sha256 == hash_tensor(view)
-
-
-def test_a_fingerprint_survives_a_file(before, tmp_path):
-    before.save(tmp_path / "before.json")
-    assert Fingerprint.load(tmp_path / "before.json") == before
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", r"before.json is no fingerprint of a model"),
-        ("[]", "no fingerprint of a model"),
-        ('{"version": 1}', "no fingerprint of a model: KeyError"),
-        ('{"version": 1, "tensors": {"x": {"size": 3}}}', "no fingerprint of a model"),
-        ('{"version": 9, "tensors": {}}', "version 9; 1 was expected"),
-    ],
-)
-def test_a_file_that_is_no_fingerprint_is_an_error(text, message, tmp_path):
-    (tmp_path / "before.json").write_text(text)
-    with pytest.raises(TrainingProofError, match=message):
-        Fingerprint.load(tmp_path / "before.json")
 
 
 def test_nothing_changed_is_a_table_of_frozen_tensors(before):

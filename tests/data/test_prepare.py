@@ -149,8 +149,7 @@ def test_an_allowed_share_of_bad_rows_is_left_out_and_listed(chat_tokenizer, tmp
     assert reasons[4].endswith("tokens, more than max_length = 64")
     assert "more than max_length = 64, which its prompt alone reaches" in reasons[5]
     assert prepared.report.train.documents == 2
-    prepared.report.save(tmp_path / "data.json")
-    saved = json.loads((tmp_path / "data.json").read_text())
+    saved = json.loads(json.dumps(prepared.report.to_dict()))
     assert {bad["row"]: bad["reason"] for bad in saved["bad_rows"]} == reasons
     with pytest.raises(DatasetError, match="more than allow_bad_rows = 0.5 permits"):
         prepare(in_memory(BAD), chat_tokenizer, max_length=64, allow_bad_rows=0.5)

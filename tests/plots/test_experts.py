@@ -48,3 +48,12 @@ def test_idle_and_large_models_can_be_saved(tmp_path, scores):
 
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert len(axes.get_xticks()) <= 17
+
+
+def test_a_long_title_stays_inside_the_picture():
+    title = "Experts that Python's language reference uses; the outlined ones are trained"
+    figure = plot_expert_heat_map({1: [0.5, 0.5]}, title=title, label="share of tokens")
+    figure.draw_without_rendering()
+    box = figure.axes[0]._left_title.get_window_extent()
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.bbox.y1

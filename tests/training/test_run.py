@@ -186,7 +186,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_checkpo
     tables = make_tables(
         tmp_path / "run", base=base, rows=rows, method="full", learning_rate=1e30, warmup=0.0, checkpoints=8
     )
-    with pytest.raises(DivergenceError, match=r"step [23] .*model\.|is not finite"):
+    with pytest.raises(DivergenceError, match=r"The loss of step 2 is not finite: .* model\.layers\.0\."):
         run(tables)
     assert not (tmp_path / "run" / "report.json").exists()
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
