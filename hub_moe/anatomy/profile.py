@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError
-from .json_files import read_json, write_json
+from ..files.json_files import read_json, write_json
 from .routing import LayerRouting, Routing
 
 FORMAT, VERSION = "hub_moe.expert_profile", 1

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError
-from .toml_tables import key_names, read_table
+from ..files.tables import key_names, read_table
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from ..data import DataSource
 from ..errors import ConfigError
+from ..files.tables import check_keys, read_table, read_toml, write_toml
 from .method_config import FullMethod, Method, PretrainMethod, read_method
-from .toml_tables import check_keys, read_table, read_toml, write_toml
 
 
 @dataclass(frozen=True)

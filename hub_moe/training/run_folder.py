@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..anatomy.json_files import write_json
+from ..files.json_files import write_json
+from ..files.tables import write_toml
 from .folder import claim_folder
 from .run_config import RunConfig
-from .toml_tables import write_toml
 
 
 @dataclass(frozen=True)

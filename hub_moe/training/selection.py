@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..anatomy import ExpertProfile, LayerProfile, MoeLayer
-from ..anatomy.json_files import read_json, write_json
 from ..errors import ConfigError
+from ..files.json_files import read_json, write_json
 
 Score = Literal["gate", "token"]
 SCORES: tuple[Score, ...] = get_args(Score)

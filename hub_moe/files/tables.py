@@ -1,4 +1,4 @@
-"""TOML tables into frozen dataclasses and back: unknown keys, wrong types and wrong values are refused by name."""
+"""Tables of TOML or JSON into frozen dataclasses and back: unknown keys, wrong types and values are refused by name."""
 
 import dataclasses
 import difflib
@@ -86,7 +86,11 @@ def read_value(hint: Any, value: Any, *, where: str) -> Any:
     Raises:
         ConfigError: If it is of another type, or not one of the values of a Literal.
     """
+    if hint is Any:
+        return value
     if get_origin(hint) in (Union, UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
         options = [option for option in get_args(hint) if option is not type(None)]
         fitting = [option for option in options if _is_of(option, value)]
         return read_value((fitting or options)[0], value, where=where)
@@ -98,6 +102,9 @@ def read_value(hint: Any, value: Any, *, where: str) -> Any:
         return value
     if not _is_of(hint, value):
         raise ConfigError(f"{where} must be {_TYPE_NAMES[get_origin(hint) or hint]}, not {_describe(value)}.")
+    if get_origin(hint) is Mapping:
+        inner = get_args(hint)[1]
+        return {key: read_value(inner, item, where=f"{where} {key!r}") for key, item in value.items()}
     if get_origin(hint) in _ARRAYS:
         return tuple(read_value(get_args(hint)[0], item, where=f"{where}, item {i},") for i, item in enumerate(value))
     return float(value) if hint is float else value

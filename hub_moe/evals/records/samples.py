@@ -1,0 +1,98 @@
+"""Every answer of a run, one row per document, as parquet."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ...errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One document of one task and all that the model answered to it.
+
+    Attributes:
+        entry: The entry of the suite.
+        index: Place of the document in the split, before any limit or shuffle.
+        document_sha256: Of the document's canonical JSON.
+        group: What documents belong together; None where each stands alone.
+        prompt_sha256s: For each request, of its kind and all its arguments: context, continuation, settings.
+        log_likelihoods: For each request, in nats; empty for generation.
+        is_greedy: For each request, whether the continuation is what greedy decoding gives.
+        texts: For each request, what was generated; empty for log-likelihoods.
+        scores: By metric as lm_eval's task gives it for this document. A ratio such as bits per byte is its numerator.
+        sizes: By metric, what the sum of scores is divided by, such as bytes; absent for means over documents.
+        is_unparsable: Whether the task found nothing to score in the answer.
+    """
+
+    entry: str
+    task: str
+    index: int
+    document_sha256: str
+    prompt_sha256s: Sequence[str]
+    log_likelihoods: Sequence[float] = ()
+    is_greedy: Sequence[bool] = ()
+    texts: Sequence[str] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
+    sizes: Mapping[str, float] = field(default_factory=dict)
+    group: str | None = None
+    is_unparsable: bool = False
+
+
+_NUMBERS = pa.map_(pa.string(), pa.float64())
+_SCHEMA = pa.schema(
+    {
+        "entry": pa.string(),
+        "task": pa.string(),
+        "index": pa.int64(),
+        "document_sha256": pa.string(),
+        "prompt_sha256s": pa.list_(pa.string()),
+        "log_likelihoods": pa.list_(pa.float64()),
+        "is_greedy": pa.list_(pa.bool_()),
+        "texts": pa.list_(pa.string()),
+        "scores": _NUMBERS,
+        "sizes": _NUMBERS,
+        "group": pa.string(),
+        "is_unparsable": pa.bool_(),
+    }
+)
+
+
+def write_samples(path: Path, samples: Iterable[Sample]) -> int:
+    """Write the table; returns the number of rows."""
+    rows = [_to_row(sample) for sample in samples]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd")
+    return len(rows)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The rows of a table that `write_samples` wrote.
+
+    Raises:
+        EvaluationError: If it is damaged, or has other columns.
+        OSError: If it cannot be read.
+    """
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise EvaluationError(f"{path} is no table of samples: {error}.") from error
+    if not table.schema.equals(_SCHEMA):
+        raise EvaluationError(f"{path} is no table of samples: its columns are {', '.join(table.schema.names)}.")
+    return [_from_row(row) for row in table.to_pylist()]
+
+
+def _to_row(sample: Sample) -> dict[str, object]:
+    row = asdict(sample)
+    return {**row, "scores": sorted(sample.scores.items()), "sizes": sorted(sample.sizes.items())}
+
+
+def _from_row(row: dict[str, object]) -> Sample:
+    values = {each.name: row[each.name] for each in fields(Sample)}
+    for name in ("scores", "sizes"):
+        values[name] = dict(values[name])  # type: ignore[call-overload]
+    for name in ("prompt_sha256s", "log_likelihoods", "is_greedy", "texts"):
+        values[name] = tuple(values[name])  # type: ignore[arg-type]
+    return Sample(**values)  # type: ignore[arg-type]
