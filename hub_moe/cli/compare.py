@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .output import print_json, print_table, print_text, say
+from .output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from ..evals.compare import RecordComparison

@@ -143,6 +143,18 @@ def running_experts(loaded: LoadedModel, implementation: str) -> Iterator[None]:
         model.set_experts_implementation(before)
 
 
+@contextmanager
+def running_one_at_a_time(loaded: LoadedModel) -> Iterator[None]:
+    """Run at batch size 1, without reuse of prefixes, for a while."""
+    lm = loaded.lm
+    before = lm.batch_size_per_gpu, lm.reuse_prefix
+    lm.batch_size_per_gpu, lm.reuse_prefix = 1, False
+    try:
+        yield
+    finally:
+        lm.batch_size_per_gpu, lm.reuse_prefix = before
+
+
 def _load_weights(request: ModelRequest, located: LocatedModel) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
     if request.attention is not None:

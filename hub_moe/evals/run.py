@@ -49,7 +49,7 @@ def evaluate_suite(loaded: LoadedModel, built: BuiltSuite, folder: Path, facts: 
     started_s = time.monotonic()
     with Journal(folder / _UNFINISHED, journal_key(loaded)) as journal:
         was_resumed = journal.num_found > 0
-        answer_all(loaded.lm, built, journal)
+        answer_instances(loaded.lm, built.requests, journal)
         scored = [score_task(each) for each in built.tasks]
         samples = [sample for each in scored for sample in each.samples]
         record = Record(
@@ -77,27 +77,30 @@ def journal_key(loaded: LoadedModel) -> dict[str, Any]:
     return {"model": loaded.source.sha256, "execution": asdict(loaded.execution)}
 
 
-def answer_all(lm: Any, built: BuiltSuite, journal: Journal) -> None:
+def answer_instances(lm: Any, instances: Sequence[Any], journal: Journal | None = None) -> None:
     """Put an answer, or one for each repeat, into `resps` of every instance; what the journal has is not asked.
 
     Raises:
         EvaluationError: If a log-likelihood is NaN or infinite.
     """
     by_kind = defaultdict(list)
-    for instance in built.requests:
+    for instance in instances:
         instance.resps = []
-        by_kind["loglikelihood" if instance.request_type == "multiple_choice" else instance.request_type].append(
-            instance
-        )
+        by_kind[request_kind(instance)].append(instance)
     lm.set_cache_hook(_Watch(journal, by_kind))
-    for kind, instances in by_kind.items():
-        _answer(lm, kind, [each for each in instances for _ in range(each.repeats or 1)], journal)
+    for kind, asked in by_kind.items():
+        _answer(lm, kind, [each for each in asked for _ in range(each.repeats or 1)], journal)
 
 
-def _answer(lm: Any, kind: str, instances: Sequence[Any], journal: Journal) -> None:
+def request_kind(instance: Any) -> str:
+    """The method of lm_eval's models that answers a request."""
+    return "loglikelihood" if instance.request_type == "multiple_choice" else str(instance.request_type)
+
+
+def _answer(lm: Any, kind: str, instances: Sequence[Any], journal: Journal | None) -> None:
     open_ones = []
     for instance in instances:
-        answer = None if is_drawn(instance.args) else journal.find(kind, instance.args)
+        answer = None if journal is None or is_drawn(instance.args) else journal.find(kind, instance.args)
         if answer is None:
             open_ones.append(instance)
         else:
@@ -105,7 +108,8 @@ def _answer(lm: Any, kind: str, instances: Sequence[Any], journal: Journal) -> N
     answers = getattr(lm, kind)(open_ones) if open_ones else []
     for instance, answer in zip(open_ones, answers, strict=True):
         check_answer(kind, answer, instance)
-        journal.add_partial(kind, instance.args, answer)
+        if journal is not None:
+            journal.add_partial(kind, instance.args, answer)
         instance.resps.append(answer)
 
 
@@ -128,7 +132,7 @@ def check_answer(kind: str, answer: Any, instance: Any) -> None:
 class _Watch:
     """What a model tells every answer to as soon as it has it: NaN stops the run then, and not hours later."""
 
-    def __init__(self, journal: Journal, by_kind: Mapping[str, Iterable[Any]]) -> None:
+    def __init__(self, journal: Journal | None, by_kind: Mapping[str, Iterable[Any]]) -> None:
         self._journal = journal
         self._instances = {
             hash_request(kind, instance.args): instance for kind, instances in by_kind.items() for instance in instances
@@ -139,7 +143,8 @@ class _Watch:
         instance = self._instances.get(hash_request(kind, arguments))
         if instance is not None:
             check_answer(kind, answer, instance)
-            self._journal.add_partial(kind, arguments, answer)
+            if self._journal is not None:
+                self._journal.add_partial(kind, arguments, answer)
 
 
 def _summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[EntryResult, ...]:
