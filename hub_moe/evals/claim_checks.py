@@ -9,7 +9,7 @@ from ..errors import HubMoeError
 from .records import EntryResult, ModelSource, Record, Sample
 from .scoring import ScoredTask, score_task, summarise
 from .suites import load_suite
-from .tasks import BuiltSuite, BuiltTask, hash_instance
+from .tasks import BuiltSuite, BuiltTask, hash_request
 
 _SHOWN = 3
 _TASK_FIELDS = ("config_sha256", "dataset", "num_documents", "prompts_sha256", "num_fewshot", "fewshot_seed")
@@ -113,9 +113,8 @@ def check_numbers(record: Record, samples: Sequence[Sample], built: BuiltSuite) 
 
 def answer_from_samples(built: BuiltTask, samples: Mapping[tuple[str, int], Sample]) -> None:
     """Put the answers in the samples into the instances, as if the model had just given them."""
-    for place, document in enumerate(built.documents):
+    for document, instances in zip(built.documents, built.instances_by_document(), strict=True):
         sample = samples[built.source.name, document.index]
-        instances = _instances(built, place)
         for number, instance in enumerate(instances):
             instance.resps = _answers(sample, number, len(instances))
 
@@ -129,14 +128,9 @@ def _answers(sample: Sample, number: int, num_requests: int) -> list[Any]:
     return [sample.log_likelihoods[number]]
 
 
-def _instances(built: BuiltTask, place: int) -> list[Any]:
-    instances = built.instances_of(place)
-    return sorted(instances, key=lambda instance: instance.idx)
-
-
 def _prompts(built: BuiltTask) -> Iterator[tuple[str, ...]]:
-    for place in range(len(built.documents)):
-        yield tuple(hash_instance(instance) for instance in _instances(built, place))
+    for instances in built.instances_by_document():
+        yield tuple(hash_request(instance) for instance in instances)
 
 
 def _compare_files(claimed: ModelSource, found: ModelSource) -> Iterator[str]:

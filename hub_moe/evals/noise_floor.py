@@ -5,7 +5,6 @@ another expert, and an answer flips. The same questions asked at batch size 1 an
 experts show how often: differences of two models below this floor say nothing.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -46,12 +45,9 @@ def choose_probes(built: BuiltSuite, num_documents: int) -> list[list[Any]]:
     """The requests of documents, in turn from each task, evenly over its documents."""
     tasks = []
     for each in built.tasks:
-        by_document = defaultdict(list)
-        for instance in each.task.instances:
-            if instance.request_type in _KINDS:
-                by_document[instance.doc_id].append(instance)
-        if by_document:
-            tasks.append([by_document[place] for place in sorted(by_document)])
+        documents = [found for found in each.instances_by_document() if found[0].request_type in _KINDS]
+        if documents:
+            tasks.append(documents)
     if not tasks:
         return []
     share = max(1, num_documents // len(tasks))

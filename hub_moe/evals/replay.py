@@ -61,8 +61,7 @@ def replay_documents(
 
 def _documents(built: BuiltSuite) -> Iterator[list[Any]]:
     for each in built.tasks:
-        for place in range(len(each.documents)):
-            yield sorted(each.instances_of(place), key=lambda instance: instance.idx)
+        yield from each.instances_by_document()
 
 
 def _claimed(sample: Sample) -> list[Answer]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..environment import describe_versions
 from ..errors import EvaluationError
-from .journal import Journal, hash_request, is_drawn
+from .journal import Journal, hash_question, is_drawn
 from .models import LoadedModel
 from .records import EntryResult, Execution, NoiseFloor, Record, SampleFile, StoredRecord, write_record
 from .records.record import hash_json
@@ -135,12 +135,14 @@ class _Watch:
     def __init__(self, journal: Journal | None, by_kind: Mapping[str, Iterable[Any]]) -> None:
         self._journal = journal
         self._instances = {
-            hash_request(kind, instance.args): instance for kind, instances in by_kind.items() for instance in instances
+            hash_question(kind, instance.args): instance
+            for kind, instances in by_kind.items()
+            for instance in instances
         }
 
     def add_partial(self, kind: str, arguments: Iterable[Any], answer: Any) -> None:
         arguments = list(arguments)
-        instance = self._instances.get(hash_request(kind, arguments))
+        instance = self._instances.get(hash_question(kind, arguments))
         if instance is not None:
             check_answer(kind, answer, instance)
             if self._journal is not None:

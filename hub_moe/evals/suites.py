@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Self
 
 from ..errors import ConfigError
 from ..files.tables import read_table, read_toml
@@ -102,7 +103,17 @@ class Suite:
     def source(self) -> SuiteSource:
         """The name, and a hash over all that changes what is asked: two suites with one hash ask the same."""
         plain = {key: value for key, value in asdict(self).items() if key not in ("folder", "description")}
-        return SuiteSource(self.name, hash_json(plain))
+        return SuiteSource(self.name, hash_json(plain), plain)
+
+    @classmethod
+    def from_declaration(cls, declaration: Mapping[str, Any], *, folder: str = "") -> Self:
+        """The suite that a record declares; `folder` is where sources beside its file lie.
+
+        Raises:
+            ConfigError: If it is no suite of this version of hub_moe.
+        """
+        suite: Self = read_table(cls, {"description": "", **declaration}, where="The suite of the record")
+        return replace(suite, folder=folder)
 
 
 def load_suite(

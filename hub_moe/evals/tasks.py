@@ -81,6 +81,13 @@ class BuiltTask:
         """lm_eval's requests, in order of documents."""
         return list(self.task.instances)
 
+    def instances_by_document(self) -> list[list[Any]]:
+        """The requests of each document, in the order of `documents`."""
+        found: dict[int, list[Any]] = {document.index: [] for document in self.documents}
+        for instance in self.task.instances:
+            found[instance.doc_id].append(instance)
+        return [sorted(instances, key=lambda instance: instance.idx) for instances in found.values()]
+
     @property
     def main_metric(self) -> str:
         """The suite's, else the first that the task has of acc_norm, acc, exact_match and bits per byte."""
