@@ -80,7 +80,7 @@ def explain_dataset_errors(path: str) -> Iterator[None]:
     """Errors of `datasets` and the Hub inside the block as one sentence about the dataset `path`.
 
     Raises:
-        DatasetError: With the state in its attribute `state`.
+        DatasetError: What stands in the way, and what to do.
     """
     try:
         yield
@@ -90,8 +90,12 @@ def explain_dataset_errors(path: str) -> Iterator[None]:
         state = classify_error(error)
         if state is None:
             raise
-        explained = DatasetError(_SENTENCES[state].format(path=path, reason=_first_line(error)))
-        raise explained from error
+        raise DatasetError(explain_state(state, path, error)) from error
+
+
+def explain_state(state: DatasetState, path: str, error: BaseException) -> str:
+    """The sentence for people about a dataset in a state that `classify_error` gives."""
+    return _SENTENCES[state].format(path=path, reason=_first_line(error))
 
 
 def classify_error(error: BaseException) -> DatasetState | None:

@@ -61,6 +61,10 @@ class TaskFile:
             raise ConfigError(
                 f"{self.name} runs code that the model writes; allow that only inside a sandbox, or use the suite code."
             )
+        if self.settings.get("unsafe_code") and os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+            raise ConfigError(
+                f"{self.name} needs HF_ALLOW_CODE_EVAL=1 in the environment: evaluate's code_eval asks so."
+            )
         if run_code:
             return
         for metric in self.settings.get("metric_list") or ():

@@ -1,13 +1,10 @@
 """Every request of a suite, built by lm_eval's own tasks and hashed, before and without any model."""
 
-import hashlib
-import inspect
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +20,10 @@ from .dataset_access import (
     loaded_revision,
 )
 from .records.record import DatasetSource, TaskSource, hash_json
+from .request_hashes import describe_config, hash_request, plain_json
 from .suites import Suite, SuiteEntry
 from .task_files import TaskFile, find_task_files, hush_lm_eval
 
-# what says where documents lie and not what is asked; `DatasetSource` records that
-_NOT_HASHED = {"dataset_path", "dataset_kwargs", "metadata", "tag", "task_alias"}
 _PREFERRED_METRICS = ("acc_norm", "acc", "exact_match", "bits_per_byte")
 
 
@@ -172,25 +168,6 @@ def find_suite_files(suite: Suite, files: Sequence[TaskFile], *, data_dir: Path 
     return found
 
 
-def hash_request(instance: Any) -> str:
-    """sha256 of the kind and all arguments: context, continuation, generation settings."""
-    return hash_json([instance.request_type, plain_json(instance.args)])
-
-
-def plain_json(value: Any) -> Any:
-    """Values that JSON has, for what documents hold: sets sorted, numbers of numpy plain, NaN as text."""
-    from lm_eval.utils import handle_non_serializable
-
-    def _plain(item: Any) -> Any:
-        if isinstance(item, set | frozenset):
-            return sorted(item, key=str)
-        if isinstance(item, bytes):
-            return {"sha256": hashlib.sha256(item).hexdigest()}
-        return handle_non_serializable(item)
-
-    return json.loads(json.dumps(value, default=_plain, ensure_ascii=False), parse_constant=str)
-
-
 def _build_task(
     suite: Suite, entry: SuiteEntry, file: TaskFile, *, local: LocalFiles | None, chat: Callable[..., str] | None
 ) -> BuiltTask:
@@ -209,10 +186,7 @@ def _build_task(
                 chat_template=chat,
             )
         rows = [hash_json(plain_json(row)) for row in task.task_docs]
-    source = replace(
-        _describe_task(file, entry, task, rows=rows, local=local),
-        fewshot_seed=suite.fewshot_seed if num_fewshot else None,
-    )
+    source = _describe_task(suite, file, task, rows=rows, local=local)
     metrics = _find_metrics(task)
     _check_main_metric(entry, file, metrics)
     return BuiltTask(entry, task, source, _find_documents(entry, task), metrics)
@@ -220,7 +194,9 @@ def _build_task(
 
 def _configure(file: TaskFile, entry: SuiteEntry, *, local: LocalFiles | None, num_fewshot: int) -> dict[str, Any]:
     """The task's settings, with its documents at the pinned revision or in the user's files."""
-    config = deepcopy({key: value for key, value in file.read().items() if key not in ("group", "tag", "task_list")})
+    with explain_dataset_errors(f"What {file.name} imports"):
+        settings = file.read()
+    config = deepcopy({key: value for key, value in settings.items() if key not in ("group", "tag", "task_list")})
     kwargs = dict(config.get("dataset_kwargs") or {})
     if local is not None:
         config |= {"dataset_path": local.builder, "dataset_name": None}
@@ -281,56 +257,37 @@ def _load_task(file: TaskFile, config: dict[str, Any]) -> Any:
 
 
 def _describe_task(
-    file: TaskFile, entry: SuiteEntry, task: Any, *, rows: Sequence[str], local: LocalFiles | None
+    suite: Suite, file: TaskFile, task: Any, *, rows: Sequence[str], local: LocalFiles | None
 ) -> TaskSource:
-    split = eval_split(file.settings)
-    path = local.names[split] if local else str(file.settings.get("dataset_path") or file.name)
-    name = file.settings.get("dataset_name")
-    revision = None if local else loaded_revision(task.dataset, split)
-    dataset = DatasetSource(
-        path=path,
-        split=split,
-        num_rows=len(rows),
-        rows_sha256=hash_json(list(rows)),
-        name=None if local or name is None else str(name),
-        revision=revision or (None if local else entry.datasets.get(path)),
-    )
-    num_fewshot = task.config.num_fewshot
+    num_fewshot = int(task.config.num_fewshot)
     return TaskSource(
         name=file.name,
         output_type=str(task.OUTPUT_TYPE),
-        dataset=dataset,
-        config_sha256=hash_json(_describe_value(_config_of(task))),
+        dataset=_describe_dataset(file, task, rows=rows, local=local),
+        config_sha256=hash_json(describe_config(task)),
         prompts_sha256=hash_json([hash_request(instance) for instance in task.instances]),
         num_documents=len({instance.doc_id for instance in task.instances}),
         version=str(task.VERSION),
         file_sha256=file.sha256,
         num_fewshot=num_fewshot,
+        fewshot_seed=suite.fewshot_seed if num_fewshot else None,
         generation=plain_json(task.config.generation_kwargs or {}),
     )
 
 
-def _config_of(task: Any) -> dict[str, Any]:
-    return {
-        each.name: value
-        for each in fields(task.config)
-        if each.name not in _NOT_HASHED and (value := getattr(task.config, each.name)) is not None
-    }
-
-
-def _describe_value(value: Any) -> Any:
-    """JSON of settings; a function is its source, so that a changed function is another setting."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {each.name: _describe_value(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _describe_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_describe_value(item) for item in value]
-    if isinstance(value, partial):
-        return [_describe_value(value.func), _describe_value(value.args), _describe_value(value.keywords)]
-    if callable(value):
-        return inspect.getsource(value)
-    return plain_json(value)
+def _describe_dataset(file: TaskFile, task: Any, *, rows: Sequence[str], local: LocalFiles | None) -> DatasetSource:
+    split = eval_split(file.settings)
+    source = DatasetSource(
+        path=local.names[split] if local else str(file.settings.get("dataset_path") or file.name),
+        split=split,
+        num_rows=len(rows),
+        rows_sha256=hash_json(list(rows)),
+    )
+    if local:
+        return source
+    name = file.settings.get("dataset_name")
+    revision = loaded_revision(task.dataset, split)
+    return replace(source, name=None if name is None else str(name), revision=revision)
 
 
 def _find_documents(entry: SuiteEntry, task: Any) -> tuple[Document, ...]:
