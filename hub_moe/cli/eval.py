@@ -1,12 +1,19 @@
 """`hub-moe eval`: standard tasks, with everything a stranger needs to repeat and check the numbers."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from .compare import print_comparison
+from .output import print_json, print_table, print_text, say
+from .progress import show_progress
+
 if TYPE_CHECKING:
-    pass
+    from ..evals.models import ModelRequest
+    from ..evals.preflight import Preflight
+    from ..evals.records import Metric, Record
 
 
 def evaluate(  # noqa: PLR0913 (a parameter is a flag)
@@ -41,6 +48,9 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that lies beside the weights.")
     ] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let suites that need it run code that the model writes, here.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the suite, say what it takes, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
@@ -59,6 +69,9 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
       hub-moe eval served-name --endpoint http://localhost:8000/v1 --tokenizer alice/base --suite quick
     """
     from ..evals.models import ModelRequest
+    from ..evals.session import Plan, preview
+    from ..evals.session import evaluate as run_evaluation
+    from ..evals.suites import load_suite
 
     request = ModelRequest(
         reference=model,
@@ -75,4 +88,87 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
         endpoint_kind=endpoint_kind,
         tokenizer=tokenizer,
     )
-    wanted = _Wanted(suite, tasks.split(",") if tasks else [], limit, num_fewshot, data_dir)
+    chosen = tasks.split(",") if tasks else []
+    wanted = load_suite(suite, limit=limit, tasks=chosen, num_fewshot=num_fewshot)
+    command = ["hub-moe", *sys.argv[1:]]
+    plan = Plan(wanted, out, data_dir=data_dir, noise_floor=noise_floor, command=command, run_code=run_code)
+    if dry_run:
+        _print_preflight(preview(plan, request), as_json=as_json)
+        return
+    with show_progress("asking") as advance:
+        outcome = run_evaluation(request, plan, base=_of_base(request, base), say=say, on_progress=advance)
+    if as_json:
+        comparison = outcome.comparison.to_dict() if outcome.comparison else None
+        print_json({"record": outcome.candidate.record.to_dict(), "comparison": comparison})
+        return
+    print_record(outcome.candidate.record)
+    if outcome.comparison:
+        print_text()
+        print_comparison(outcome.comparison)
+    say(f"The record is {outcome.candidate.path}.")
+
+
+def suites(as_json: Annotated[bool, typer.Option("--json", help="Print the declarations as JSON.")] = False) -> None:
+    """List the suites that come with hub_moe.
+
+    \b
+    Examples:
+      hub-moe suites
+      hub-moe suites --json
+    """
+    from dataclasses import asdict
+
+    from ..evals.suites import list_suites
+
+    found = list_suites()
+    if as_json:
+        print_json([{**asdict(each), "sha256": each.source.sha256} for each in found])
+        return
+    width = max(len(each.name) for each in found)
+    for each in found:
+        print_text(f"{each.name:{width}}  {each.description}")
+        print_text(f"{'':{width}}  {', '.join(entry.name for entry in each.entries)}")
+
+
+def print_record(record: "Record") -> None:
+    """The numbers for people, with how sure they are."""
+    rows = []
+    for entry in record.entries:
+        others = [metric for metric in entry.metrics if metric is not entry.main]
+        rows += [(entry.name, *_describe(entry.main), str(entry.main.num_documents))]
+        rows += [("", *_describe(metric), "") for metric in others]
+    print_table(("Entry", "metric", "value", "95 % interval", "documents"), rows)
+    for entry in record.entries:
+        if entry.num_unparsable:
+            print_text(f"{entry.name}: {entry.num_unparsable} answers held nothing to score, and count as wrong.")
+    if record.noise_floor:
+        for name, found in record.noise_floor.variations.items():
+            print_text(
+                f"Rounding ({name}): {found['flips']:.0f} of {record.noise_floor.num_documents} answers flip, "
+                f"largest difference {found['max_difference']:.2g} nats"
+            )
+
+
+def _describe(metric: "Metric") -> tuple[str, str, str]:
+    error = "" if metric.standard_error is None else f" ± {metric.standard_error:.4f}"
+    interval = "" if metric.low is None or metric.high is None else f"{metric.low:.4f} - {metric.high:.4f}"
+    return metric.name + ("" if metric.higher_is_better else " ↓"), f"{metric.value:.4f}{error}", interval
+
+
+def _of_base(request: "ModelRequest", base: str | None) -> "ModelRequest | None":
+    """The base, run as the model is."""
+    if base is None:
+        return None
+    from dataclasses import replace
+
+    name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
+    return replace(request, reference=name, revision=revision or None, subfolder=None)
+
+
+def _print_preflight(found: "Preflight", *, as_json: bool) -> None:
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        for line in found.to_lines():
+            print_text(line)
+    found.raise_if_blocked()

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from ..errors import HubMoeError
+from .compare import compare
 from .data import data
 from .demo import demo
+from .eval import evaluate, suites
 from .experts import experts
 from .export import export
 from .hub import hub
@@ -17,6 +19,7 @@ from .inspect import inspect
 from .output import say
 from .patch import patch
 from .train import train
+from .verify import verify
 
 app = typer.Typer(
     name="hub-moe",
@@ -28,6 +31,10 @@ app = typer.Typer(
 )
 for command in (demo, train, inspect, export):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command()(suites)
+app.command()(compare)
+app.command()(verify)
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")

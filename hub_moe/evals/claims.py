@@ -1,10 +1,10 @@
-"""Where the records behind a model's numbers are: beside the model, in a folder or on the Hub, also in a pull request."""
+"""Where the records behind a model's numbers are: beside it, in a folder or on the Hub, also in a pull request."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
 from ..errors import CheckpointError, EvaluationError
 from ..patches.folders import is_repo_id
@@ -56,9 +56,8 @@ def find_claims(reference: str, *, revision: str | None = None, subfolder: str |
         repo, of_pull_request = parse_reference(reference)
         if not is_repo_id(repo):
             raise CheckpointError(f"{reference!r} is neither a record, a folder, OWNER/NAME nor OWNER/NAME#NUMBER.")
-        commit = HfApi().model_info(repo, revision=of_pull_request or revision).sha
-        snapshot = snapshot_download(repo, revision=commit, allow_patterns=_PATTERNS)
-        claims = _in_folder(Path(snapshot), repo, commit)
+        snapshot = Path(snapshot_download(repo, revision=of_pull_request or revision, allow_patterns=_PATTERNS))
+        claims = _in_folder(snapshot, repo, snapshot.name)
     chosen = [claim for claim in claims if subfolder is None or claim.subfolder == subfolder]
     if not chosen:
         raise EvaluationError(f"{reference} has no record in its folder {FOLDER}; `hub-moe eval` makes them.")

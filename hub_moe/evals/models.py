@@ -14,6 +14,7 @@ from .. import modeling  # noqa: F401  teaches transformers our models and patch
 from ..errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
 from .model_source import LocatedModel, locate_model
 from .records import Execution, ModelSource
+from .task_files import hush_lm_eval
 
 try:
     from .prefix_lm import HubMoeLM
@@ -98,14 +99,15 @@ def load_model(request: ModelRequest, located: LocatedModel | None = None) -> Lo
     )
     model = _load_weights(request, located)
     tokenizer = load_tokenizer(located, trust_remote_code=request.trust_remote_code)
-    lm = HubMoeLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=request.batch_size,
-        max_length=request.max_length,
-        reuse_prefix=request.reuse_prefix,
-        trust_remote_code=request.trust_remote_code,
-    )
+    with hush_lm_eval():
+        lm = HubMoeLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=request.batch_size,
+            max_length=request.max_length,
+            reuse_prefix=request.reuse_prefix,
+            trust_remote_code=request.trust_remote_code,
+        )
     return LoadedModel(lm, tokenizer, located.source, describe_execution(lm, request), request)
 
 

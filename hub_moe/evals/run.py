@@ -4,7 +4,7 @@ import datetime
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from .models import LoadedModel
 from .records import EntryResult, Execution, NoiseFloor, Record, SampleFile, StoredRecord, write_record
 from .records.record import hash_json
 from .scoring import ScoredTask, score_task, summarise
+from .task_files import hush_lm_eval
 from .tasks import BuiltSuite
+
+OnProgress = Callable[[int, int], None]
 
 _UNFINISHED = ".unfinished"
 
@@ -36,11 +39,18 @@ class RunFacts:
     noise_floor: NoiseFloor | None = None
 
 
-def evaluate_suite(loaded: LoadedModel, built: BuiltSuite, folder: Path, facts: RunFacts) -> StoredRecord:
+def evaluate_suite(
+    loaded: LoadedModel,
+    built: BuiltSuite,
+    folder: Path,
+    facts: RunFacts,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+) -> StoredRecord:
     """Ask every question of the suite, score the answers and write the record into `folder`.
 
     An interrupted run goes on where it stopped when called again: answers are kept as they come in, by model, dtype,
-    kernels, batch size and prompt.
+    kernels, batch size and prompt. `on_progress` is told the requests that are answered and those there are in all.
 
     Raises:
         EvaluationError: If a log-likelihood is not a number. No record is written; the answers before it are kept.
@@ -49,7 +59,7 @@ def evaluate_suite(loaded: LoadedModel, built: BuiltSuite, folder: Path, facts: 
     started_s = time.monotonic()
     with Journal(folder / _UNFINISHED, journal_key(loaded)) as journal:
         was_resumed = journal.num_found > 0
-        answer_instances(loaded.lm, built.requests, journal)
+        answer_instances(loaded.lm, built.requests, journal, on_progress=on_progress)
         scored = [score_task(each) for each in built.tasks]
         samples = [sample for each in scored for sample in each.samples]
         record = Record(
@@ -77,7 +87,13 @@ def journal_key(loaded: LoadedModel) -> dict[str, Any]:
     return {"model": loaded.source.sha256, "execution": asdict(loaded.execution)}
 
 
-def answer_instances(lm: Any, instances: Sequence[Any], journal: Journal | None = None) -> None:
+def answer_instances(
+    lm: Any,
+    instances: Sequence[Any],
+    journal: Journal | None = None,
+    *,
+    on_progress: OnProgress = lambda done, total: None,
+) -> None:
     """Put an answer, or one for each repeat, into `resps` of every instance; what the journal has is not asked.
 
     Raises:
@@ -87,9 +103,10 @@ def answer_instances(lm: Any, instances: Sequence[Any], journal: Journal | None 
     for instance in instances:
         instance.resps = []
         by_kind[request_kind(instance)].append(instance)
-    lm.set_cache_hook(_Watch(journal, by_kind))
-    for kind, asked in by_kind.items():
-        _answer(lm, kind, [each for each in asked for _ in range(each.repeats or 1)], journal)
+    lm.set_cache_hook(_Watch(journal, by_kind, on_progress))
+    with hush_lm_eval():
+        for kind, asked in by_kind.items():
+            _answer(lm, kind, [each for each in asked for _ in range(each.repeats or 1)], journal)
 
 
 def request_kind(instance: Any) -> str:
@@ -132,8 +149,9 @@ def check_answer(kind: str, answer: Any, instance: Any) -> None:
 class _Watch:
     """What a model tells every answer to as soon as it has it: NaN stops the run then, and not hours later."""
 
-    def __init__(self, journal: Journal | None, by_kind: Mapping[str, Iterable[Any]]) -> None:
-        self._journal = journal
+    def __init__(self, journal: Journal | None, by_kind: Mapping[str, Iterable[Any]], on_progress: OnProgress) -> None:
+        self._journal, self._on_progress = journal, on_progress
+        self._answered: set[str] = set()
         self._instances = {
             hash_question(kind, instance.args): instance
             for kind, instances in by_kind.items()
@@ -142,9 +160,12 @@ class _Watch:
 
     def add_partial(self, kind: str, arguments: Iterable[Any], answer: Any) -> None:
         arguments = list(arguments)
-        instance = self._instances.get(hash_question(kind, arguments))
+        question = hash_question(kind, arguments)
+        instance = self._instances.get(question)
         if instance is not None:
             check_answer(kind, answer, instance)
+            self._answered.add(question)
+            self._on_progress(len(self._answered), len(self._instances))
             if self._journal is not None:
                 self._journal.add_partial(kind, arguments, answer)
 

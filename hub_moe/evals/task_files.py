@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,22 +112,37 @@ def require_lm_eval() -> None:
         raise MissingExtraError("Suites are run by lm_eval, which is not installed: pip install 'hub_moe[eval]'")
 
 
+def _show_nothing(bar: Any, *arguments: Any, **settings: Any) -> Any:
+    return bar(*arguments, **{**settings, "disable": True})
+
+
+_MODULES_WITH_BARS = (
+    "lm_eval.api.task",
+    "lm_eval.api.model",
+    "lm_eval.models.huggingface",
+    "lm_eval.models.api_models",
+)
+
+
 @contextmanager
 def hush_lm_eval() -> Iterator[None]:
     """lm_eval and datasets without remarks and progress bars inside the block; what they raise still comes out."""
     import datasets
-    from lm_eval.api import task as lm_eval_task
 
     logger = logging.getLogger("lm_eval")
-    level, bar, had_bars = logger.level, lm_eval_task.tqdm, datasets.utils.are_progress_bars_disabled()
+    level, had_bars = logger.level, datasets.utils.are_progress_bars_disabled()
+    modules = [sys.modules[name] for name in _MODULES_WITH_BARS if name in sys.modules]
+    bars = [module.tqdm for module in modules]
     logger.setLevel(max(level, logging.CRITICAL))
-    lm_eval_task.tqdm = partial(bar, disable=True)
+    for module, bar in zip(modules, bars, strict=True):
+        module.tqdm = partial(_show_nothing, bar)  # type: ignore[attr-defined]
     datasets.disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(level)
-        lm_eval_task.tqdm = bar
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar  # type: ignore[attr-defined]
         if not had_bars:
             datasets.enable_progress_bars()
 
