@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DatasetError
+from ..errors import DatasetError, HubMoeError
 
 DatasetState = Literal[
     "made here", "local files", "reachable", "cached", "gated", "script-only", "missing", "unreachable", "unreadable"
@@ -15,7 +15,7 @@ DatasetState = Literal[
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 _PACKAGED = {"json", "parquet", "csv", "text", "arrow", "webdataset", "imagefolder", "audiofolder", "xml"}
 _SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
-_COMMIT_IN_URL = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def find_local_files(data_dir: Path, settings: Mapping[str, Any]) -> LocalFiles 
     None where there is no folder with the last part of the dataset's name.
 
     Raises:
-        DatasetError: If the folder lacks the split that is asked about, or holds files of several kinds.
+        DatasetError: If the folder lacks the split that is asked about, an empty file, or files of several kinds.
     """
     folder = data_dir / str(settings.get("dataset_path")).rpartition("/")[2]
     config = folder / str(settings.get("dataset_name"))
@@ -61,6 +61,9 @@ def find_local_files(data_dir: Path, settings: Mapping[str, Any]) -> LocalFiles 
             f"{_name(folder, data_dir)} lacks the split {wanted!r} of {settings['task']}: put {wanted}.jsonl, "
             f".json, .parquet, .csv or .txt there."
         )
+    empty = next((path for path in paths.values() if not path.stat().st_size), None)
+    if empty:
+        raise DatasetError(f"{_name(empty, data_dir)} is empty.")
     builders = {_BUILDERS[path.suffix] for path in paths.values()}
     if len(builders) > 1:
         raise DatasetError(f"The files of {_name(folder, data_dir)} are of different kinds; give files of one kind.")
@@ -69,10 +72,19 @@ def find_local_files(data_dir: Path, settings: Mapping[str, Any]) -> LocalFiles 
 
 
 def loaded_revision(dataset: Any, split: str) -> str | None:
-    """The commit that a dataset's rows really came from, as `datasets` noted it; None where it noted none."""
-    checksums = getattr(dataset[split].info, "download_checksums", None) or {}
-    found = {match[1] for url in checksums if (match := _COMMIT_IN_URL.match(str(url)))}
-    return found.pop() if len(found) == 1 else None
+    """The commit that a Hub dataset's rows really came from: `datasets` names the folder of its cache by it."""
+    for file in getattr(dataset[split], "cache_files", ()):
+        folder = Path(file["filename"]).parent.name
+        if _COMMIT.fullmatch(folder):
+            return folder
+    return None
+
+
+def explain_other_revision(path: str, *, revision: str | None, pinned: str | None) -> str | None:
+    """The sentence for people where the cache holds another commit than the suite pins; None where it does not."""
+    if revision is None or pinned is None or revision == pinned:
+        return None
+    return f"{path} lies in the cache at {revision}, but the suite pins {pinned}; connect to the Hub once to read that."
 
 
 @contextmanager
@@ -82,11 +94,13 @@ def explain_dataset_errors(path: str) -> Iterator[None]:
     Raises:
         DatasetError: What stands in the way, and what to do.
     """
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
-    except DatasetError:
+    except HubMoeError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         state = classify_error(error)
         if state is None:
             raise

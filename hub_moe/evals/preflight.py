@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DatasetError
-from .dataset_access import DatasetState, classify_error, eval_split, explain_state, hub_dataset
+from .dataset_access import DatasetState, classify_error, eval_split, explain_other_revision, explain_state, hub_dataset
 from .statistics import plan_detectable_difference
 from .suites import Suite, SuiteEntry
 from .task_files import TaskFile, find_task_files, hush_lm_eval
@@ -175,18 +175,21 @@ def _with_entries(check: DatasetCheck, entries: tuple[str, ...]) -> DatasetCheck
 
 def _probe(path: str, name: str | None, pinned: str | None, entry: str) -> DatasetCheck:
     from datasets import load_dataset_builder
+    from datasets.exceptions import DatasetsError
 
     try:
         with hush_lm_eval():
             builder = load_dataset_builder(path, name=name, revision=pinned)
-    except (OSError, ValueError, RuntimeError) as error:
-        state = classify_error(error)
-        if state is None:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        kind = classify_error(error)
+        if kind is None:
             raise
-        return DatasetCheck(path, state, (entry,), pinned, problem=explain_state(state, path, error))
+        return DatasetCheck(path, kind, (entry,), pinned, problem=explain_state(kind, path, error))
     is_cached = type(builder).__module__.startswith("datasets.packaged_modules.cache")
     revision = builder.hash if builder.hash and _COMMIT.fullmatch(builder.hash) else None
-    return DatasetCheck(path, "cached" if is_cached else "reachable", (entry,), pinned, revision)
+    other = explain_other_revision(path, revision=revision, pinned=pinned)
+    state: DatasetState = "unreachable" if other else "cached" if is_cached else "reachable"
+    return DatasetCheck(path, state, (entry,), pinned, revision, problem=other)
 
 
 def _check_entry(built: BuiltSuite, entry: SuiteEntry, tokenizer: Any) -> EntryCheck:

@@ -29,10 +29,17 @@ class TaskFile:
     settings: Mapping[str, Any]
 
     def read(self) -> dict[str, Any]:
-        """The settings with functions; this imports the modules beside the file, so check it first."""
+        """The settings with functions; this imports the modules beside the file, so check it first.
+
+        Raises:
+            ConfigError: If a function is not there.
+        """
         from lm_eval.tasks._yaml_loader import load_yaml
 
-        return dict(load_yaml(self.path, resolve_func=True))
+        try:
+            return dict(load_yaml(self.path, resolve_func=True))
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"{self.name} names a function that is not there: {error}.") from error
 
     @property
     def sha256(self) -> str:
@@ -130,20 +137,23 @@ def hush_lm_eval() -> Iterator[None]:
     import datasets
 
     logger = logging.getLogger("lm_eval")
-    level, had_bars = logger.level, datasets.utils.are_progress_bars_disabled()
+    level, no_bars = logger.level, datasets.utils.are_progress_bars_disabled()
+    verbosity = datasets.logging.get_verbosity()
     modules = [sys.modules[name] for name in _MODULES_WITH_BARS if name in sys.modules]
     bars = [module.tqdm for module in modules]
     logger.setLevel(max(level, logging.CRITICAL))
     for module, bar in zip(modules, bars, strict=True):
         module.tqdm = partial(_show_nothing, bar)  # type: ignore[attr-defined]
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         yield
     finally:
         logger.setLevel(level)
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar  # type: ignore[attr-defined]
-        if not had_bars:
+        datasets.logging.set_verbosity(verbosity)
+        if not no_bars:
             datasets.enable_progress_bars()
 
 
@@ -217,7 +227,7 @@ def _function_modules(value: Any, folder: Path) -> Iterator[Path]:
     elif isinstance(value, str) and value.startswith(f"{folder}{os.sep}"):
         module = value.removeprefix(f"{folder}{os.sep}").rpartition(".")[0]
         beside = folder / f"{module.replace('.', os.sep)}.py"
-        spec = None if beside.is_file() else find_spec(module)
-        origin = beside if spec is None else Path(str(spec.origin))
-        if origin.is_file():
-            yield origin
+        if beside.is_file():
+            yield beside
+        elif find_spec(module.partition(".")[0]) and (spec := find_spec(module)) and spec.origin:
+            yield Path(spec.origin)

@@ -15,6 +15,7 @@ from .dataset_access import (
     LocalFiles,
     eval_split,
     explain_dataset_errors,
+    explain_other_revision,
     find_local_files,
     hub_dataset,
     loaded_revision,
@@ -240,19 +241,15 @@ def _load_task(file: TaskFile, config: dict[str, Any]) -> Any:
     with explain_dataset_errors(path):
         try:
             loaded = TaskManager(include_defaults=False).load([config])
-        except IndexError as error:  # lm_eval tries the task's templates on the first document
+        except (IndexError, StopIteration) as error:  # lm_eval tries the task's templates on the first document
             raise DatasetError(f"{file.name} has no documents in the split {eval_split(config)!r}.") from error
         except KeyError as error:
             raise DatasetError(f"{path} has no split or column {error} that {file.name} asks for.") from error
     task = loaded["tasks"][file.name]
-    revision, pinned = (
-        loaded_revision(task.dataset, eval_split(config)),
-        (config["dataset_kwargs"] or {}).get("revision"),
-    )
-    if revision and pinned and revision != pinned:
-        raise DatasetError(
-            f"{path} was read from the cache at {revision}, but the suite pins {pinned}; connect to the Hub once."
-        )
+    pinned = (config["dataset_kwargs"] or {}).get("revision")
+    other = explain_other_revision(path, revision=loaded_revision(task.dataset, eval_split(config)), pinned=pinned)
+    if other:
+        raise DatasetError(other)
     return task
 
 
