@@ -10,19 +10,8 @@ import torch
 from torch import nn
 
 from ..anatomy import Footprint, MoeLayer, measure_footprint
+from ..energy.devices import recognise_device
 
-# Name of the device as CUDA gives it -> dense bfloat16 operations per second with float32 accumulation, and who says
-# so. The first that fits counts.
-_PUBLISHED_PEAKS = (
-    (r"\bH200 NVL\b", 835.5e12, "NVIDIA H200 datasheet, NVL"),
-    (r"\bH200\b", 989.4e12, "NVIDIA H200 datasheet"),
-    (r"\bH100 NVL\b", 835.5e12, "NVIDIA H100 NVL product brief"),
-    (r"\bH100 PCIe\b", 756.4e12, "NVIDIA H100 architecture whitepaper, PCIe"),
-    (r"\bH100\b", 989.4e12, "NVIDIA H100 architecture whitepaper, SXM5"),
-    (r"\bA100\b", 312.0e12, "NVIDIA A100 architecture whitepaper"),
-    (r"\bL40S\b", 362.05e12, "NVIDIA L40S datasheet"),
-    (r"\bRTX 4090$", 165.2e12, "NVIDIA Ada architecture whitepaper"),
-)
 _MATRIX = 1024
 _REPEATS = 4
 
@@ -86,10 +75,9 @@ def measure_training_cost(model: Any, layers: Sequence[MoeLayer]) -> TrainingCos
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The published dense bfloat16 peak of a known GPU; of any other device what a matrix product measures now."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for pattern, flops, source in _PUBLISHED_PEAKS:
-            if re.search(pattern, name):
-                return Peak(flops, f"published: {source}")
+        known = recognise_device(torch.cuda.get_device_name(device))
+        if known is not None:
+            return Peak(known.bf16_flops, f"published: {known.source}")
     return _measure_peak(device, dtype)
 
 
