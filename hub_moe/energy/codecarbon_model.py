@@ -17,7 +17,9 @@ try:
     from codecarbon.input import DataSource
     from codecarbon.output_methods.base_output import BaseOutput
 except ImportError as error:
-    raise MissingExtraError("Measuring energy needs codecarbon: pip install 'hub_moe[train]'.") from error
+    raise MissingExtraError(
+        "Estimating energy or a country's CO2 needs codecarbon: pip install 'hub_moe[train]'."
+    ) from error
 
 _SAMPLE_EVERY_S = 5.0
 # what codecarbon calls its sources; whatever is not in here is a model of the hardware

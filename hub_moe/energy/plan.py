@@ -1,7 +1,7 @@
 """What a training run will take, in plain arithmetic: operations, device hours, energy, CO2, money, memory."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -167,7 +167,7 @@ def implied_utilisation(workload: Workload, *, device_hours: float, peak_flops: 
     return share
 
 
-def summarise_run(rows: list[Mapping[str, Any]]) -> tuple[float, float, str]:
+def summarise_run(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, str]:
     """Utilisation, peak of all devices in operations per second, and its source, of the rows of a `metrics.jsonl`.
 
     The mean is over time: each row counts for the seconds that it covers.

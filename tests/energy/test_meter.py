@@ -296,7 +296,10 @@ def test_without_codecarbon_the_report_says_what_to_install(tmp_path):
         "print(report.components[-1].note)\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "not measured\nMeasuring energy needs codecarbon: pip install 'hub_moe[train]'.\n"
+    assert (
+        run.stdout
+        == "not measured\nEstimating energy or a country's CO2 needs codecarbon: pip install 'hub_moe[train]'.\n"
+    )
 
 
 def test_without_codecarbon_asking_for_energy_is_an_error_that_says_what_to_install():
@@ -309,7 +312,7 @@ def test_without_codecarbon_asking_for_energy_is_an_error_that_says_what_to_inst
         "except MissingExtraError as error:\n    print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout == "Measuring energy needs codecarbon: pip install 'hub_moe[train]'.\n"
+    assert run.stdout == "Estimating energy or a country's CO2 needs codecarbon: pip install 'hub_moe[train]'.\n"
 
 
 def test_rows_carry_the_energy_so_far_over_a_resume(tiny_config, tmp_path, no_network):
