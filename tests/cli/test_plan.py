@@ -7,6 +7,10 @@ import pytest
 
 from hub_moe.cli.main import main
 from hub_moe.cli.plan import plan as command
+from hub_moe.energy import EnergyReport
+
+from ..training.runs import make_tables, save_base, write_rows
+from ..training.runs import run as train
 
 README = Path(__file__).parents[2] / "README.md"
 # arXiv:2412.19437 table 1: pre-training of DeepSeek-V3, 14.8 T tokens in sequences of 4096
@@ -184,3 +188,20 @@ def test_a_run_that_does_not_tell_is_refused(plan, tmp_path):
     assert "it was edited" in plan(*NANO, "--measured", edited)[2]
     (edited / "metrics.jsonl").write_text("")
     assert "no row with a utilisation yet" in plan(*NANO, "--measured", edited)[2]
+
+
+def test_a_run_that_was_really_metered_is_planned_from(plan, tmp_path, tiny_tokenizer):
+    pytest.importorskip("codecarbon")
+    base = save_base(tmp_path / "base", "deepseek_v3", tiny_tokenizer)
+    rows = write_rows(tmp_path / "rows.jsonl")
+    tables = make_tables(tmp_path / "run", base=base, rows=rows, method={"name": "full"}, energy=True)
+    report = train(tables).report
+    energy = EnergyReport.from_dict(report["energy"])
+    assert (energy.tokens, energy.kwh) == (report["tokens"], report["energy_kwh"])
+    assert energy.joules_per_1000_tokens > 0
+    code, out, err = plan(base, "--tokens", "1M", "--measured", tmp_path / "run", "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert facts["machinery"]["watts"] == pytest.approx(energy.joules / energy.window_s)
+    assert facts["machinery"]["watts_source"].endswith(f"run: {energy.label}")
+    assert facts["machinery"]["peak_source"].startswith("measured: ")
