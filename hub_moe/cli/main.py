@@ -18,6 +18,7 @@ from .hub import hub
 from .inspect import inspect
 from .output import say
 from .patch import patch
+from .plan import plan
 from .train import train
 from .verify import verify
 
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, train, inspect, export):
+for command in (demo, train, inspect, plan, export):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(suites)
