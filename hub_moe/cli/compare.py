@@ -73,11 +73,11 @@ def _row(task: "TaskComparison", metric: str) -> tuple[str, ...]:
     detects = task.minimum_detectable_effect
     return (
         f"{task.task} {metric}{' ↓' if task.lower_is_better else ''}",
-        f"{task.base.value:.4f}",
-        f"{task.candidate.value:.4f}",
-        f"{task.difference.value:+.4f} ({task.difference.low:+.4f} to {task.difference.high:+.4f})",
+        f"{task.base.value:.3f}",
+        f"{task.candidate.value:.3f}",
+        f"{task.difference.value:+.3f} ({task.difference.low:+.3f} to {task.difference.high:+.3f})",
         f"{task.adjusted_p_value:.3g}",
-        "-" if detects is None else f"{detects:.4f}",
+        "-" if detects is None else f"{detects:.3f}",
         task.verdict,
     )
 

@@ -72,6 +72,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
     from ..evals.session import Plan, preview
     from ..evals.session import evaluate as run_evaluation
     from ..evals.suites import load_suite
+    from ..training.progress import quiet_bars
 
     request = ModelRequest(
         reference=model,
@@ -95,7 +96,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
     if dry_run:
         _print_preflight(preview(plan, request), as_json=as_json)
         return
-    with show_progress("asking") as advance:
+    with quiet_bars(), show_progress("asking") as advance:
         outcome = run_evaluation(request, plan, base=_of_base(request, base), say=say, on_progress=advance)
     if as_json:
         comparison = outcome.comparison.to_dict() if outcome.comparison else None

@@ -7,9 +7,10 @@ from typing import Any
 
 from ..errors import HubMoeError
 from .records import EntryResult, ModelSource, Record, Sample
+from .request_hashes import hash_request
 from .scoring import ScoredTask, score_task, summarise
 from .suites import load_suite
-from .tasks import BuiltSuite, BuiltTask, hash_request
+from .tasks import BuiltSuite, BuiltTask
 
 _SHOWN = 3
 _TASK_FIELDS = ("config_sha256", "dataset", "num_documents", "prompts_sha256", "num_fewshot", "fewshot_seed")

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .records.record import hash_json
-from .tasks import plain_json
+from .request_hashes import plain_json
 
 Answer = Any  # (log-likelihood, is greedy), a log-likelihood, or a text, as lm_eval's models give them
 

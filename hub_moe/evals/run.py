@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..energy import EnergyMeter, EnergyReport
 from ..environment import describe_versions
 from ..errors import EvaluationError
 from .journal import Journal, hash_question, is_drawn
@@ -59,7 +60,10 @@ def evaluate_suite(
     started_s = time.monotonic()
     with Journal(folder / _UNFINISHED, journal_key(loaded)) as journal:
         was_resumed = journal.num_found > 0
-        answer_instances(loaded.lm, built.requests, journal, on_progress=on_progress)
+        with EnergyMeter() as meter:
+            answer_instances(loaded.lm, built.requests, journal, on_progress=on_progress)
+            energy = meter.stop()
+        tokens = _count_tokens(loaded.lm)
         scored = [score_task(each) for each in built.tasks]
         samples = [sample for each in scored for sample in each.samples]
         record = Record(
@@ -73,7 +77,8 @@ def evaluate_suite(
             seeds={"fewshot": built.suite.fewshot_seed, "torch": facts.seed},
             versions=describe_versions(),
             wall_s=round(time.monotonic() - started_s, 3),
-            tokens=_count_tokens(loaded.lm),
+            tokens=tokens,
+            energy=_describe_energy(energy, tokens, loaded),
             noise_floor=facts.noise_floor,
             resumed=was_resumed,
         )
@@ -188,6 +193,14 @@ def complete_execution(loaded: LoadedModel, built: BuiltSuite) -> Execution:
         chat_template_sha256=None if template is None else hash_json(template),
         system_prompt=built.suite.system_prompt,
     )
+
+
+def _describe_energy(energy: EnergyReport, tokens: Mapping[str, int], loaded: LoadedModel) -> dict[str, Any] | None:
+    """None for an endpoint: the machine that answers is another one."""
+    if loaded.request.endpoint is not None:
+        return None
+    num_tokens = tokens.get("computed", 0) + tokens.get("generated", 0)
+    return replace(energy, tokens=num_tokens or None).to_dict()
 
 
 def _count_tokens(lm: Any) -> dict[str, int]:

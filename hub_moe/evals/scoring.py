@@ -8,10 +8,11 @@ from typing import Any
 
 from ..errors import EvaluationError
 from .records import EntryResult, Metric, Sample
+from .request_hashes import hash_request
 from .statistics import Estimate, estimate_accuracy, estimate_mean, estimate_ratio
 from .statistics.estimates import is_binary
 from .task_files import hush_lm_eval
-from .tasks import BuiltTask, hash_request
+from .tasks import BuiltTask
 
 UNPARSABLE = "[invalid]"  # what lm_eval's filters put where a pattern finds nothing
 

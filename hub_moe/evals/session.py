@@ -68,14 +68,20 @@ def evaluate(
         HubMoeError: See `build_suite`, `load_model`, `evaluate_suite` and `compare_records`.
     """
     if base is None:
-        return Outcome(_evaluate_one(request, plan, may_exist=False, say=say, on_progress=on_progress))
-    of_base = _evaluate_one(base, plan, may_exist=True, say=say, on_progress=on_progress)
-    of_candidate = _evaluate_one(request, plan, may_exist=False, say=say, on_progress=on_progress)
+        return Outcome(_evaluate_one(request, plan, is_base=False, is_first=True, say=say, on_progress=on_progress))
+    of_base = _evaluate_one(base, plan, is_base=True, is_first=True, say=say, on_progress=on_progress)
+    of_candidate = _evaluate_one(request, plan, is_base=False, is_first=False, say=say, on_progress=on_progress)
     return Outcome(of_candidate, of_base, compare_records(of_base, of_candidate))
 
 
 def _evaluate_one(
-    request: ModelRequest, plan: Plan, *, may_exist: bool, say: Callable[[str], None], on_progress: OnProgress
+    request: ModelRequest,
+    plan: Plan,
+    *,
+    is_base: bool,
+    is_first: bool,
+    say: Callable[[str], None],
+    on_progress: OnProgress,
 ) -> StoredRecord:
     located = _locate(request)
     tokenizer = load_tokenizer(located, trust_remote_code=request.trust_remote_code)
@@ -84,10 +90,10 @@ def _evaluate_one(
     preflight.raise_if_blocked()
     assert preflight.built is not None
     built = preflight.built
-    for line in preflight.to_lines():
+    for line in preflight.to_lines() if is_first else ():
         say(f"  {line}")
     loaded = load_model(request, located)
-    known = _find_known(plan, loaded, built) if may_exist else None
+    known = _find_known(plan, loaded, built) if is_base else None
     if known is not None:
         say(f"{known.path} has this evaluation of {located.source} already.")
         return known
@@ -118,7 +124,7 @@ def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRec
     for stored in reversed(find_records(plan.folder)):
         record = stored.record
         asked = [task.prompts_sha256 for entry in record.entries for task in entry.tasks]
-        is_same_run = (record.model.sha256, record.execution, asked) == (loaded.source.sha256, execution, prompts)
+        is_same_run = (record.model, record.execution, asked) == (loaded.source, execution, prompts)
         if is_same_run and (record.noise_floor is not None) >= plan.noise_floor:
             return stored
     return None
