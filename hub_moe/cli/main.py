@@ -16,6 +16,7 @@ from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
+from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
 from .plan import plan
@@ -36,6 +37,9 @@ app.command("eval")(evaluate)
 app.command()(suites)
 app.command()(compare)
 app.command()(verify)
+app.command(
+    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)(lm_eval)
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")

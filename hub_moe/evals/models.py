@@ -125,7 +125,7 @@ def describe_execution(lm: Any, request: ModelRequest) -> Execution:
         max_length=lm.max_length,
         device=device if is_cpu else f"{device} ({torch.cuda.get_device_name(lm.device)})",
         num_threads=torch.get_num_threads() if is_cpu else None,
-        reuses_prefix=bool(lm.reuse_prefix),
+        reuses_prefix=lm.reuse_reason is None,
     )
 
 
@@ -149,12 +149,12 @@ def running_experts(loaded: LoadedModel, implementation: str) -> Iterator[None]:
 def running_one_at_a_time(loaded: LoadedModel) -> Iterator[None]:
     """Run at batch size 1, without reuse of prefixes, for a while."""
     lm = loaded.lm
-    before = lm.batch_size_per_gpu, lm.reuse_prefix
-    lm.batch_size_per_gpu, lm.reuse_prefix = 1, False
+    before = lm.batch_size_per_gpu, lm.reuse_reason
+    lm.batch_size_per_gpu, lm.reuse_reason = 1, "one request at a time"
     try:
         yield
     finally:
-        lm.batch_size_per_gpu, lm.reuse_prefix = before
+        lm.batch_size_per_gpu, lm.reuse_reason = before
 
 
 def _load_weights(request: ModelRequest, located: LocatedModel) -> PreTrainedModel:

@@ -71,11 +71,11 @@ def _variations(loaded: LoadedModel) -> Iterator[tuple[str, AbstractContextManag
 
 @contextmanager
 def _without_reuse(lm: Any) -> Iterator[None]:
-    before, lm.reuse_prefix = lm.reuse_prefix, False
+    before, lm.reuse_reason = lm.reuse_reason, "the noise floor is measured"
     try:
         yield
     finally:
-        lm.reuse_prefix = before
+        lm.reuse_reason = before
 
 
 def _ask(lm: Any, documents: Sequence[Sequence[Any]]) -> list[list[tuple[float, bool]]]:

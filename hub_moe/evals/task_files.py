@@ -128,6 +128,7 @@ _MODULES_WITH_BARS = (
     "lm_eval.api.model",
     "lm_eval.models.huggingface",
     "lm_eval.models.api_models",
+    "hub_moe.evals.prefix_lm",
 )
 
 
