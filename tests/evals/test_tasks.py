@@ -145,6 +145,49 @@ def test_gsm8k_reads_the_users_files_and_asks_as_lm_eval_does(data_dir):
     assert source.generation["until"] == ["Question:", "</s>", "<|im_end|>"]
 
 
+STANDARD_ROWS = {
+    "hellaswag": {
+        "activity_label": "Baking",
+        "ctx_a": "A man bakes.",
+        "ctx_b": "he",
+        "endings": ["eats.", "sings.", "falls.", "runs."],
+        "label": "2",
+    },
+    "ai2_arc": {
+        "question": "Which is hot?",
+        "choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    },
+    "winogrande": {"sentence": "Ann paid Eve since _ owed.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+    "piqa": {"goal": "Cut bread", "sol1": "with a knife", "sol2": "with a spoon", "label": 0},
+    "mmlu": {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "algebra"},
+    "gsm8k": ROWS[0],
+    "super_glue": {"passage": "Snow is cold.", "question": "is snow cold", "label": 1},
+    "lambada_openai": {"text": "Snow is white and very cold"},
+}
+
+
+def test_every_standard_task_of_lm_eval_is_built_from_files_in_the_shape_of_its_dataset(tmp_path):
+    for name, row in STANDARD_ROWS.items():
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation", "test", "dev"):
+            rows = "".join(json.dumps({**row, "number": n}) + "\n" for n in range(2 if split == "test" else 30))
+            (tmp_path / name / f"{split}.jsonl").write_text(rows)
+    said = []
+    built = build_suite(load_suite("standard", limit=2), data_dir=tmp_path, say=said.append)
+    assert len(built.tasks) == 8 + 57
+    assert "Reading mmlu, 57 tasks" in said
+    assert {task.entry.name: task.source.num_fewshot for task in built.tasks} == {
+        **{"hellaswag": 10, "arc_easy": 0, "arc_challenge": 25, "winogrande": 5, "piqa": 0},
+        **{"mmlu": 5, "gsm8k": 5, "boolq": 0, "lambada_openai": 0},
+    }
+    for task in built.tasks:
+        assert task.main_metric in {metric.name for metric in task.metrics}
+        assert task.source.num_documents == len(task.documents) == 2
+    assert {document.group for task in built.tasks_of("mmlu") for document in task.documents} >= {"mmlu_anatomy"}
+    assert {metric.name: metric.higher_is_better for metric in built.tasks_of("boolq")[0].metrics} == {"acc": True}
+
+
 def test_hashes_do_not_tell_where_the_users_files_lie(data_dir, tmp_path_factory):
     import shutil
 
@@ -342,6 +385,16 @@ def test_code_of_the_model_runs_only_where_that_is_allowed(monkeypatch):
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     with pytest.raises(ConfigError, match="needs HF_ALLOW_CODE_EVAL=1"):
         build_suite(suite, run_code=True)
+
+
+def test_a_metric_that_was_allowed_and_cannot_be_fetched_is_told():
+    code = (
+        "from hub_moe.evals import build_suite, load_suite\n"
+        "build_suite(load_suite('code-running', tasks=['mbpp']), run_code=True)"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_ALLOW_CODE_EVAL": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "mbpp fetches its metric from the public Hub, which failed" in done.stderr.splitlines()[-1]
 
 
 def test_a_split_without_documents_and_a_function_that_is_not_there_are_refused(own_suite, tmp_path):
