@@ -13,6 +13,7 @@ def lm_eval(context: typer.Context) -> None:
     Examples:
       hub-moe lm-eval run --model hf --model_args pretrained=runs/demo/model --tasks arc_easy
       hub-moe lm-eval ls tasks
+      hub-moe lm-eval -- run --help        # lm_eval's own help
     """
     from .. import modeling  # noqa: F401  (registers hub_moe)
     from ..evals.prefix_lm import run_lm_eval

@@ -37,9 +37,7 @@ app.command("eval")(evaluate)
 app.command()(suites)
 app.command()(compare)
 app.command()(verify)
-app.command(
-    "lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)(lm_eval)
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")

@@ -12,12 +12,15 @@ _VERBS = ("get", "set", "read", "write", "load", "find", "make", "check", "open"
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 _WORDS = ("apple", "bread", "chair", "dance", "eagle", "flame", "grape", "house", "island", "jelly", "knife", "lemon",
           "mango", "night", "ocean", "paper", "queen", "river", "stone", "tiger")  # fmt: skip
+# what a line needs to be Python comes easily to small models; `call` and `return` need a name from lines before
 _FRAMES = {
-    "return": ("def {verb}_{a}({a}, {b}):\n    {b} = {b} + {a}\n    return", " {b}", (" {c}", " {d}", " None")),
-    "self": ("class {A}:\n    def __init__(self, {a}):\n        self.{a} =", " {a}", (" {b}", " {c}", " {d}")),
-    "loop": ("for {a} in {b}:\n    if {a} in {c}:\n        {c}.remove(", "{a})", ("{b})", "{c})", "{d})")),
-    "import": ("from {a} import {b}\n\n{c} =", " {b}({c})", (" {d}({c})", " import({c})", " from({c})")),
+    "block": ("for {a} in {b}.{verb}({c})", ":", (" as", ",", " =")),
     "call": ("{a} = {verb}_{b}({c})\n{d} = {a}.{verb}()\nprint(", "{d})", ("{b})", "{c})", "{verb})")),
+    "except": ("try:\n    {a} = {verb}({b})\nexcept", " ValueError:", (" return", " import {c}", " = {d}")),
+    "import": ("from {a}", " import {b}", (" return {b}", " for {b}", " def {b}")),
+    "method": ("class {A}:\n    def {verb}_{b}(", "self", ("None", "import", "return")),
+    "none": ("def {verb}_{a}({a}, {b}):\n    if {a} is not", " None:", (" def:", " class:", " import:")),
+    "return": ("def {verb}_{a}({a}, {b}):\n    {b} = {b} + {a}\n    return", " {b}", (" {c}", " {d}", " import")),
 }
 
 Document = dict[str, Any]

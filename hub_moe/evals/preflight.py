@@ -152,7 +152,7 @@ def check_suite(
 def _check_datasets(
     suite: Suite, files: Sequence[tuple[SuiteEntry, TaskFile]], data_dir: Path | None
 ) -> tuple[DatasetCheck, ...]:
-    local = find_suite_files(suite, [file for _, file in files], data_dir=data_dir)
+    local = find_suite_files(suite, files, data_dir=data_dir)
     checks: dict[str, DatasetCheck] = {}
     for entry, file in files:
         path = hub_dataset(file.settings)
@@ -203,7 +203,7 @@ def _check_entry(built: BuiltSuite, entry: SuiteEntry, tokenizer: Any) -> EntryC
         main,
         num_documents=len(documents),
         num_requests=sum(len(task.instances) for task in tasks),
-        prompt_tokens=None if tokenizer is None else sum(_count_tokens(task, tokenizer) for task in tasks),
+        prompt_tokens=_count_tokens(tasks, tokenizer),
         generated_tokens=sum(_count_generated(task) for task in tasks),
         num_groups=None if groups == {None} else len(groups),
         detectable_difference=_plan(len(documents), 1) if is_accuracy else None,
@@ -215,8 +215,15 @@ def _plan(num_documents: int, num_tests: int) -> float | None:
     return None if num_documents < 2 else plan_detectable_difference(num_documents, alpha=0.05 / num_tests)
 
 
-def _count_tokens(task: BuiltTask, tokenizer: Any) -> int:
+def _count_tokens(tasks: Sequence[BuiltTask], tokenizer: Any) -> int | None:
+    """Of all prompts, from a sample of each task; None where no tokenizer is at hand, as with an endpoint."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(tokenizer):
+        return None
+    return sum(_count_task_tokens(task, tokenizer) for task in tasks)
+
+
+def _count_task_tokens(task: BuiltTask, tokenizer: Any) -> int:
     instances = task.instances
     probed = instances[:: max(1, len(instances) // _PROBED_REQUESTS)]
     texts = ["".join(part for part in instance.args if isinstance(part, str)) for instance in probed]

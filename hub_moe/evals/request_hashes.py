@@ -11,7 +11,7 @@ from typing import Any
 from .records.record import hash_json
 
 # what says where documents lie and not what is asked; `DatasetSource` records that
-_NOT_HASHED = {"dataset_path", "dataset_kwargs", "metadata", "tag", "task_alias"}
+_NOT_HASHED = {"dataset_path", "dataset_name", "dataset_kwargs", "metadata", "tag", "task_alias"}
 
 
 def hash_request(instance: Any) -> str:

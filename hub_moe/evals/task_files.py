@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError, DatasetError, MissingExtraError
 from .records.record import hash_json
 from .suites import DECLARATIONS, LM_EVAL, OWN, Suite, SuiteEntry, name_nearest
 
@@ -33,6 +33,7 @@ class TaskFile:
 
         Raises:
             ConfigError: If a function is not there.
+            DatasetError: If a metric of evaluate, which was allowed, cannot be fetched.
         """
         from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -40,6 +41,9 @@ class TaskFile:
             return dict(load_yaml(self.path, resolve_func=True))
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"{self.name} names a function that is not there: {error}.") from error
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise DatasetError(f"{self.name} fetches its metric from the public Hub, which failed: {reason}") from error
 
     @property
     def sha256(self) -> str:

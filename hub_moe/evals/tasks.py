@@ -137,36 +137,41 @@ def build_suite(
     files = [(entry, file) for entry in suite.entries for file in find_task_files(suite, entry)]
     for _, file in files:
         file.check(run_code=run_code)
-    local = find_suite_files(suite, [file for _, file in files], data_dir=data_dir)
+    local = find_suite_files(suite, files, data_dir=data_dir)
     chat = _chat_function(suite, tokenizer)
-    built = []
-    for entry, file in files:
-        say(f"Reading {file.name}")
-        built.append(_build_task(suite, entry, file, local=local.get(file.name), chat=chat))
-        _say_revision(entry, built[-1].source.dataset, say)
+    built: list[BuiltTask] = []
+    for entry in suite.entries:
+        own = [file for each, file in files if each is entry]
+        say(f"Reading {entry.name}" + (f", {len(own)} tasks" if len(own) > 1 else ""))
+        tasks = [_build_task(suite, entry, file, local=local.get(file.name), chat=chat) for file in own]
+        for revision in dict.fromkeys(_tell_revision(entry, task.source.dataset) for task in tasks):
+            if revision:
+                say(revision)
+        built += tasks
     return BuiltSuite(suite, tuple(built))
 
 
-def find_suite_files(suite: Suite, files: Sequence[TaskFile], *, data_dir: Path | None) -> dict[str, LocalFiles]:
-    """The user's files by task.
+def find_suite_files(
+    suite: Suite, files: Sequence[tuple[SuiteEntry, TaskFile]], *, data_dir: Path | None
+) -> dict[str, LocalFiles]:
+    """The user's files by task; tasks that have none there are read from the Hub.
 
     Raises:
-        DatasetError: If `data_dir` is no folder or has nothing for any task, or a task needs it and it is not given.
+        DatasetError: If `data_dir` is no folder or has nothing for any task, or a task needs it and has nothing there.
     """
-    found: dict[str, LocalFiles] = {}
     if data_dir is not None and not data_dir.is_dir():
         raise DatasetError(f"The data folder {data_dir} does not exist.")
-    if data_dir is not None:
-        local = {file.name: find_local_files(data_dir, file.settings) for file in files}
-        found = {name: each for name, each in local.items() if each is not None}
-    lacking = [entry for entry in suite.entries if entry.needs_data_dir and not found]
-    if lacking or (data_dir is not None and not found):
-        wanted = sorted({str(file.settings.get("dataset_path")).rpartition("/")[2] for file in files})
+    found = {} if data_dir is None else {file.name: find_local_files(data_dir, file.settings) for _, file in files}
+    local = {name: each for name, each in found.items() if each is not None}
+    lacking = [file for entry, file in files if entry.needs_data_dir and file.name not in local]
+    if lacking or (data_dir is not None and not local):
+        unread = lacking or [file for _, file in files]
+        wanted = sorted({str(file.settings.get("dataset_path")).rpartition("/")[2] for file in unread})
         raise DatasetError(
             f"The suite {suite.name} reads its documents from a data folder with {' or '.join(wanted)}/ in it; "
             + (f"{data_dir} has none." if data_dir else "give one by --data-dir.")
         )
-    return found
+    return local
 
 
 def _build_task(
@@ -195,9 +200,7 @@ def _build_task(
 
 def _configure(file: TaskFile, entry: SuiteEntry, *, local: LocalFiles | None, num_fewshot: int) -> dict[str, Any]:
     """The task's settings, with its documents at the pinned revision or in the user's files."""
-    with explain_dataset_errors(f"What {file.name} imports"):
-        settings = file.read()
-    config = deepcopy({key: value for key, value in settings.items() if key not in ("group", "tag", "task_list")})
+    config = deepcopy({key: value for key, value in file.read().items() if key not in ("group", "tag", "task_list")})
     kwargs = dict(config.get("dataset_kwargs") or {})
     if local is not None:
         config |= {"dataset_path": local.builder, "dataset_name": None}
@@ -380,6 +383,7 @@ def _explain_fewshot(file: TaskFile, num_fewshot: int) -> Iterator[None]:
         raise
 
 
-def _say_revision(entry: SuiteEntry, dataset: DatasetSource, say: Callable[[str], None]) -> None:
-    if dataset.revision and dataset.path not in entry.datasets:
-        say(f"{dataset.path} is not pinned by this suite; resolved at run time to {dataset.revision}")
+def _tell_revision(entry: SuiteEntry, dataset: DatasetSource) -> str | None:
+    if not dataset.revision or dataset.path in entry.datasets:
+        return None
+    return f"{dataset.path} is not pinned by this suite; resolved at run time to {dataset.revision}"

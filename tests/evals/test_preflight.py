@@ -179,7 +179,7 @@ def test_costs_and_what_can_be_seen_are_told_before_the_run(tiny_tokenizer):
     assert cloze.detectable_difference == plan_detectable_difference(50)
     assert cloze.detectable_difference_of_suite == plan_detectable_difference(50, alpha=0.05 / 3)
     assert text.detectable_difference is None
-    assert (cloze.num_groups, copying.num_groups) == (5, None)
+    assert (cloze.num_groups, copying.num_groups) == (7, None)
     assert "is not known before a run" in found.to_lines()[4]
     assert json.dumps(found.to_dict())
 

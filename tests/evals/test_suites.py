@@ -1,12 +1,15 @@
 import re
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
 from hub_moe.errors import ConfigError
 from hub_moe.evals.suites import DECLARATIONS, list_suites, load_suite
 
+ROOT = Path(__file__).parents[2]
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -123,3 +126,13 @@ def test_reading_suites_imports_neither_torch_nor_lm_eval():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_wheel_carries_the_declarations_to_where_they_are_looked_for_first(tmp_path):
+    wheel = pytest.importorskip("hatchling.builders.wheel")
+    built = next(wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path)))
+    with zipfile.ZipFile(built) as archive:
+        names = set(archive.namelist())
+    for kind, ending in (("suites", "*.toml"), ("tasks", "**/*.yaml")):
+        for path in (DECLARATIONS / kind).glob(ending):
+            assert f"hub_moe/evals/declarations/{path.relative_to(DECLARATIONS).as_posix()}" in names

@@ -29,6 +29,9 @@ CHAT_TEMPLATE = (
 ROWS = [{"question": f"What is {n} and {n}?", "answer": f"Twice {n}.\n#### {2 * n}"} for n in range(1, 13)]
 
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
+
+
 class AskedLM(LM):
     """Answers anything, and keeps what it was asked."""
 
@@ -58,13 +61,6 @@ class AskedLM(LM):
     def _keep(self, requests, answer):
         self.asked += [(request.request_type, request.args) for request in requests]
         return [answer] * len(requests)
-
-
-@pytest.fixture(autouse=True)
-def _datasets_lie_below_the_tests_folder(monkeypatch, tmp_path):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -143,6 +139,49 @@ def test_gsm8k_reads_the_users_files_and_asks_as_lm_eval_does(data_dir):
     assert (source.dataset.path, source.dataset.revision, source.dataset.num_rows) == ("gsm8k/test.jsonl", None, 4)
     assert (source.num_fewshot, source.fewshot_seed, source.version) == (5, 1234, "3.0")
     assert source.generation["until"] == ["Question:", "</s>", "<|im_end|>"]
+
+
+STANDARD_ROWS = {
+    "hellaswag": {
+        "activity_label": "Baking",
+        "ctx_a": "A man bakes.",
+        "ctx_b": "he",
+        "endings": ["eats.", "sings.", "falls.", "runs."],
+        "label": "2",
+    },
+    "ai2_arc": {
+        "question": "Which is hot?",
+        "choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+    },
+    "winogrande": {"sentence": "Ann paid Eve since _ owed.", "option1": "Ann", "option2": "Eve", "answer": "1"},
+    "piqa": {"goal": "Cut bread", "sol1": "with a knife", "sol2": "with a spoon", "label": 0},
+    "mmlu": {"question": "1 + 1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "algebra"},
+    "gsm8k": ROWS[0],
+    "super_glue": {"passage": "Snow is cold.", "question": "is snow cold", "label": 1},
+    "lambada_openai": {"text": "Snow is white and very cold"},
+}
+
+
+def test_every_standard_task_of_lm_eval_is_built_from_files_in_the_shape_of_its_dataset(tmp_path):
+    for name, row in STANDARD_ROWS.items():
+        (tmp_path / name).mkdir()
+        for split in ("train", "validation", "test", "dev"):
+            rows = "".join(json.dumps({**row, "number": n}) + "\n" for n in range(2 if split == "test" else 30))
+            (tmp_path / name / f"{split}.jsonl").write_text(rows)
+    said = []
+    built = build_suite(load_suite("standard", limit=2), data_dir=tmp_path, say=said.append)
+    assert len(built.tasks) == 8 + 57
+    assert "Reading mmlu, 57 tasks" in said
+    assert {task.entry.name: task.source.num_fewshot for task in built.tasks} == {
+        **{"hellaswag": 10, "arc_easy": 0, "arc_challenge": 25, "winogrande": 5, "piqa": 0},
+        **{"mmlu": 5, "gsm8k": 5, "boolq": 0, "lambada_openai": 0},
+    }
+    for task in built.tasks:
+        assert task.main_metric in {metric.name for metric in task.metrics}
+        assert task.source.num_documents == len(task.documents) == 2
+    assert {document.group for task in built.tasks_of("mmlu") for document in task.documents} >= {"mmlu_anatomy"}
+    assert {metric.name: metric.higher_is_better for metric in built.tasks_of("boolq")[0].metrics} == {"acc": True}
 
 
 def test_hashes_do_not_tell_where_the_users_files_lie(data_dir, tmp_path_factory):
@@ -254,116 +293,6 @@ def test_documents_keep_their_place_and_group():
     assert len({document.sha256 for document in task.documents}) == 30
     assert len(task.instances) == 90
     assert (task.source.num_documents, task.source.dataset.num_rows) == (30, 200)
-
-
-OWN_TASK = """
-task: {name}
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {path}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: 0
-doc_to_choice: ["yes", "no"]
-metric_list:
-  - metric: {metric}
-"""
-
-
-@pytest.fixture
-def own_suite(tmp_path):
-    """A suite of two tasks in a folder of its own."""
-
-    def write(*, metric="acc", rows=ROWS, extra="", suite=""):
-        (tmp_path / "tasks").mkdir()
-        data = tmp_path / "rows.jsonl"
-        data.write_text("".join(json.dumps({**row, "half": n % 2}) + "\n" for n, row in enumerate(rows)))
-        for name in ("one", "two"):
-            text = OWN_TASK.format(name=name, path=data, metric=metric) + extra
-            (tmp_path / "tasks" / f"{name}.yaml").write_text(text)
-        path = tmp_path / "own.toml"
-        path.write_text(
-            f'description = ""\n{suite}\n[[entries]]\nname = "both"\ntasks = ["one", "two"]\nsource = "./tasks"\n'
-        )
-        return load_suite(str(path))
-
-    return write
-
-
-def test_tasks_of_ones_own_beside_the_suite_are_groups_of_one_entry(own_suite):
-    built = build_suite(own_suite())
-    assert [{document.group for document in task.documents} for task in built.tasks] == [{"one"}, {"two"}]
-    assert [task.name for task in built.tasks_of("both")] == ["one", "two"]
-    assert built.tasks[0].main_metric == "acc"
-
-
-def test_a_group_column_that_is_not_there_is_refused(own_suite):
-    suite = own_suite()
-    grouped = replace(suite, entries=(replace(suite.entries[0], group_column="half"),))
-    assert {document.group for document in build_suite(grouped).tasks[0].documents} == {"0", "1"}
-    wrong = replace(suite, entries=(replace(suite.entries[0], group_column="halves"),))
-    with pytest.raises(ConfigError, match="no column 'halves' to group documents by; one has question, answer, half"):
-        build_suite(wrong)
-
-
-def test_a_metric_that_lm_eval_would_fetch_online_is_refused(own_suite):
-    with pytest.raises(
-        ConfigError, match=r"metric 'acc_nrm', for which lm_eval would go online.*did you mean acc_norm"
-    ):
-        build_suite(own_suite(metric="acc_nrm"))
-
-
-def test_a_module_that_fetches_its_metric_is_refused_before_it_is_imported(own_suite, tmp_path):
-    suite = own_suite(extra="process_docs: !function helper.keep\n")
-    (tmp_path / "tasks" / "helper.py").write_text("import evaluate\nraise SystemExit('it was imported')\n")
-    with pytest.raises(ConfigError, match=r"one imports evaluate in helper.py"):
-        build_suite(suite)
-
-
-def test_a_changed_module_is_another_task_file(own_suite, tmp_path):
-    suite = own_suite(extra="process_docs: !function helper.keep\n")
-    helper = tmp_path / "tasks" / "helper.py"
-    helper.write_text("KEPT = 4\ndef keep(rows):\n    return rows.select(range(KEPT))\n")
-    before = build_suite(suite).tasks[0].source
-    helper.write_text("KEPT = 40 // 10\ndef keep(rows):\n    return rows.select(range(KEPT))\n")
-    after = build_suite(suite).tasks[0].source
-    assert before.num_documents == after.num_documents == 4
-    assert before.file_sha256 != after.file_sha256
-    assert before.prompts_sha256 == after.prompts_sha256
-
-
-def test_code_of_the_model_runs_only_where_that_is_allowed(monkeypatch):
-    suite = load_suite("code-running")
-    with pytest.raises(
-        ConfigError, match="humaneval runs code that the model writes; allow that only inside a sandbox"
-    ):
-        build_suite(suite)
-    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
-    with pytest.raises(ConfigError, match="needs HF_ALLOW_CODE_EVAL=1"):
-        build_suite(suite, run_code=True)
-
-
-def test_a_split_without_documents_and_a_function_that_is_not_there_are_refused(own_suite, tmp_path):
-    suite = own_suite(extra="process_docs: !function helper.none\n")
-    with pytest.raises(ConfigError, match="one names a function that is not there: Cannot import module 'helper'"):
-        build_suite(suite)
-    (tmp_path / "tasks" / "helper.py").write_text("def none(rows):\n    return rows.select([])\n")
-    with pytest.raises(DatasetError, match="one has no documents in the split 'test'"):
-        build_suite(suite)
-
-
-def test_tasks_and_metrics_that_are_not_there_are_refused_with_the_nearest(own_suite):
-    suite = own_suite()
-    entry = suite.entries[0]
-    for change, message in (
-        ({"tasks": ("oen",)}, r"no task 'oen' in ./tasks; did you mean one"),
-        ({"source": "./task"}, r"'./task' of both is no folder of tasks; did you mean tasks"),
-        ({"source": "lm_eval/helaswag"}, "did you mean hellaswag"),
-        ({"main_metric": "acc_norm"}, "one has no metric 'acc_norm' for both; it has acc"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            build_suite(replace(suite, entries=(replace(entry, **change),)))
 
 
 def test_a_chat_template_that_is_not_there_is_refused(tiny_tokenizer):
