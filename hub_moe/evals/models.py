@@ -23,6 +23,8 @@ except ImportError as error:
 
 Endpoint = Literal["completions", "chat"]
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class ModelRequest:
@@ -30,7 +32,7 @@ class ModelRequest:
 
     Attributes:
         reference: A folder or OWNER/NAME; for an endpoint the name it serves the model by.
-        dtype: "auto" for that of the stored weights, or torch's name for another.
+        dtype: "auto" for that of the stored weights, or torch's name for another floating-point one.
         attention: transformers' `attn_implementation`; None for its choice.
         experts: transformers' `experts_implementation`; None for its choice.
         device: Such as `cpu` or `cuda:0`; None for the GPU if there is one.
@@ -58,8 +60,8 @@ class ModelRequest:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"The batch size is {self.batch_size}; it must be at least 1.")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ConfigError(f"The dtype {self.dtype!r} is unknown; expected auto, float32, bfloat16 or float16.")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"The dtype {self.dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
 
 
 @dataclass
