@@ -101,9 +101,9 @@ def _print(name: str, verification: "Verification") -> None:
     if verification.catch_probabilities:
         chances = ", ".join(f"{share}: {chance:.0%}" for share, chance in verification.catch_probabilities.items())
         lines.append(
-            f"  The {verification.num_replayed} documents asked again would have met fabricated ones, had there"
+            f"  Had a share of all documents been fabricated, the {verification.num_replayed} asked again would"
         )
-        lines.append(f"  been a share of them, with probability {chances}. Nonce {verification.nonce}.")
+        lines.append(f"  have met one with probability {chances}. Nonce {verification.nonce}.")
     lines += [f"  Note: {each}" for each in verification.reservations]
     for line in lines:
         print_text(_plain(line))

@@ -59,13 +59,16 @@ def check_suite(record: Record, suite: Suite, *, chat_template: str | None) -> F
 
 
 def find_suite_changes(record: Record) -> tuple[str, ...] | None:
-    """In what the record's suite differs from ours of that name; None where we have none, empty where in nothing."""
+    """In what the record's suite differs from ours of that name, in words such as `limit`, `without mmlu`.
+
+    None where we have none of that name, empty where it differs in nothing.
+    """
     ours = next((suite.source for suite in list_suites() if suite.name == record.suite.name), None)
     if ours is None:
         return None
     if ours.sha256 == record.suite.sha256:
         return ()
-    return tuple(_changed_keys(ours.declaration, record.suite.declaration))
+    return tuple(_describe_changes(ours.declaration, record.suite.declaration))
 
 
 def check_tasks(record: Record, built: BuiltSuite) -> Finding:
@@ -180,14 +183,25 @@ def _is_whole(sample: Sample, shape: tuple[int, int, int]) -> bool:
     return is_finite and (len(sample.log_likelihoods), len(sample.is_greedy), len(sample.texts)) == shape
 
 
+def _describe_changes(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    yield from (key for key in _changed_keys(ours, theirs) if key != "entries")
+    our_entries, their_entries = ({entry["name"]: entry for entry in each["entries"]} for each in (ours, theirs))
+    if left_out := [name for name in our_entries if name not in their_entries]:
+        yield f"without {', '.join(left_out)}"
+    if added := [name for name in their_entries if name not in our_entries]:
+        yield f"with {', '.join(added)}"
+    shared = our_entries.keys() & their_entries.keys()
+    yield from sorted({key for name in shared for key in _changed_keys(our_entries[name], their_entries[name])})
+
+
 def _describe_suite(record: Record, suite: Suite) -> str:
     changes = find_suite_changes(record)
     if changes is None:
         return f"{suite.name} is no suite of hub_moe; its declaration is in the record"
     return (
-        f"NOT the suite {suite.name} as it stands: other {', '.join(changes)}"
+        f"NOT the suite {suite.name} as it stands ({', '.join(changes)})"
         if changes
-        else (f"the whole suite {suite.name}")
+        else f"the whole suite {suite.name}"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import modeling  # noqa: F401  teaches transformers our models and patches
-from ..errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
+from ..errors import CheckpointError, ConfigError, HubMoeError, MissingExtraError, UnsupportedModelError
 from .model_source import LocatedModel, locate_model
 from .records import Execution, ModelSource
 from .task_files import hush_lm_eval
@@ -167,8 +167,20 @@ def _load_weights(request: ModelRequest, located: LocatedModel) -> PreTrainedMod
         options["base"] = request.base
     if located.source.kind == "adapter":
         return _place(_load_adapter(located, options), request)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(located.folder), **options)
+    with _explained(located):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(located.folder), **options)
     return _place(model, request)
+
+
+@contextmanager
+def _explained(located: LocatedModel) -> Iterator[None]:
+    """Says in a sentence of ours what transformers says of a model or setting that it does not know."""
+    try:
+        yield
+    except HubMoeError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{located.source} cannot be loaded so: {str(error).strip().splitlines()[0]}") from error
 
 
 def _load_adapter(located: LocatedModel, options: dict[str, Any]) -> PreTrainedModel:
@@ -179,7 +191,8 @@ def _load_adapter(located: LocatedModel, options: dict[str, Any]) -> PreTrainedM
         raise MissingExtraError("Evaluating an adapter needs peft: pip install 'hub_moe[train]'.") from error
     assert located.base is not None
     options.pop("base", None)
-    base = AutoModelForCausalLM.from_pretrained(str(located.base.folder), **options)
+    with _explained(located.base):
+        base = AutoModelForCausalLM.from_pretrained(str(located.base.folder), **options)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         adapted = PeftModel.from_pretrained(base, str(located.folder))

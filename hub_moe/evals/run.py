@@ -70,7 +70,7 @@ def evaluate_suite(
             suite=built.suite.source,
             model=loaded.source,
             execution=complete_execution(loaded, built),
-            entries=_summarise_entries(built, scored),
+            entries=summarise_entries(built, scored),
             samples=SampleFile("none", "", 0),
             created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             command=tuple(facts.command),
@@ -175,7 +175,8 @@ class _Watch:
                 self._journal.add_partial(kind, arguments, answer)
 
 
-def _summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[EntryResult, ...]:
+def summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[EntryResult, ...]:
+    """The results of all entries of the suite."""
     by_entry = defaultdict(list)
     for each in scored:
         by_entry[each.built.entry.name].append(each)

@@ -300,7 +300,7 @@ def _find_reservations(record: Record, reviewer: Reviewer) -> Iterator[str]:
         yield f"{record.suite.name} is a suite of the author's own: read its declaration in the record."
     elif changes:
         yield (
-            f"This is NOT the suite {record.suite.name} as it stands, but one with other {', '.join(changes)}: its "
+            f"This is NOT the suite {record.suite.name} as it stands, but another ({', '.join(changes)}): its "
             "numbers compare with no other record of that name."
         )
     if record.model.kind == "endpoint":
