@@ -135,7 +135,7 @@ class _Tree:
 
     def __init__(self, paths: Sequence[_Path], budget: Budget):
         self.paths, self._budget = paths, budget
-        self._shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths))]
+        self._shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths))][: len(paths)]
         own = (len(path.tokens) - shared for path, shared in zip(paths, self._shared, strict=True))
         self._own_before = [0, *accumulate(own)]
 

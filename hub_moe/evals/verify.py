@@ -27,7 +27,7 @@ from .claim_checks import (
 )
 from .model_source import LocatedModel, locate_model
 from .models import LoadedModel, ModelRequest, load_model, load_tokenizer
-from .records import Record, Sample, StoredRecord, read_record
+from .records import ModelSource, Record, Sample, StoredRecord, read_record
 from .replay import Replay, replay_documents
 from .suites import Suite
 from .tasks import BuiltSuite, build_suite
@@ -156,6 +156,7 @@ class _Verifier:
         located = self._locate()
         if self._record.model.kind != "endpoint":
             self._findings.append(check_model(self._record.model, located.source))
+            self._reservations += _compare_names(self._record.model, located.source)
         self._say("Building every prompt again")
         tokenizer = load_tokenizer(located, trust_remote_code=self._reviewer.trust_remote_code)
         template = getattr(tokenizer, "chat_template", None)
@@ -318,6 +319,11 @@ def _find_reservations(record: Record, reviewer: Reviewer) -> Iterator[str]:
     if reviewer.nonce is not None:
         yield "The nonce was given: it shows nothing if the author could foresee it."
     yield "Time, tokens, energy, versions, device, command and noise floor in the record are its author's word."
+
+
+def _compare_names(claimed: ModelSource, found: ModelSource) -> Iterator[str]:
+    if claimed.name != found.name:
+        yield f"The record calls the model {claimed.name}; what was checked is {found}."
 
 
 def _compare_task_files(record: Record, built: BuiltSuite) -> Iterator[str]:
