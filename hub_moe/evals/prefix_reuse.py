@@ -98,6 +98,8 @@ def plan_requests(inputs: Sequence[Scored], *, budget: Budget, batch_size: int, 
     """
     paths = _gather_paths(inputs)
     chosen = _find_sharing(paths)
+    if not chosen:
+        return Plan((), tuple(range(len(inputs))))
     budgets = [Budget(max(budget.tokens // part, 1), budget.cells) for part in (1, 2, 4)]
     plans = [tuple(plan_steps([inputs[i] for i in chosen], budget=smaller)) for smaller in budgets]
     steps = min(plans, key=lambda steps: _cost_steps(steps, hidden_size))
@@ -135,7 +137,7 @@ class _Tree:
 
     def __init__(self, paths: Sequence[_Path], budget: Budget):
         self.paths, self._budget = paths, budget
-        self._shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths))][: len(paths)]
+        self._shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths))]
         own = (len(path.tokens) - shared for path, shared in zip(paths, self._shared, strict=True))
         self._own_before = [0, *accumulate(own)]
 

@@ -107,6 +107,12 @@ def test_the_record_of_the_base_beside_a_patch_is_checked_against_the_base(world
     assert sum("of the base base, not of patch" in each for v in outcomes for each in v.reservations) == 1
 
 
+@pytest.mark.parametrize("nonce", range(4))
+def test_one_document_that_shares_nothing_with_others_can_be_asked_again(world, nonce):
+    found = verify(record_of(world / "base"), world / "base", documents=1, nonce=str(nonce))
+    assert (failures(found), found.num_replayed) == ({}, 1)
+
+
 def test_a_record_that_was_not_replayed_is_not_called_equal(world):
     found = verify(record_of(world / "base"), world / "base", documents=0)
     assert (found.outcome, found.num_replayed, found.catch_probabilities) == ("not replayed", 0, None)
@@ -334,7 +340,7 @@ def test_slightly_other_weights_under_the_honest_names_are_found(world, forger, 
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.data += (
-                0.01
+                0.05
                 * parameter.data.std()
                 * parameter.new_tensor(np.random.default_rng(0).normal(size=parameter.shape))
             )
@@ -343,7 +349,7 @@ def test_slightly_other_weights_under_the_honest_names_are_found(world, forger, 
     other = Forger(evaluate(tmp_path / "model", tmp_path / "evals", limit=4).path)
     found = verify(other.change(model=forger.record.model).write(tmp_path / "forged"), world / "base", documents=ALL)
     assert failures(found).keys() == {"replay"}
-    assert len(found.failed_documents) >= 8
+    assert len(found.failed_documents) >= 12
 
 
 def test_another_base_below_a_patch_is_found(world, tmp_path):
