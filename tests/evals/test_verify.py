@@ -349,7 +349,7 @@ def test_slightly_other_weights_under_the_honest_names_are_found(world, forger, 
     other = Forger(evaluate(tmp_path / "model", tmp_path / "evals", limit=4).path)
     found = verify(other.change(model=forger.record.model).write(tmp_path / "forged"), world / "base", documents=ALL)
     assert failures(found).keys() == {"replay"}
-    assert len(found.failed_documents) >= 12
+    assert len(found.failed_documents) >= 8
 
 
 def test_another_base_below_a_patch_is_found(world, tmp_path):
