@@ -1,8 +1,9 @@
 """A model, wherever it is, as lm_eval asks it questions, with what it is and how it runs written down."""
 
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import modeling  # noqa: F401  teaches transformers our models and patches
-from ..errors import CheckpointError, ConfigError, HubMoeError, MissingExtraError, UnsupportedModelError
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    EvaluationError,
+    HubMoeError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
 from .model_source import LocatedModel, locate_model
 from .records import Execution, ModelSource
 from .task_files import hush_lm_eval
@@ -131,6 +139,12 @@ def describe_execution(lm: Any, request: ModelRequest) -> Execution:
     )
 
 
+def check_endpoint(request: ModelRequest, *, writes_chats: bool) -> None:
+    """Raises ConfigError where a chat endpoint is to be asked in plain text, which it does not take."""
+    if request.endpoint is not None and request.endpoint_kind == "chat" and not writes_chats:
+        raise ConfigError("A chat endpoint takes chats; choose a suite with chat_template = true, or completions.")
+
+
 @contextmanager
 def running_experts(loaded: LoadedModel, implementation: str) -> Iterator[None]:
     """Run the experts by another implementation for a while.
@@ -225,6 +239,33 @@ def _has_experts(model: PreTrainedModel) -> bool:
     return bool(model._can_set_experts_implementation())
 
 
+def _explaining(ask: Callable[..., Any], url: str) -> Callable[..., Any]:
+    """`ask` with a sentence of ours for what goes wrong between here and the server at `url`."""
+    import requests
+
+    @functools.wraps(ask)
+    def explained(*arguments: Any, **settings: Any) -> Any:
+        try:
+            return ask(*arguments, **settings)
+        except requests.HTTPError as error:
+            assert error.response is not None
+            said = " ".join(error.response.text.split())[:200]
+            raise EvaluationError(
+                f"The endpoint {url} refused with status {error.response.status_code}: {said}"
+            ) from error
+        except requests.RequestException as error:
+            raise EvaluationError(f"The endpoint {url} cannot be reached: {type(error).__name__}.") from error
+        except NotImplementedError as error:
+            raise EvaluationError(f"The endpoint {url} gives no log-likelihoods, which this suite needs.") from error
+        except (KeyError, TypeError, IndexError) as error:
+            raise EvaluationError(
+                f"The endpoint {url} answers in another form than a server with log-probabilities of the prompt (echo) "
+                f"does: {type(error).__name__} {error}."
+            ) from error
+
+    return explained
+
+
 def _reach_endpoint(request: ModelRequest) -> LoadedModel:
     """lm_eval's own adapter for an OpenAI-compatible server, such as vLLM or SGLang."""
     from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
@@ -246,6 +287,8 @@ def _reach_endpoint(request: ModelRequest) -> LoadedModel:
     if key := os.environ.get("OPENAI_API_KEY"):
         options["auth_token"] = key
     lm = (LocalChatCompletion if is_chat else LocalCompletionsAPI)(**options)
+    for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, method, _explaining(getattr(lm, method), url))
     engine = "local-chat-completions" if is_chat else "local-completions"
     execution = Execution(
         engine=engine, batch_size=options["batch_size"], max_length=options["max_length"], device="endpoint"

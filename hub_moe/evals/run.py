@@ -188,7 +188,8 @@ def summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[
 
 def complete_execution(loaded: LoadedModel, built: BuiltSuite) -> Execution:
     """The execution with what the suite adds: its system prompt and the chat template that it applies."""
-    template = getattr(loaded.tokenizer, "chat_template", None) if built.suite.chat_template else None
+    is_here = built.suite.chat_template and loaded.execution.engine != "local-chat-completions"
+    template = getattr(loaded.tokenizer, "chat_template", None) if is_here else None
     return replace(
         loaded.execution,
         chat_template_sha256=None if template is None else hash_json(template),

@@ -1,16 +1,16 @@
 """From a model's name to its record, and to the comparison with its base: what `hub-moe eval` does."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .compare import RecordComparison, compare_records
 from .model_source import LocatedModel, locate_model
-from .models import LoadedModel, ModelRequest, load_model, load_tokenizer
+from .models import LoadedModel, ModelRequest, check_endpoint, load_model, load_tokenizer
 from .noise_floor import measure_noise_floor
 from .preflight import Preflight, check_suite
-from .records import StoredRecord, find_records
+from .records import ModelSource, StoredRecord, find_records
 from .run import OnProgress, RunFacts, complete_execution, evaluate_suite
 from .suites import Suite
 from .tasks import BuiltSuite
@@ -51,7 +51,7 @@ def preview(plan: Plan, request: ModelRequest) -> Preflight:
     Raises:
         DatasetError, ConfigError: If a dataset cannot be had, or the tokenizer lacks what the suite wants.
     """
-    return _check(plan, load_tokenizer(_locate(request), trust_remote_code=request.trust_remote_code))
+    return _check(plan, _find_writer(request, plan, _locate(request)))
 
 
 def evaluate(
@@ -84,7 +84,7 @@ def _evaluate_one(
     on_progress: OnProgress,
 ) -> StoredRecord:
     located = _locate(request)
-    tokenizer = load_tokenizer(located, trust_remote_code=request.trust_remote_code)
+    tokenizer = _find_writer(request, plan, located)
     say(f"Preparing the suite {plan.suite.name} for {located.source}")
     preflight = _check(plan, tokenizer)
     preflight.raise_if_blocked()
@@ -111,8 +111,21 @@ def _locate(request: ModelRequest) -> LocatedModel:
     return locate_model(reference, revision=request.revision, subfolder=request.subfolder, base=request.base)
 
 
+def _find_writer(request: ModelRequest, plan: Plan, located: LocatedModel) -> Any:
+    """What writes prompts: the tokenizer, or where a server applies the template the client that sends it chats."""
+    check_endpoint(request, writes_chats=plan.suite.chat_template)
+    if request.endpoint is not None and request.endpoint_kind == "chat":
+        return load_model(request, located).lm
+    return load_tokenizer(located, trust_remote_code=request.trust_remote_code)
+
+
 def _check(plan: Plan, tokenizer: Any) -> Preflight:
     return check_suite(plan.suite, tokenizer=tokenizer, data_dir=plan.data_dir, run_code=plan.run_code)
+
+
+def _without_request(source: ModelSource) -> ModelSource:
+    """The model, whether it was asked for by a branch or by a commit."""
+    return replace(source, requested_revision=None)
 
 
 def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRecord | None:
@@ -120,11 +133,11 @@ def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRec
     if not plan.folder.is_dir():
         return None
     prompts = [each.source.prompts_sha256 for each in built.tasks]
-    execution = complete_execution(loaded, built)
+    source, execution = _without_request(loaded.source), complete_execution(loaded, built)
     for stored in reversed(find_records(plan.folder)):
         record = stored.record
         asked = [task.prompts_sha256 for entry in record.entries for task in entry.tasks]
-        is_same_run = (record.model, record.execution, asked) == (loaded.source, execution, prompts)
+        is_same_run = (_without_request(record.model), record.execution, asked) == (source, execution, prompts)
         if is_same_run and (record.noise_floor is not None) >= plan.noise_floor:
             return stored
     return None

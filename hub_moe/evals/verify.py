@@ -250,6 +250,10 @@ class _Verifier:
 
 
 def _require_place(record: Record, reviewer: Reviewer) -> None:
+    if record.execution.engine == "local-chat-completions":
+        raise EvaluationError(
+            "The server of a chat endpoint writes its prompts itself, so nobody can check its record."
+        )
     is_endpoint = record.model.kind == "endpoint"
     if reviewer.model is None and (is_endpoint or record.model.repo is None):
         what = "was served by an endpoint" if is_endpoint else "was a folder of its author's"
