@@ -248,11 +248,8 @@ def _explaining(ask: Callable[..., Any], url: str) -> Callable[..., Any]:
         try:
             return ask(*arguments, **settings)
         except requests.HTTPError as error:
-            assert error.response is not None
-            said = " ".join(error.response.text.split())[:200]
-            raise EvaluationError(
-                f"The endpoint {url} refused with status {error.response.status_code}: {said}"
-            ) from error
+            said = "" if error.response is None else " ".join(error.response.text.split())[:200]
+            raise EvaluationError(f"The endpoint {url} refused: {error}. {said}") from error
         except requests.RequestException as error:
             raise EvaluationError(f"The endpoint {url} cannot be reached: {type(error).__name__}.") from error
         except NotImplementedError as error:
