@@ -5,11 +5,17 @@ import random
 from dataclasses import replace
 
 from hub_moe.evals.claim_checks import answer_from_samples
+from hub_moe.evals.models import ModelRequest, load_model
 from hub_moe.evals.records import Record, read_record, write_record
-from hub_moe.evals.run import summarise_entries
+from hub_moe.evals.run import RunFacts, evaluate_suite, summarise_entries
 from hub_moe.evals.scoring import score_task
-from hub_moe.evals.suites import Suite
+from hub_moe.evals.suites import Suite, load_suite
 from hub_moe.evals.tasks import build_suite
+from hub_moe.evals.verify import Reviewer, verify_record
+
+from .checkpoints import TASKS
+
+ALL = 10**6  # more documents than there are
 
 
 class Forger:
@@ -74,3 +80,25 @@ def write_json(folder, data):
 def fabricate(samples, share, seed=0):
     """The places of so large a share of the samples."""
     return set(random.Random(seed).sample(range(len(samples)), round(share * len(samples))))
+
+
+def record_of(model):
+    (path,) = (model / "evals").glob("*.json")
+    return path
+
+
+def verify(path, model, *, documents=0, **reviewer):
+    return verify_record(path, Reviewer(model=str(model), num_documents=documents, **reviewer))
+
+
+def failures(verification):
+    """The findings that did not hold, by check."""
+    assert (verification.outcome == "failed") == (not all(f.passed for f in verification.findings))
+    return {finding.check: finding.detail for finding in verification.findings if not finding.passed}
+
+
+def evaluate_other(model, folder, **changes):
+    """The record of a suite that differs from the honest one."""
+    loaded = load_model(ModelRequest(str(model), batch_size=4))
+    suite = replace(load_suite("offline", limit=4, tasks=TASKS), **changes)
+    return evaluate_suite(loaded, build_suite(suite, tokenizer=loaded.tokenizer), folder, RunFacts(["test"]))
