@@ -66,6 +66,10 @@ def _alone(loaded: Any, limit: int) -> dict[str, float]:
     suite = load_suite("offline")
     manager = TaskManager(include_path=str(DECLARATIONS / "tasks"), include_defaults=False)
     tasks = manager.load([name for entry in suite.entries for name in entry.tasks])
+    for entry in suite.entries:
+        for name in entry.tasks:
+            tasks["tasks"][name].set_config(key="num_fewshot", value=entry.num_fewshot or 0)
+            tasks["tasks"][name].set_fewshot_seed(seed=suite.fewshot_seed)
     results = lm_eval.evaluate(loaded.lm, tasks, limit=limit, bootstrap_iters=0, log_samples=True)["results"]
     return {name: results[name][f"{metric},none"] for name, metric in _main_metrics().items()}
 
