@@ -1,0 +1,352 @@
+"""Facts of a model: from its folder or Hub repo, the records and run beside it, and what its config was measured to."""
+
+import hashlib
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+
+from .. import __version__
+from ..errors import ConfigError
+from ..evals.records import EntryResult, Record, StoredRecord, find_records
+from ..files.json_files import read_json
+from ..patches.metadata import METADATA_FILE, PatchMetadata
+from .facts import (
+    FACTS_FILE,
+    Ancestor,
+    Architecture,
+    ComparedTask,
+    ComparisonFacts,
+    DatasetFacts,
+    Energy,
+    Evaluation,
+    Facts,
+    License,
+    ModelFacts,
+    PatchFacts,
+    Picture,
+    Result,
+)
+from .licences import check_licence, summarise
+from .lineage import find_dataset_license, find_lineage
+from .metadata import is_hub_id
+from .readme import read_readme
+from .training_run import TrainingRun, describe_energy, describe_profile, hide_folder
+
+RECORDS_FOLDER = "evals"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_SMALL_FILES = ["README.md", FACTS_FILE, "*.json", f"{RECORDS_FOLDER}/*", ".eval_results/*.yaml", "card/*.png"]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model to be described: its small files lie in `folder`; `weights` are the sha256 of the large ones by name."""
+
+    folder: Path
+    name: str
+    weights: Mapping[str, str]
+    revision: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What the files are: a checkpoint, an expert patch or an adapter."""
+        if (self.folder / METADATA_FILE).is_file():
+            return "expert_patch"
+        return "adapter" if (self.folder / "adapter_config.json").is_file() else "checkpoint"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known beside the model's own files, as plain values.
+
+    Attributes:
+        records: Of this model and others; only those of these very weights count.
+        footprint: As `Footprint.to_dict` gives it.
+        profile: As `ExpertProfile.to_dict` gives it.
+        comparison: As `Comparison.to_dict` gives it, with the two records that it is of.
+    """
+
+    records: Sequence[StoredRecord] = ()
+    run: TrainingRun | None = None
+    footprint: Mapping[str, Any] | None = None
+    profile: Mapping[str, Any] | None = None
+    comparison: tuple[StoredRecord, StoredRecord, Mapping[str, Any]] | None = None
+    pictures: tuple[Picture, ...] = ()
+    license: str | None = field(default=None)
+
+
+def open_model(name: str, *, revision: str | None = None) -> ModelFolder:
+    """A model's folder, or the small files of a Hub repo and the hashes of its large ones.
+
+    Raises:
+        ConfigError: If there is no such folder and it is no repo id, or a folder is given with a revision.
+        OSError: If it cannot be read; the Hub client's errors are among them.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ConfigError(f"{name} is a folder, which has no revision {revision!r}.")
+        return ModelFolder(folder, folder.resolve().name, hash_weights(folder))
+    if not is_hub_id(name):
+        raise ConfigError(f"{name!r} is neither a folder nor the id of a repo (OWNER/NAME).")
+    info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    files = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
+    local = snapshot_download(name, revision=info.sha, allow_patterns=_SMALL_FILES)
+    return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if _is_weight(file)}, info.sha)
+
+
+def hash_weights(folder: Path) -> dict[str, str]:
+    """sha256 of every file of weights in a folder, by name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _is_weight(path.name):
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """The facts that an earlier card of this folder was rendered from; None where there are none.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    path = folder / FACTS_FILE
+    return Facts.from_dict(read_json(path, "the facts of a card"), where=str(path)) if path.is_file() else None
+
+
+def find_evidence(folder: Path, extra: Sequence[Path] = ()) -> list[StoredRecord]:
+    """Every record in the model's `evals/` and in other folders, or single files; the same one once.
+
+    Raises:
+        ConfigError: If a folder that was named is missing, or a record is damaged.
+        EvaluationError: If a record was edited.
+    """
+    for path in extra:
+        if not path.is_dir():
+            raise ConfigError(f"{path} is no folder of records.")
+    found = [each for place in (folder / RECORDS_FOLDER, *extra) if place.is_dir() for each in find_records(place)]
+    return list({each.record.id: each for each in found}.values())
+
+
+def is_of(record: Record, weights: Mapping[str, str]) -> bool:
+    """Whether a record was made with exactly these files of weights."""
+    claimed = {name: sha256 for name, sha256 in record.model.files.items() if _is_weight(name)}
+    return bool(weights) and claimed == dict(weights)
+
+
+def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say) -> Facts:
+    """Everything that can be known. What cannot be reached is told to `say` and left out.
+
+    Raises:
+        ConfigError: If front matter, run or patch are damaged.
+    """
+    run = evidence.run
+    patch = PatchMetadata.read(model.folder) if model.kind == "expert_patch" else None
+    base = _find_base(model, patch, run)
+    datasets = tuple(
+        replace(each, license=find_dataset_license(each.name, each.revision, say=say)) if each.is_on_hub else each
+        for each in (run.datasets if run else ())
+    )
+    lineage = find_lineage(base, say=say) if base else ()
+    evaluations = [describe_record(each) for each in _newest(_own(model, evidence.records, say=say))]
+    profile_load = describe_profile(evidence.profile) if evidence.profile is not None else ()
+    return Facts(
+        model=ModelFacts(model.name, model.kind, model.revision),  # type: ignore[arg-type]
+        architecture=describe_footprint(evidence.footprint) if evidence.footprint is not None else None,
+        expert_load=(*profile_load, *(run.expert_load if run else ())),
+        lineage=lineage,
+        datasets=datasets,
+        training=run.describe() if run else None,
+        patch=_describe_patch(patch) if patch else None,
+        license=describe_license(read_readme(model.folder / "README.md").metadata, evidence.license, lineage, datasets),
+        evaluations=tuple(evaluations),
+        comparison=describe_comparison(*evidence.comparison) if evidence.comparison else None,
+        weights=dict(model.weights),
+        energy=_find_energy(run, evidence.records, evaluations),
+        pictures=evidence.pictures,
+        hub_moe_version=__version__,
+    )
+
+
+def describe_footprint(footprint: Mapping[str, Any]) -> Architecture:
+    """The sizes in what `Footprint.to_dict` gives."""
+    experts, parameters, flops = footprint["experts"], footprint["parameters"], footprint["flops_per_token"]
+    return Architecture(
+        model_type=footprint["model_type"],
+        layers=footprint["layers"],
+        moe_layers=experts["layers"],
+        experts=experts["routed"],
+        experts_per_token=experts["per_token"],
+        has_shared_experts=experts["has_shared"],
+        total=parameters["total"],
+        active=parameters["active"],
+        active_with_embeddings=parameters["active_with_embeddings"],
+        per_expert=experts["parameters_each"],
+        context=flops["context"],
+        forward_flops=flops["forward"],
+        training_flops=flops["training"],
+        kv_bytes_per_token=footprint["kv_cache"]["bytes_per_token"],
+        max_context=footprint["max_context"],
+    )
+
+
+def describe_record(stored: StoredRecord) -> Evaluation:
+    """What a card says of a record."""
+    record, run = stored.record, stored.record.execution
+    execution = {name: getattr(run, name) for name in ("engine", "dtype", "attention", "experts", "device")}
+    execution |= {"batch_size": run.batch_size, "chat_template": run.chat_template_sha256}
+    return Evaluation(
+        record_sha256=record.id,
+        file=stored.path.name,
+        suite=record.suite.name,
+        created=record.created,
+        command=shlex.join(_hide_folders(word) for word in record.command),
+        results=tuple(_describe_entry(entry) for entry in record.entries),
+        execution={name: value for name, value in execution.items() if value is not None},
+        versions=dict(record.versions),
+        noise_documents=record.noise_floor.num_documents if record.noise_floor else None,
+        noise={name: dict(values) for name, values in record.noise_floor.variations.items()}
+        if record.noise_floor
+        else {},
+    )
+
+
+def describe_comparison(
+    base: StoredRecord, candidate: StoredRecord, comparison: Mapping[str, Any]
+) -> ComparisonFacts:
+    """What a card says of a paired comparison.
+
+    Raises:
+        ConfigError: If the mapping is not what `Comparison.to_dict` gives.
+    """
+    try:
+        tasks = tuple(
+            ComparedTask(
+                task=task["task"],
+                verdict=task["verdict"],
+                base=task["base"]["value"],
+                candidate=task["candidate"]["value"],
+                difference=task["difference"]["value"],
+                num_documents=task["difference"]["num_documents"],
+                **{name: task["difference"][name] for name in ("standard_error", "low", "high")},
+                **{name: task[name] for name in ("test", "adjusted_p_value", "lower_is_better")},
+                minimum_detectable_effect=task.get("minimum_detectable_effect"),
+            )
+            for task in comparison["tasks"]
+        )
+        alpha, rule = float(comparison["alpha"]), str(comparison["rule"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"The comparison is not whole: {type(error).__name__} {error}.") from error
+    return ComparisonFacts(
+        str(base.record.model), base.record.id, base.path.name, candidate.record.id, alpha, rule, tasks
+    )
+
+
+def describe_license(
+    card: Mapping[str, Any],
+    declared: str | None,
+    lineage: Sequence[Ancestor],
+    datasets: Sequence[DatasetFacts],
+) -> License | None:
+    """The declared licence, checked against the nearest base and the data; None if none is declared nor needed."""
+    license_id = declared or card.get("license")
+    license_id = license_id if isinstance(license_id, str) else None
+    name = card.get("license_name") if license_id == "other" else None
+    spoken = name if isinstance(name, str) else license_id
+    checks = [check_licence(spoken, each.name, each.license, is_dataset=False) for each in lineage[:1]]
+    checks += [check_licence(spoken, each.name, each.license, is_dataset=True) for each in datasets]
+    if license_id is None and not checks:
+        return None
+    return License(license_id, name if isinstance(name, str) else None, summarise(checks), tuple(checks))
+
+
+def _find_base(model: ModelFolder, patch: PatchMetadata | None, run: TrainingRun | None) -> Ancestor | None:
+    if patch is not None:
+        return Ancestor(patch.base.repo, "adapter", patch.base.commit)
+    adapter = model.folder / "adapter_config.json"
+    if adapter.is_file():
+        fields = read_json(adapter, "the config of an adapter")
+        name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+        return Ancestor(name, "adapter", revision if isinstance(revision, str) else None) if name else None
+    if run is not None:
+        return run.base
+    card = read_readme(model.folder / "README.md").metadata
+    known = read_facts(model.folder)
+    if known is not None and known.base is not None and known.base.name == card.get("base_model"):
+        return replace(known.base, license=None)
+    name = card.get("base_model")
+    return Ancestor(name, str(card.get("base_model_relation") or "finetune")) if isinstance(name, str) else None
+
+
+def _describe_patch(patch: PatchMetadata) -> PatchFacts:
+    parts = ("shared_experts", "non_expert_modules", "balancing_bias")
+    selection = vars(patch.selection) if patch.selection else {}
+    return PatchFacts(
+        experts={str(layer): tuple(experts) for layer, experts in patch.experts.items()},
+        parameters=patch.num_parameters,
+        other_parts=tuple(part.replace("_", " ") for part in parts if getattr(patch, part)),
+        selection={name: value for name, value in selection.items() if value is not None},
+    )
+
+
+def _own(model: ModelFolder, records: Sequence[StoredRecord], *, say: Say) -> list[StoredRecord]:
+    own = [each for each in records if is_of(each.record, model.weights)]
+    for each in records:
+        if each not in own:
+            say(f"{each.path.name} is a record of {each.record.model}, whose weights are not these; it is not claimed.")
+    return own
+
+
+def _newest(records: Sequence[StoredRecord]) -> list[StoredRecord]:
+    """One record for each declaration of a suite."""
+    ordered = sorted(records, key=lambda each: (each.record.created, each.record.id))
+    return list({each.record.suite.sha256: each for each in ordered}.values())
+
+
+def _describe_entry(entry: EntryResult) -> Result:
+    metric, task = entry.main, entry.tasks[0]
+    datasets = {each.dataset.name for each in entry.tasks}
+    return Result(
+        entry=entry.name,
+        metric=metric.name,
+        value=metric.value,
+        higher_is_better=metric.higher_is_better,
+        num_documents=metric.num_documents,
+        dataset=hide_folder(task.dataset.path),
+        dataset_split=task.dataset.split,
+        standard_error=metric.standard_error,
+        low=metric.low,
+        high=metric.high,
+        num_fewshot=task.num_fewshot,
+        limit=entry.limit,
+        dataset_name=task.dataset.name if len(datasets) == 1 else None,
+        dataset_revision=task.dataset.revision,
+        num_unparsable=entry.num_unparsable,
+        num_truncated=entry.num_truncated,
+    )
+
+
+def _find_energy(
+    run: TrainingRun | None, records: Sequence[StoredRecord], evaluations: Sequence[Evaluation]
+) -> tuple[Energy, ...]:
+    shown = {evaluation.record_sha256 for evaluation in evaluations}
+    measured = [
+        describe_energy(f"evaluation by the suite {each.record.suite.name}", each.record.energy)
+        for each in records
+        if each.record.id in shown
+    ]
+    return (*([run.energy] if run else []), *measured)
+
+
+def _hide_folders(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return f"{option}={hide_folder(value)}" if equals and word.startswith("-") else hide_folder(word)
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith(_WEIGHTS) and not name.startswith(f"{RECORDS_FOLDER}/")
