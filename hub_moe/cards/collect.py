@@ -1,6 +1,7 @@
 """Facts of a model: from its folder or Hub repo, the records and run beside it, and what its config was measured to."""
 
 import hashlib
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from .facts import (
     Facts,
     License,
     ModelFacts,
+    ModelKind,
     PatchFacts,
     Picture,
     Result,
@@ -37,7 +39,7 @@ from .readme import read_readme
 from .training_run import TrainingRun, describe_energy, describe_profile, hide_folder
 
 RECORDS_FOLDER = "evals"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_WEIGHTS = re.compile(r"(.*\.(safetensors|gguf)|(pytorch|adapter)_model.*\.bin)")
 _SMALL_FILES = ["README.md", FACTS_FILE, "*.json", f"{RECORDS_FOLDER}/*", ".eval_results/*.yaml", "card/*.png"]
 Say = Callable[[str], None]
 
@@ -52,7 +54,7 @@ class ModelFolder:
     revision: str | None = None
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> ModelKind:
         """What the files are: a checkpoint, an expert patch or an adapter."""
         if (self.folder / METADATA_FILE).is_file():
             return "expert_patch"
@@ -156,7 +158,7 @@ def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say) -> Facts:
     evaluations = [describe_record(each) for each in _newest(_own(model, evidence.records, say=say))]
     profile_load = describe_profile(evidence.profile) if evidence.profile is not None else ()
     return Facts(
-        model=ModelFacts(model.name, model.kind, model.revision),  # type: ignore[arg-type]
+        model=ModelFacts(model.name, model.kind, model.revision),
         architecture=describe_footprint(evidence.footprint) if evidence.footprint is not None else None,
         expert_load=(*profile_load, *(run.expert_load if run else ())),
         lineage=lineage,
@@ -216,9 +218,7 @@ def describe_record(stored: StoredRecord) -> Evaluation:
     )
 
 
-def describe_comparison(
-    base: StoredRecord, candidate: StoredRecord, comparison: Mapping[str, Any]
-) -> ComparisonFacts:
+def describe_comparison(base: StoredRecord, candidate: StoredRecord, comparison: Mapping[str, Any]) -> ComparisonFacts:
     """What a card says of a paired comparison.
 
     Raises:
@@ -349,4 +349,4 @@ def _hide_folders(word: str) -> str:
 
 
 def _is_weight(name: str) -> bool:
-    return name.endswith(_WEIGHTS) and not name.startswith(f"{RECORDS_FOLDER}/")
+    return _WEIGHTS.fullmatch(name) is not None

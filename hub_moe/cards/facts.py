@@ -11,6 +11,7 @@ FACTS_FILE = "model_card.json"
 FORMAT_VERSION = 1
 
 HowKnown = Literal["measured", "estimate", "not measured"]
+ModelKind = Literal["checkpoint", "expert_patch", "adapter", "architecture"]
 CompatibilityVerdict = Literal["compatible", "conflict", "unknown"]
 
 
@@ -24,7 +25,7 @@ class ModelFacts:
     """
 
     name: str
-    kind: Literal["checkpoint", "expert_patch", "adapter", "architecture"] = "checkpoint"
+    kind: ModelKind = "checkpoint"
     revision: str | None = None
 
 

@@ -67,9 +67,7 @@ def find_terms(license: str | None) -> Terms | None:
     if match:
         flags = match.group(1).split("-")
         family = f"cc-by{match.group(1)}" if "sa" in flags else "permissive"
-        return Terms(
-            family, share_alike="sa" in flags, non_commercial="nc" in flags, no_derivatives="nd" in flags
-        )
+        return Terms(family, share_alike="sa" in flags, non_commercial="nc" in flags, no_derivatives="nd" in flags)
     if _OPENRAIL.search(word) or _CUSTOM.match(word):
         return Terms(word, is_custom=True, non_commercial=bool(_NON_COMMERCIAL.search(word)))
     return None
@@ -105,7 +103,10 @@ def _judge(model: str | None, source: str | None, *, is_dataset: bool) -> tuple[
         return _judge_data(ours, theirs)
     if theirs.no_derivatives:
         return "conflict", "it forbids passing on changed versions"
-    if (theirs.share_alike or theirs.is_custom) and ours.family not in {theirs.family, *_MAY_BECOME.get(theirs.family, ())}:
+    if (theirs.share_alike or theirs.is_custom) and ours.family not in {
+        theirs.family,
+        *_MAY_BECOME.get(theirs.family, ()),
+    }:
         return _judge_mismatch(ours, theirs)
     if theirs.share_alike or theirs.is_custom:
         return "compatible", "it permits changed versions under this licence"

@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.utils import yaml_dump
 
 from ..errors import ConfigError
 from .facts import Evaluation, Facts, Result
+from .readme import dump_yaml
 
 RESULTS_FOLDER = ".eval_results"
 _UNIONS = ("tags", "datasets")
@@ -102,7 +102,7 @@ def build_eval_results(facts: Facts, existing: Mapping[str, str]) -> dict[str, s
             marked = [item for item in read_entries(existing.get(name, ""), where=name) if "verifyToken" in item]
             if any(_is_of(item, result) for item in marked):
                 continue
-            texts[name] = yaml_dump([*kept, *eval_result_entries_to_yaml([entry])], sort_keys=False)
+            texts[name] = dump_yaml([*kept, *eval_result_entries_to_yaml([entry])])
     return texts
 
 

@@ -1,5 +1,6 @@
 """A README as its parts: front matter, generated blocks between markers, and people's prose, none of which is lost."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub.utils import yaml_dump
 
 from ..errors import ConfigError
 
-_FRONT_MATTER = re.compile(r"\A(\ufeff?\s*---[ \t]*(?:\r\n|\r|\n))(.*?)(^---[ \t]*(?:\r\n|\r|\n|\Z))", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(
+    r"\A(\ufeff?\s*---[ \t]*(?:\r\n|\r|\n))(.*?)(^---[ \t]*(?:\r\n|\r|\n|\Z))", re.DOTALL | re.MULTILINE
+)
 _UNCLOSED = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n[\w-]+:")
 _MARKER = re.compile(r"^[ \t]*<!--[ \t]*hub_moe:(begin|end)[ \t]+([\w-]+)[ \t]*-->[ \t]*\r?$", re.MULTILINE)
 
@@ -73,14 +75,16 @@ class Readme:
         return replace(self, parts=tuple(parts))
 
     def with_metadata(self, values: Mapping[str, Any]) -> "Readme":
-        """With these values in the front matter, None taking a key out. Other lines of it, comments among them, stay as they are.
+        """With these values in the front matter, None taking a key out; all other lines, also comments, stay.
 
         Raises:
             ConfigError: If the front matter is written in a way that no line of it can be replaced alone.
         """
         text = _edit_front_matter(self.front_matter.replace("\r\n", "\n"), values).replace("\n", self.line_break)
         gap = self.line_break
-        return replace(self, opening=self.opening or f"---{gap}", front_matter=text, closing=self.closing or f"---{gap}")
+        return replace(
+            self, opening=self.opening or f"---{gap}", front_matter=text, closing=self.closing or f"---{gap}"
+        )
 
 
 def parse_readme(text: str, *, where: str = "The README") -> Readme:
@@ -140,6 +144,11 @@ def make_block(name: str, text: str) -> str:
     return f"<!-- hub_moe:begin {name} -->\n{text.strip()}\n<!-- hub_moe:end {name} -->\n"
 
 
+def dump_yaml(data: Any) -> str:
+    """YAML as the Hub's client writes it: keys in their order, nothing folded, dates as texts in quotes."""
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
 def _split(body: str, where: str) -> list[Part]:
     parts: list[Part] = []
     position, opened = 0, None
@@ -183,14 +192,16 @@ def _edit_front_matter(text: str, values: Mapping[str, Any]) -> str:
     if node is not None and node.flow_style:
         raise ConfigError("The front matter is written in braces; write each key on a line of its own.")
     starts = [key.start_mark.index for key, _ in node.value] if node is not None else []
-    for (key, _), start, end in reversed(list(zip(node.value if node else [], starts, [*starts[1:], len(text)], strict=True))):
+    for (key, _), start, end in reversed(
+        list(zip(node.value if node else [], starts, [*starts[1:], len(text)], strict=True))
+    ):
         if key.value in values and kept[key.value] != values[key.value]:
             end = start + len(_without_comments_after(text[start:end]))
             value = values[key.value]
-            text = text[:start] + (_dump({key.value: value}) if value is not None else "") + text[end:]
+            text = text[:start] + (dump_yaml({key.value: value}) if value is not None else "") + text[end:]
     if text and not text.endswith("\n"):
         text += "\n"
-    text += "".join(_dump({key: value}) for key, value in values.items() if key not in kept and value is not None)
+    text += "".join(dump_yaml({key: value}) for key, value in values.items() if key not in kept and value is not None)
     if read_metadata(text, where="The front matter") != expected:
         raise ConfigError("The front matter uses YAML that cannot be changed in part (anchors or several documents).")
     return text
@@ -201,10 +212,6 @@ def _without_comments_after(segment: str) -> str:
     while len(lines) > 1 and (not lines[-1].strip() or lines[-1].startswith("#")):
         lines.pop()
     return "".join(lines)
-
-
-def _dump(values: Mapping[str, Any]) -> str:
-    return yaml_dump(dict(values), sort_keys=False)
 
 
 def _one_line(error: Exception) -> str:

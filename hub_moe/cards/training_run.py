@@ -200,19 +200,20 @@ def without_folder(ancestor: Ancestor) -> Ancestor:
 
 
 def _sum_up_changes(rows: list[Mapping[str, Any]]) -> list[ChangedKind]:
-    kinds = dict.fromkeys(row["kind"] for row in rows)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["kind"], []).append(row)
     return [
         ChangedKind(
             kind,
-            **{new: sum(row[old] for row in rows if row["kind"] == kind) for new, old in _COUNTS.items()},
-            **{name: _hash([row for row in rows if row["kind"] == kind], name) for name in _HASHES},
+            tensors=sum(row["tensors"] for row in group),
+            trained=sum(row["trained_tensors"] for row in group),
+            changed=sum(row["changed_tensors"] for row in group),
+            sha256_before=_hash(group, "sha256_before"),
+            sha256_after=_hash(group, "sha256_after"),
         )
-        for kind in kinds
+        for kind, group in groups.items()
     ]
-
-
-_COUNTS = {"tensors": "tensors", "trained": "trained_tensors", "changed": "changed_tensors"}
-_HASHES = ("sha256_before", "sha256_after")
 
 
 def _hash(rows: list[Mapping[str, Any]], name: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HubMoeError
+from .card import card
 from .data import data
 from .demo import demo
 from .experts import experts
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (demo, train, inspect, export):
     app.command()(command)
+app.add_typer(card, name="card")
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")

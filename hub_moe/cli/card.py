@@ -1,0 +1,276 @@
+"""`hub-moe card`: a model card from evidence, and the check that it says nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import ConfigError, MissingExtraError
+from .output import print_json, print_text, say
+
+if TYPE_CHECKING:
+    from ..cards import Evidence, Facts, ModelFolder, TrainingRun
+    from ..cards.facts import Picture
+    from ..evals.records import StoredRecord
+
+
+class _RenderByDefault(TyperGroup):
+    """`hub-moe card MODEL` is `hub-moe card render MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_help = any(word in ("-h", "--help") for word in args[:1])
+        if args and args[0] not in self.commands and not is_help:
+            args = ["render", *args]
+        return super().parse_args(ctx, args)
+
+
+card = typer.Typer(
+    cls=_RenderByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    subcommand_metavar="MODEL | COMMAND [ARGS]...",
+    help="Write a model's card from its records, run and config, and check it. `card MODEL` is `card render MODEL`.",
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the model, or its id on a Hub (OWNER/NAME).")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Records = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--records", metavar="DIR", help="Folder of records beside the model's evals/; may be repeated.", exists=True
+    ),
+]
+
+
+@card.command()
+def render(
+    model: Model,
+    records: Records = None,
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder of hub-moe train it came from.")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Expert profile (hub-moe experts score).")
+    ] = None,
+    base_record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Record of the base, to compare with.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="README.md", help="Write here, not into the folder.")] = None,
+    license: Annotated[str | None, typer.Option(metavar="ID", help="Licence, where the front matter has none.")] = None,
+    name: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="What a folder will be called.")] = None,
+    gpai: Annotated[bool, typer.Option("--gpai", help="Prefill the EU's model documentation form too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Write README.md, model_card.json, .eval_results and pictures of a model.
+
+    Every number comes from the config, a record, a run or an expert profile; what is not known is listed as not
+    documented. An existing README keeps its prose and its own metadata: only what stands between the markers
+    <!-- hub_moe:begin NAME --> and <!-- hub_moe:end NAME --> is replaced. Records are copied into evals/ beside it.
+
+    \b
+    Examples:
+      hub-moe card runs/experts/patch --records evals/results --license mit
+      hub-moe card render alice/my-moe --out card/README.md --gpai
+      hub-moe card my-model --run runs/full --base-record evals/results/quick-0123456789abcdef.json
+    """
+    from dataclasses import replace
+
+    from ..cards import collect_facts, open_model, read_eval_results, read_facts, read_readme, render_card, render_form
+
+    source = open_model(model, revision=revision)
+    if out is None and source.revision is not None:
+        raise ConfigError(f"{model} is on a Hub; say where to write its card: --out card/README.md.")
+    target = out or source.folder / "README.md"
+    old = read_readme(target if target.exists() else source.folder / "README.md")
+    evidence = _find_evidence(source, target.parent, records=records or [], run=run, base_record=base_record)
+    evidence = replace(evidence, license=license, footprint=_measure(source), profile=_load_profile(profile))
+    facts = collect_facts(source if name is None else replace(source, name=name), evidence, say=say)
+    facts = replace(facts, pictures=_draw(facts, evidence, target.parent))
+    previous = read_facts(target.parent)
+    made = render_card(facts, old, previous=previous, eval_results=read_eval_results(target.parent))
+    _copy_records(facts, evidence, target.parent)
+    made.write(target)
+    written = [target.name, "model_card.json", *(f".eval_results/{each}" for each in made.eval_results)]
+    if gpai:
+        (target.parent / "model_documentation_form.md").write_text(render_form(facts), "utf-8")
+        written.append("model_documentation_form.md")
+    written += [picture.file for picture in facts.pictures]
+    if as_json:
+        print_json({"folder": str(target.parent), "written": written, "facts": facts.to_dict()})
+    else:
+        print_text("\n".join(str(target.parent / each) for each in written))
+
+
+@card.command()
+def lint(
+    model: Model,
+    records: Records = None,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check a card: exit code 1 and every finding, if a number has no record or anything was edited.
+
+    Looked at are the blocks between the markers (they must be what model_card.json gives), model-index and
+    .eval_results, records and samples (present, not edited, of these weights), licence and the base's commit,
+    placeholders, local paths, missing pictures. In people's prose a number with a decimal point or % beside the name
+    of a metric or task must be one of a record, as rounded as it is written; a sentence that links to its source is
+    somebody else's result and left alone.
+
+    \b
+    Examples:
+      hub-moe card lint my-model
+      hub-moe card lint alice/my-moe --json
+    """
+    from ..cards import lint_card, open_model
+
+    source = open_model(model, revision=revision)
+    findings = lint_card(source, records=records or [], compare=_compare)
+    if as_json:
+        print_json([{"place": finding.place, "problem": finding.problem} for finding in findings])
+    else:
+        for finding in findings:
+            print_text(str(finding))
+    if findings:
+        say(f"{len(findings)} {'finding' if len(findings) == 1 else 'findings'}.")
+        raise typer.Exit(1)
+    say("Every number has its record.")
+
+
+@card.command()
+def show(
+    model: Model,
+    revision: Revision = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
+) -> None:
+    """Show the facts that a card was rendered from.
+
+    \b
+    Examples:
+      hub-moe card show my-model
+      hub-moe card show alice/my-moe --json
+    """
+    from ..cards import open_model, read_facts
+    from ..cards.render import render_blocks
+
+    source = open_model(model, revision=revision)
+    facts = read_facts(source.folder)
+    if facts is None:
+        raise ConfigError(f"{model} has no model_card.json; hub-moe card {model} makes it.")
+    if as_json:
+        print_json(facts.to_dict())
+        return
+    for block in render_blocks(facts, "").values():
+        print_text("\n".join(block.splitlines()[1:-1]) + "\n")
+
+
+def _find_evidence(
+    source: ModelFolder, folder: Path, *, records: list[Path], run: Path | None, base_record: Path | None
+) -> Evidence:
+    from ..cards import Evidence, TrainingRun, find_evidence
+    from ..cards.collect import RECORDS_FOLDER, is_of
+    from ..evals.records import read_record
+
+    beside = folder / RECORDS_FOLDER
+    found = find_evidence(source.folder, [*records, *([beside] if beside.is_dir() else [])])
+    parent = source.folder.resolve().parent
+    if run is None and (parent / "run.toml").is_file() and (parent / "report.json").is_file():
+        run = parent
+    training: TrainingRun | None = TrainingRun(run) if run else None
+    comparison = None
+    if base_record is not None:
+        base = read_record(base_record)
+        same = [each for each in found if is_of(each.record, source.weights) and each.record.suite == base.record.suite]
+        if not same:
+            raise ConfigError(
+                f"{base_record} is of the suite {base.record.suite.name}, of which there is no record of {source.name} "
+                "with the same settings; evaluate it first, or name the folder of its records by --records."
+            )
+        candidate = max(same, key=lambda each: each.record.created)
+        comparison = (base, candidate, _compare(base, candidate))
+    return Evidence(records=found, run=training, comparison=comparison)
+
+
+def _compare(base: StoredRecord, candidate: StoredRecord) -> dict[str, Any]:
+    from ..evals.compare import compare_records
+
+    return compare_records(base, candidate).to_dict()
+
+
+def _measure(source: ModelFolder) -> dict[str, Any] | None:
+    """The footprint of the model, or of the base of a patch; None where no config of a model with experts is there."""
+    from ..errors import UnsupportedModelError
+    from .inspect import load_config
+
+    if source.kind != "checkpoint" or not (source.folder / "config.json").is_file():
+        say("Sizes are left out: there is no config.json of a whole model.")
+        return None
+    from ..anatomy import measure_footprint
+
+    try:
+        footprint = measure_footprint(load_config(str(source.folder)))
+    except UnsupportedModelError as error:
+        say(f"Sizes are left out: {error}")
+        return None
+    return footprint.to_dict(context=min(4096, footprint.max_context or 4096))
+
+
+def _load_profile(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    from ..anatomy import ExpertProfile
+
+    return ExpertProfile.load(path).to_dict()
+
+
+def _draw(facts: Facts, evidence: Evidence, folder: Path) -> tuple[Picture, ...]:
+    """Draw what there is to see into `card/`, which the README shows."""
+    from ..cards.facts import Picture
+
+    try:
+        from ..plots import plot_comparison, plot_expert_heat_map, plot_run
+    except MissingExtraError as error:
+        say(f"No pictures: {error}")
+        return ()
+    figures: list[tuple[str, Any]] = []
+    metrics = evidence.run.metrics if evidence.run else []
+    if any(row.get("loss") is not None for row in metrics):
+        figures.append(("training", plot_run(metrics, title=f"Training of {facts.model.name}")))
+    if evidence.profile is not None:
+        domain, profile = next(iter(evidence.profile["domains"].items()))
+        shares = {
+            int(layer): [count / max(1, sum(values["tokens"])) for count in values["tokens"]]
+            for layer, values in profile["layers"].items()
+        }
+        figures.append(
+            ("experts", plot_expert_heat_map(shares, title=f"Load of the experts on {domain}", label="share of tokens"))
+        )
+    if facts.comparison is not None:
+        tasks = facts.to_dict()["comparison"]["tasks"]
+        figures.append(("comparison", plot_comparison(tasks, title=f"{facts.model.name} against its base")))
+    pictures = []
+    for about, figure in figures:
+        picture = Picture(f"card/{about}.png", about)  # type: ignore[arg-type]
+        (folder / "card").mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / picture.file, format="png")
+        pictures.append(picture)
+    return tuple(pictures)
+
+
+def _copy_records(facts: Facts, evidence: Evidence, folder: Path) -> None:
+    """Put the records that the card names, and their samples, beside it: a claim without its record is none."""
+    import shutil
+
+    from ..cards.collect import RECORDS_FOLDER
+
+    names = {evaluation.file for evaluation in facts.evaluations}
+    stored = [each for each in evidence.records if each.path.name in names]
+    stored += [evidence.comparison[0]] if evidence.comparison else []
+    for each in stored:
+        each.read_samples()  # refuses edited ones
+        for path in (each.path, each.samples_path):
+            target = folder / RECORDS_FOLDER / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.exists() or not target.samefile(path):
+                shutil.copyfile(path, target)
