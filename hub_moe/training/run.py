@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Fingerprint, compare_fingerprints, fingerprint
 from ..data import PreparedData, load_rows
+from ..environment import describe_versions
 from ..errors import HubMoeError, MissingExtraError
 from ..patches import hash_base
 from . import outcome
@@ -218,7 +219,7 @@ class _Run:
             "torch_threads": torch.get_num_threads(),
             "energy_kwh": session.energy_kwh,
             "peak_memory_bytes": outcome.peak_memory_bytes(),
-            "versions": outcome.describe_versions(),
+            "versions": describe_versions(),
         }
 
     def _draw(self, session: Session, data: PreparedData) -> None:
