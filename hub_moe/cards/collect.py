@@ -4,7 +4,7 @@ import hashlib
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Evidence:
         records: Of this model and others; only those of these very weights count.
         footprint: As `Footprint.to_dict` gives it.
         profile: As `ExpertProfile.to_dict` gives it.
-        comparison: As `Comparison.to_dict` gives it, with the two records that it is of.
+        comparison: As `RecordComparison.to_dict` gives it, with the two records that it is of.
     """
 
     records: Sequence[StoredRecord] = ()
@@ -78,24 +78,22 @@ class Evidence:
     profile: Mapping[str, Any] | None = None
     comparison: tuple[StoredRecord, StoredRecord, Mapping[str, Any]] | None = None
     pictures: tuple[Picture, ...] = ()
-    license: str | None = field(default=None)
 
 
-def open_model(name: str, *, revision: str | None = None) -> ModelFolder:
-    """A model's folder, or the small files of a Hub repo and the hashes of its large ones.
+def open_model(reference: str) -> ModelFolder:
+    """A model's folder, or of OWNER/NAME[@REVISION] the small files and the hashes of the large ones.
 
     Raises:
-        ConfigError: If there is no such folder and it is no repo id, or a folder is given with a revision.
+        ConfigError: If there is no such folder and it is no repo id.
         OSError: If it cannot be read; the Hub client's errors are among them.
     """
-    folder = Path(name).expanduser()
+    folder = Path(reference).expanduser()
     if folder.is_dir():
-        if revision is not None:
-            raise ConfigError(f"{name} is a folder, which has no revision {revision!r}.")
         return ModelFolder(folder, folder.resolve().name, hash_weights(folder))
+    name, _, revision = reference.partition("@")
     if not is_hub_id(name):
-        raise ConfigError(f"{name!r} is neither a folder nor the id of a repo (OWNER/NAME).")
-    info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        raise ConfigError(f"{reference!r} is neither a folder nor the id of a repo (OWNER/NAME[@REVISION]).")
+    info = HfApi().model_info(name, revision=revision or None, files_metadata=True)
     files = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
     local = snapshot_download(name, revision=info.sha, allow_patterns=_SMALL_FILES)
     return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if _is_weight(file)}, info.sha)
@@ -165,7 +163,7 @@ def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say) -> Facts:
         datasets=datasets,
         training=run.describe() if run else None,
         patch=_describe_patch(patch) if patch else None,
-        license=describe_license(read_readme(model.folder / "README.md").metadata, evidence.license, lineage, datasets),
+        license=describe_license(read_readme(model.folder / "README.md").metadata, lineage, datasets),
         evaluations=tuple(evaluations),
         comparison=describe_comparison(*evidence.comparison) if evidence.comparison else None,
         weights=dict(model.weights),
@@ -222,8 +220,9 @@ def describe_comparison(base: StoredRecord, candidate: StoredRecord, comparison:
     """What a card says of a paired comparison.
 
     Raises:
-        ConfigError: If the mapping is not what `Comparison.to_dict` gives.
+        ConfigError: If the mapping is not what `RecordComparison.to_dict`, or the `Comparison` in it, gives.
     """
+    inner = comparison.get("comparison", comparison)
     try:
         tasks = tuple(
             ComparedTask(
@@ -237,25 +236,32 @@ def describe_comparison(base: StoredRecord, candidate: StoredRecord, comparison:
                 **{name: task[name] for name in ("test", "adjusted_p_value", "lower_is_better")},
                 minimum_detectable_effect=task.get("minimum_detectable_effect"),
             )
-            for task in comparison["tasks"]
+            for task in inner["tasks"]
         )
-        alpha, rule = float(comparison["alpha"]), str(comparison["rule"])
+        alpha, rule = float(inner["alpha"]), str(inner["rule"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f"The comparison is not whole: {type(error).__name__} {error}.") from error
     return ComparisonFacts(
-        str(base.record.model), base.record.id, base.path.name, candidate.record.id, alpha, rule, tasks
+        base_name=str(base.record.model),
+        base_record_sha256=base.record.id,
+        base_file=base.path.name,
+        record_sha256=candidate.record.id,
+        alpha=alpha,
+        rule=rule,
+        tasks=tasks,
+        ran_differently={
+            name: list(values) for name, values in (comparison.get("execution_differences") or {}).items()
+        },
     )
 
 
 def describe_license(
     card: Mapping[str, Any],
-    declared: str | None,
     lineage: Sequence[Ancestor],
     datasets: Sequence[DatasetFacts],
 ) -> License | None:
     """The declared licence, checked against the nearest base and the data; None if none is declared nor needed."""
-    license_id = declared or card.get("license")
-    license_id = license_id if isinstance(license_id, str) else None
+    license_id = card.get("license") if isinstance(card.get("license"), str) else None
     name = card.get("license_name") if license_id == "other" else None
     spoken = name if isinstance(name, str) else license_id
     checks = [check_licence(spoken, each.name, each.license, is_dataset=False) for each in lineage[:1]]

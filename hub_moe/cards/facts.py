@@ -220,7 +220,7 @@ class ComparedTask:
 
 @dataclass(frozen=True)
 class ComparisonFacts:
-    """This model against its base, both by their records."""
+    """This model against its base, both by their records; `ran_differently` has settings of base and model."""
 
     base_name: str
     base_record_sha256: str
@@ -229,6 +229,7 @@ class ComparisonFacts:
     alpha: float
     rule: str
     tasks: tuple[ComparedTask, ...]
+    ran_differently: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

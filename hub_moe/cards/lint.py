@@ -151,10 +151,8 @@ class _Lint:
             except EvaluationError as error:
                 yield Finding(FACTS_FILE, f"the comparison with the base: {error}")
                 continue
-            expected = (*values, values[1] - values[0])
-            if not all(
-                _close(*pair) for pair in zip((task.base, task.candidate, task.difference), expected, strict=True)
-            ):
+            is_told = any(_close(task.base, one) and _close(task.candidate, two) for one, two in _scales(*values))
+            if not is_told or not _close(task.difference, task.candidate - task.base):
                 yield Finding(FACTS_FILE, f"compares other values of {task.task} than the two records have")
         if (
             self.compare is not None
@@ -276,6 +274,13 @@ def _known_numbers(facts: Facts, records: Iterable[StoredRecord]) -> Iterator[fl
         yield from (x for x in (task.adjusted_p_value, task.minimum_detectable_effect) if x is not None)
     if facts.training is not None:
         yield from (x for x in (facts.training.loss_before, facts.training.loss_after) if x is not None)
+
+
+def _scales(*values: float) -> Iterator[tuple[float, ...]]:
+    """As they are, and as logarithms, by which perplexities are compared."""
+    yield values
+    if all(value > 0 for value in values):
+        yield tuple(math.log(value) for value in values)
 
 
 def _close(stated: float, found: float) -> bool:

@@ -146,7 +146,8 @@ def make_block(name: str, text: str) -> str:
 
 def dump_yaml(data: Any) -> str:
     """YAML as the Hub's client writes it: keys in their order, nothing folded, dates as texts in quotes."""
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=math.inf)
+    text: str = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text
 
 
 def _split(body: str, where: str) -> list[Part]:
@@ -191,10 +192,10 @@ def _edit_front_matter(text: str, values: Mapping[str, Any]) -> str:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if node is not None and node.flow_style:
         raise ConfigError("The front matter is written in braces; write each key on a line of its own.")
-    starts = [key.start_mark.index for key, _ in node.value] if node is not None else []
-    for (key, _), start, end in reversed(
-        list(zip(node.value if node else [], starts, [*starts[1:], len(text)], strict=True))
-    ):
+    keys = [key for key, _ in node.value] if node is not None else []
+    ends = [key.start_mark.index for key in keys[1:]] + [len(text)]
+    for key, end in reversed(list(zip(keys, ends, strict=False))):  # without keys there is an end all the same
+        start = key.start_mark.index
         if key.value in values and kept[key.value] != values[key.value]:
             end = start + len(_without_comments_after(text[start:end]))
             value = values[key.value]

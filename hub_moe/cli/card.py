@@ -35,8 +35,7 @@ card = typer.Typer(
     help="Write a model's card from its records, run and config, and check it. `card MODEL` is `card render MODEL`.",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the model, or its id on a Hub (OWNER/NAME).")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder of the model, or OWNER/NAME[@REVISION] on a Hub.")]
 Records = Annotated[
     list[Path] | None,
     typer.Option(
@@ -57,11 +56,8 @@ def render(
         Path | None, typer.Option(metavar="FILE", help="Record of the base, to compare with.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="README.md", help="Write here, not into the folder.")] = None,
-    license: Annotated[str | None, typer.Option(metavar="ID", help="Licence, where the front matter has none.")] = None,
-    name: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="What a folder will be called.")] = None,
     gpai: Annotated[bool, typer.Option("--gpai", help="Prefill the EU's model documentation form too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
-    revision: Revision = None,
 ) -> None:
     """Write README.md, model_card.json, .eval_results and pictures of a model.
 
@@ -71,7 +67,7 @@ def render(
 
     \b
     Examples:
-      hub-moe card runs/experts/patch --records evals/results --license mit
+      hub-moe card runs/experts/patch --records evals/results
       hub-moe card render alice/my-moe --out card/README.md --gpai
       hub-moe card my-model --run runs/full --base-record evals/results/quick-0123456789abcdef.json
     """
@@ -79,14 +75,14 @@ def render(
 
     from ..cards import collect_facts, open_model, read_eval_results, read_facts, read_readme, render_card, render_form
 
-    source = open_model(model, revision=revision)
+    source = open_model(model)
     if out is None and source.revision is not None:
         raise ConfigError(f"{model} is on a Hub; say where to write its card: --out card/README.md.")
     target = out or source.folder / "README.md"
     old = read_readme(target if target.exists() else source.folder / "README.md")
     evidence = _find_evidence(source, target.parent, records=records or [], run=run, base_record=base_record)
-    evidence = replace(evidence, license=license, footprint=_measure(source), profile=_load_profile(profile))
-    facts = collect_facts(source if name is None else replace(source, name=name), evidence, say=say)
+    evidence = replace(evidence, footprint=_measure(source), profile=_load_profile(profile))
+    facts = collect_facts(source, evidence, say=say)
     facts = replace(facts, pictures=_draw(facts, evidence, target.parent))
     previous = read_facts(target.parent)
     made = render_card(facts, old, previous=previous, eval_results=read_eval_results(target.parent))
@@ -107,7 +103,6 @@ def render(
 def lint(
     model: Model,
     records: Records = None,
-    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check a card: exit code 1 and every finding, if a number has no record or anything was edited.
@@ -125,7 +120,7 @@ def lint(
     """
     from ..cards import lint_card, open_model
 
-    source = open_model(model, revision=revision)
+    source = open_model(model)
     findings = lint_card(source, records=records or [], compare=_compare)
     if as_json:
         print_json([{"place": finding.place, "problem": finding.problem} for finding in findings])
@@ -141,7 +136,6 @@ def lint(
 @card.command()
 def show(
     model: Model,
-    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
     """Show the facts that a card was rendered from.
@@ -154,7 +148,7 @@ def show(
     from ..cards import open_model, read_facts
     from ..cards.render import render_blocks
 
-    source = open_model(model, revision=revision)
+    source = open_model(model)
     facts = read_facts(source.folder)
     if facts is None:
         raise ConfigError(f"{model} has no model_card.json; hub-moe card {model} makes it.")
