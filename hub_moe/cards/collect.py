@@ -24,12 +24,12 @@ from .facts import (
     DatasetFacts,
     Energy,
     Evaluation,
+    ExpertLoad,
     Facts,
     License,
     ModelFacts,
     ModelKind,
     PatchFacts,
-    Picture,
     Result,
 )
 from .licences import check_licence, summarise
@@ -41,6 +41,7 @@ from .training_run import TrainingRun, describe_energy, describe_profile, hide_f
 RECORDS_FOLDER = "evals"
 _WEIGHTS = re.compile(r"(.*\.(safetensors|gguf)|(pytorch|adapter)_model.*\.bin)")
 _SMALL_FILES = ["README.md", FACTS_FILE, "*.json", f"{RECORDS_FOLDER}/*", ".eval_results/*.yaml", "card/*.png"]
+_LOAD_SOURCES = ("expert profile", "training run")
 Say = Callable[[str], None]
 
 
@@ -77,7 +78,6 @@ class Evidence:
     footprint: Mapping[str, Any] | None = None
     profile: Mapping[str, Any] | None = None
     comparison: tuple[StoredRecord, StoredRecord, Mapping[str, Any]] | None = None
-    pictures: tuple[Picture, ...] = ()
 
 
 def open_model(reference: str) -> ModelFolder:
@@ -139,36 +139,62 @@ def is_of(record: Record, weights: Mapping[str, str]) -> bool:
     return bool(weights) and claimed == dict(weights)
 
 
-def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say) -> Facts:
+def find_base(model: ModelFolder, run: TrainingRun | None = None) -> Ancestor | None:
+    """The model that this one starts from, as its patch, adapter config, run or card says; its licence left open.
+
+    Raises:
+        ConfigError, CheckpointError: If one of these is damaged.
+    """
+    if model.kind == "expert_patch":
+        base = PatchMetadata.read(model.folder).base
+        return Ancestor(base.repo, "adapter", base.commit)
+    adapter = model.folder / "adapter_config.json"
+    if adapter.is_file():
+        fields = read_json(adapter, "the config of an adapter")
+        name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
+        return Ancestor(name, "adapter", revision if isinstance(revision, str) else None) if name else None
+    if run is not None:
+        return run.base
+    card = read_readme(model.folder / "README.md").metadata
+    known = read_facts(model.folder)
+    if known is not None and known.base is not None and known.base.name == card.get("base_model"):
+        return replace(known.base, license=None)
+    name = card.get("base_model")
+    return Ancestor(name, str(card.get("base_model_relation") or "finetune")) if isinstance(name, str) else None
+
+
+def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say, previous: Facts | None = None) -> Facts:
     """Everything that can be known. What cannot be reached is told to `say` and left out.
+
+    What `previous` facts know of these same weights stays, where no newer evidence is given.
 
     Raises:
         ConfigError: If front matter, run or patch are damaged.
     """
     run = evidence.run
+    earlier = previous if previous is not None and previous.weights == model.weights else Facts(ModelFacts(model.name))
     patch = PatchMetadata.read(model.folder) if model.kind == "expert_patch" else None
-    base = _find_base(model, patch, run)
+    base = find_base(model, run)
     datasets = tuple(
         replace(each, license=find_dataset_license(each.name, each.revision, say=say)) if each.is_on_hub else each
-        for each in (run.datasets if run else ())
+        for each in (run.datasets if run else earlier.datasets)
     )
-    lineage = find_lineage(base, say=say) if base else ()
+    lineage = find_lineage(base, say=say) if base else earlier.lineage
     evaluations = [describe_record(each) for each in _newest(_own(model, evidence.records, say=say))]
-    profile_load = describe_profile(evidence.profile) if evidence.profile is not None else ()
     return Facts(
         model=ModelFacts(model.name, model.kind, model.revision),
-        architecture=describe_footprint(evidence.footprint) if evidence.footprint is not None else None,
-        expert_load=(*profile_load, *(run.expert_load if run else ())),
+        architecture=describe_footprint(evidence.footprint) if evidence.footprint else earlier.architecture,
+        expert_load=_find_load(evidence, earlier),
         lineage=lineage,
         datasets=datasets,
-        training=run.describe() if run else None,
+        training=run.describe() if run else earlier.training,
         patch=_describe_patch(patch) if patch else None,
         license=describe_license(read_readme(model.folder / "README.md").metadata, lineage, datasets),
         evaluations=tuple(evaluations),
-        comparison=describe_comparison(*evidence.comparison) if evidence.comparison else None,
+        comparison=_find_comparison(evidence, earlier, evaluations),
         weights=dict(model.weights),
-        energy=_find_energy(run, evidence.records, evaluations),
-        pictures=evidence.pictures,
+        energy=_find_energy(evidence, earlier, evaluations),
+        pictures=earlier.pictures,
         hub_moe_version=__version__,
     )
 
@@ -271,24 +297,6 @@ def describe_license(
     return License(license_id, name if isinstance(name, str) else None, summarise(checks), tuple(checks))
 
 
-def _find_base(model: ModelFolder, patch: PatchMetadata | None, run: TrainingRun | None) -> Ancestor | None:
-    if patch is not None:
-        return Ancestor(patch.base.repo, "adapter", patch.base.commit)
-    adapter = model.folder / "adapter_config.json"
-    if adapter.is_file():
-        fields = read_json(adapter, "the config of an adapter")
-        name, revision = fields.get("base_model_name_or_path"), fields.get("revision")
-        return Ancestor(name, "adapter", revision if isinstance(revision, str) else None) if name else None
-    if run is not None:
-        return run.base
-    card = read_readme(model.folder / "README.md").metadata
-    known = read_facts(model.folder)
-    if known is not None and known.base is not None and known.base.name == card.get("base_model"):
-        return replace(known.base, license=None)
-    name = card.get("base_model")
-    return Ancestor(name, str(card.get("base_model_relation") or "finetune")) if isinstance(name, str) else None
-
-
 def _describe_patch(patch: PatchMetadata) -> PatchFacts:
     parts = ("shared_experts", "non_expert_modules", "balancing_bias")
     selection = vars(patch.selection) if patch.selection else {}
@@ -337,16 +345,31 @@ def _describe_entry(entry: EntryResult) -> Result:
     )
 
 
-def _find_energy(
-    run: TrainingRun | None, records: Sequence[StoredRecord], evaluations: Sequence[Evaluation]
-) -> tuple[Energy, ...]:
+def _find_load(evidence: Evidence, earlier: Facts) -> tuple[ExpertLoad, ...]:
+    known = {source: [each for each in earlier.expert_load if each.source == source] for source in _LOAD_SOURCES}
+    if evidence.profile is not None:
+        known["expert profile"] = list(describe_profile(evidence.profile))
+    if evidence.run is not None:
+        known["training run"] = list(evidence.run.expert_load)
+    return tuple(each for source in _LOAD_SOURCES for each in known[source])
+
+
+def _find_comparison(evidence: Evidence, earlier: Facts, evaluations: Sequence[Evaluation]) -> ComparisonFacts | None:
+    if evidence.comparison is not None:
+        return describe_comparison(*evidence.comparison)
     shown = {evaluation.record_sha256 for evaluation in evaluations}
-    measured = [
+    return earlier.comparison if earlier.comparison and earlier.comparison.record_sha256 in shown else None
+
+
+def _find_energy(evidence: Evidence, earlier: Facts, evaluations: Sequence[Evaluation]) -> tuple[Energy, ...]:
+    shown = {evaluation.record_sha256 for evaluation in evaluations}
+    of_training = [evidence.run.energy] if evidence.run else [e for e in earlier.energy if e.activity == "training"]
+    of_records = [
         describe_energy(f"evaluation by the suite {each.record.suite.name}", each.record.energy)
-        for each in records
+        for each in evidence.records
         if each.record.id in shown
     ]
-    return (*([run.energy] if run else []), *measured)
+    return (*of_training, *of_records)
 
 
 def _hide_folders(word: str) -> str:

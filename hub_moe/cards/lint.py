@@ -145,6 +145,9 @@ class _Lint:
         except (HubMoeError, OSError) as error:
             yield Finding(FACTS_FILE, f"the comparison with the base: {error}")
             return
+        source, known = base.record.model, facts.base
+        if known and source.repo and (source.repo, source.revision) != (known.name, known.revision or source.revision):
+            yield Finding(FACTS_FILE, f"compares with {source}, but the model was made from {known.name}")
         for task in comparison.tasks:
             try:
                 values = [stored.record.entry(task.task).main.value for stored in (base, candidate)]

@@ -38,12 +38,12 @@ def escape(value: Any) -> Markdown:
 def one_line(text: str) -> Markdown:
     """Without line breaks and control characters, among them those that turn the direction of writing."""
     plain = "".join(" " if letter.isspace() else letter for letter in text)
-    return Markdown("".join(letter for letter in plain if unicodedata.category(letter) not in ("Cc", "Cf")).strip())
+    return Markdown("".join(letter for letter in plain if unicodedata.category(letter) not in ("Cc", "Cf")))
 
 
 def code(text: Any) -> Markdown:
     """A code span, in a table too; letters that would end it are written by their numbers."""
-    plain = one_line(str(text)) or " "
+    plain = one_line(str(text)).strip() or " "
     if "`" not in plain and "|" not in plain:
         return Markdown(f"`{plain}`")
     letters = (letter if letter.isalnum() or letter in " -./" else f"&#{ord(letter)};" for letter in plain)

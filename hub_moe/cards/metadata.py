@@ -19,6 +19,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def build_metadata(facts: Facts) -> dict[str, Any]:
     """The front matter that these facts give, `model-index` among it; what is not known is left out."""
     base = facts.base
+    results = [_to_eval_result(each, result) for each in facts.evaluations for result in each.results]
     on_hub = [dataset.name for dataset in facts.datasets if dataset.is_on_hub]
     data = ModelCardData(
         license=facts.license.id if facts.license else None,
@@ -29,8 +30,8 @@ def build_metadata(facts: Facts) -> dict[str, Any]:
         base_model_relation=base.relation if base and is_hub_id(base.name) and base.revision else None,
         datasets=list(dict.fromkeys(on_hub)) or None,
         tags=["mixture-of-experts", "hub_moe", *(["expert-patch"] if facts.model.kind == "expert_patch" else [])],
-        model_name=facts.model.name,
-        eval_results=[_to_eval_result(each, result) for each in facts.evaluations for result in each.results] or None,
+        model_name=facts.model.name if results else None,
+        eval_results=results or None,
     )
     return {key: value for key, value in data.to_dict().items() if value is not None}
 

@@ -12,7 +12,7 @@ from .facts import FACTS_FILE, Facts
 from .licences import NOT_LEGAL_ADVICE
 from .markdown import Markdown, fill_template
 from .metadata import RESULTS_FOLDER, build_eval_results, build_metadata, merge_metadata
-from .readme import Readme, make_block, parse_readme
+from .readme import Part, Readme, make_block, parse_readme
 
 _TEMPLATE = "README.md.jinja"
 _FORM = "model_documentation_form.md.jinja"
@@ -134,7 +134,7 @@ def _missing(facts: Facts, headings: str, *, is_shape: bool) -> Iterable[str]:
 
 def _fill(facts: Facts, readme: Readme) -> Readme:
     if not "".join(part.text for part in readme.parts).strip():
-        return replace(readme, parts=_render(facts, "").parts)
+        return replace(readme, parts=(Part("\n"), *_render(facts, "").parts))
     return readme.with_blocks(render_blocks(facts, readme.prose))
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import ConfigError, MissingExtraError
+from ..errors import ConfigError, HubMoeError, MissingExtraError
 from .output import print_json, print_text, say
 
 if TYPE_CHECKING:
     from ..cards import Evidence, Facts, ModelFolder, TrainingRun
     from ..cards.facts import Picture
+    from ..cards.readme import Readme
     from ..evals.records import StoredRecord
 
 
@@ -71,20 +73,18 @@ def render(
       hub-moe card render alice/my-moe --out card/README.md --gpai
       hub-moe card my-model --run runs/full --base-record evals/results/quick-0123456789abcdef.json
     """
-    from dataclasses import replace
-
-    from ..cards import collect_facts, open_model, read_eval_results, read_facts, read_readme, render_card, render_form
+    from ..cards import collect_facts, open_model, read_eval_results, read_facts, render_card, render_form
 
     source = open_model(model)
     if out is None and source.revision is not None:
         raise ConfigError(f"{model} is on a Hub; say where to write its card: --out card/README.md.")
     target = out or source.folder / "README.md"
-    old = read_readme(target if target.exists() else source.folder / "README.md")
+    old = _read_old(source, target)
     evidence = _find_evidence(source, target.parent, records=records or [], run=run, base_record=base_record)
-    evidence = replace(evidence, footprint=_measure(source), profile=_load_profile(profile))
-    facts = collect_facts(source, evidence, say=say)
+    evidence = replace(evidence, footprint=_measure(source, evidence.run), profile=_load_profile(profile))
+    previous = read_facts(target.parent) or read_facts(source.folder)
+    facts = collect_facts(source, evidence, say=say, previous=previous)
     facts = replace(facts, pictures=_draw(facts, evidence, target.parent))
-    previous = read_facts(target.parent)
     made = render_card(facts, old, previous=previous, eval_results=read_eval_results(target.parent))
     _copy_records(facts, evidence, target.parent)
     made.write(target)
@@ -192,22 +192,37 @@ def _compare(base: StoredRecord, candidate: StoredRecord) -> dict[str, Any]:
     return compare_records(base, candidate).to_dict()
 
 
-def _measure(source: ModelFolder) -> dict[str, Any] | None:
-    """The footprint of the model, or of the base of a patch; None where no config of a model with experts is there."""
-    from ..errors import UnsupportedModelError
+def _measure(source: ModelFolder, run: TrainingRun | None) -> dict[str, Any] | None:
+    """The footprint of the model, or of the base of a patch or adapter; None where that cannot be had."""
+    from ..anatomy import measure_footprint
+    from ..cards.collect import find_base
     from .inspect import load_config
 
-    if source.kind != "checkpoint" or not (source.folder / "config.json").is_file():
-        say("Sizes are left out: there is no config.json of a whole model.")
-        return None
-    from ..anatomy import measure_footprint
-
+    name, revision = str(source.folder), None
+    if source.kind != "checkpoint":
+        base = find_base(source, run)
+        name, revision = (base.name, base.revision) if base else (name, None)
     try:
-        footprint = measure_footprint(load_config(str(source.folder)))
-    except UnsupportedModelError as error:
+        footprint = measure_footprint(load_config(name, revision))
+    except (HubMoeError, OSError) as error:
         say(f"Sizes are left out: {error}")
         return None
     return footprint.to_dict(context=min(4096, footprint.max_context or 4096))
+
+
+def _read_old(source: ModelFolder, target: Path) -> Readme:
+    """The README to keep. One that `hub_moe` wrote for a patch says what is now said between markers: it gives way."""
+    from ..cards import read_readme
+    from ..patches.card import render_card, render_merged_card
+    from ..patches.metadata import METADATA_FILE, PatchMetadata
+
+    path = target if target.exists() else source.folder / "README.md"
+    readme = read_readme(path)
+    if (source.folder / METADATA_FILE).is_file():
+        metadata = PatchMetadata.read(source.folder)
+        if str(readme) in (render_card(metadata), render_merged_card(metadata)):
+            return replace(readme, parts=())
+    return readme
 
 
 def _load_profile(path: Path | None) -> dict[str, Any] | None:
@@ -226,11 +241,12 @@ def _draw(facts: Facts, evidence: Evidence, folder: Path) -> tuple[Picture, ...]
         from ..plots import plot_comparison, plot_expert_heat_map, plot_run
     except MissingExtraError as error:
         say(f"No pictures: {error}")
-        return ()
+        return facts.pictures
+    name = facts.model.name.replace("$", r"\$")  # no mathematics in titles
     figures: list[tuple[str, Any]] = []
     metrics = evidence.run.metrics if evidence.run else []
     if any(row.get("loss") is not None for row in metrics):
-        figures.append(("training", plot_run(metrics, title=f"Training of {facts.model.name}")))
+        figures.append(("training", plot_run(metrics, title=f"Training of {name}")))
     if evidence.profile is not None:
         domain, profile = next(iter(evidence.profile["domains"].items()))
         shares = {
@@ -238,18 +254,25 @@ def _draw(facts: Facts, evidence: Evidence, folder: Path) -> tuple[Picture, ...]
             for layer, values in profile["layers"].items()
         }
         figures.append(
-            ("experts", plot_expert_heat_map(shares, title=f"Load of the experts on {domain}", label="share of tokens"))
+            (
+                "experts",
+                plot_expert_heat_map(
+                    shares, title="Load of the experts on " + domain.replace("$", r"\$"), label="share of tokens"
+                ),
+            )
         )
     if facts.comparison is not None:
         tasks = facts.to_dict()["comparison"]["tasks"]
-        figures.append(("comparison", plot_comparison(tasks, title=f"{facts.model.name} against its base")))
+        figures.append(("comparison", plot_comparison(tasks, title=f"{name} against its base")))
     pictures = []
     for about, figure in figures:
         picture = Picture(f"card/{about}.png", about)  # type: ignore[arg-type]
         (folder / "card").mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / picture.file, format="png")
         pictures.append(picture)
-    return tuple(pictures)
+    drawn = {picture.about for picture in pictures}
+    kept = [each for each in facts.pictures if each.about not in drawn and (folder / each.file).is_file()]
+    return (*kept, *pictures)
 
 
 def _copy_records(facts: Facts, evidence: Evidence, folder: Path) -> None:
