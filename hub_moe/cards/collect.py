@@ -180,7 +180,7 @@ def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say, previous:
         for each in (run.datasets if run else earlier.datasets)
     )
     lineage = find_lineage(base, say=say) if base else earlier.lineage
-    evaluations = [describe_record(each) for each in _newest(_own(model, evidence.records, say=say))]
+    evaluations = [describe_record(each) for each in _newest(_own(model, evidence, say=say))]
     return Facts(
         model=ModelFacts(model.name, model.kind, model.revision),
         architecture=describe_footprint(evidence.footprint) if evidence.footprint else earlier.architecture,
@@ -308,12 +308,12 @@ def _describe_patch(patch: PatchMetadata) -> PatchFacts:
     )
 
 
-def _own(model: ModelFolder, records: Sequence[StoredRecord], *, say: Say) -> list[StoredRecord]:
-    own = [each for each in records if is_of(each.record, model.weights)]
-    for each in records:
-        if each not in own:
+def _own(model: ModelFolder, evidence: Evidence, *, say: Say) -> list[StoredRecord]:
+    base = evidence.comparison[0].record.id if evidence.comparison else None
+    for each in evidence.records:
+        if not is_of(each.record, model.weights) and each.record.id != base:
             say(f"{each.path.name} is a record of {each.record.model}, whose weights are not these; it is not claimed.")
-    return own
+    return [each for each in evidence.records if is_of(each.record, model.weights)]
 
 
 def _newest(records: Sequence[StoredRecord]) -> list[StoredRecord]:

@@ -248,6 +248,8 @@ class _Lint:
             position += len(part.text)
 
     def _find_record(self, file: str, sha256: str) -> StoredRecord:
+        if Path(file).name != file:
+            raise EvaluationError(f"{file!r} is no name of a record in {RECORDS_FOLDER}/.")
         for place in self.places:
             if (place / file).is_file():
                 stored = read_record(place / file)

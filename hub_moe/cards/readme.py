@@ -124,8 +124,12 @@ def read_metadata(text: str, *, where: str) -> dict[str, Any]:
         ConfigError: If it is not valid YAML, not a mapping, or has a key twice.
     """
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{where} uses an anchor of YAML; write its value out where it is used.")
         data = yaml.safe_load(text)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-13-01
         raise ConfigError(f"{where} is not valid YAML: {_one_line(error)}.") from error
     if data is None:
@@ -204,7 +208,7 @@ def _edit_front_matter(text: str, values: Mapping[str, Any]) -> str:
         text += "\n"
     text += "".join(dump_yaml({key: value}) for key, value in values.items() if key not in kept and value is not None)
     if read_metadata(text, where="The front matter") != expected:
-        raise ConfigError("The front matter uses YAML that cannot be changed in part (anchors or several documents).")
+        raise ConfigError("The front matter uses YAML that cannot be changed in part (such as several documents).")
     return text
 
 
