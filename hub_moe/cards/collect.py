@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+import httpx2
+from huggingface_hub import HfApi, constants, snapshot_download
 
 from .. import __version__
-from ..errors import ConfigError
+from ..errors import ConfigError, HubError
 from ..evals.records import EntryResult, Record, StoredRecord, find_records
 from ..files.json_files import read_json
 from ..patches.metadata import METADATA_FILE, PatchMetadata
@@ -85,6 +86,7 @@ def open_model(reference: str) -> ModelFolder:
 
     Raises:
         ConfigError: If there is no such folder and it is no repo id.
+        HubError: If the Hub cannot be reached.
         OSError: If it cannot be read; the Hub client's errors are among them.
     """
     folder = Path(reference).expanduser()
@@ -93,9 +95,12 @@ def open_model(reference: str) -> ModelFolder:
     name, _, revision = reference.partition("@")
     if not is_hub_id(name):
         raise ConfigError(f"{reference!r} is neither a folder nor the id of a repo (OWNER/NAME[@REVISION]).")
-    info = HfApi().model_info(name, revision=revision or None, files_metadata=True)
+    try:
+        info = HfApi().model_info(name, revision=revision or None, files_metadata=True)
+        local = snapshot_download(name, revision=info.sha, allow_patterns=_SMALL_FILES)
+    except httpx2.TransportError as error:
+        raise HubError(f"Cannot reach {constants.ENDPOINT} for {name}: {error}.") from error
     files = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
-    local = snapshot_download(name, revision=info.sha, allow_patterns=_SMALL_FILES)
     return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if _is_weight(file)}, info.sha)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
@@ -16,6 +17,7 @@ from .readme import read_readme
 from .training_run import without_folder
 
 _MOST_ANCESTORS = 20
+_UNREACHABLE = (OSError, httpx2.TransportError)  # the second is no OSError, and what a closed port gives
 Say = Callable[[str], None]
 
 
@@ -55,7 +57,7 @@ def find_dataset_license(name: str, revision: str | None, *, say: Say) -> str | 
     """What the card of a dataset on the Hub declares; None where it declares nothing or cannot be read."""
     try:
         data = HfApi().dataset_info(name, revision=revision).card_data
-    except OSError as error:
+    except _UNREACHABLE as error:
         say(f"The licence of {name} is not known: {_first_line(error)}")
         return None
     return read_license(data.to_dict()) if data is not None else None
@@ -70,7 +72,7 @@ def _read_card(model: Ancestor, *, say: Say) -> dict[str, Any]:
             say(f"The card of {model.name} is not known: it is neither a folder nor the id of a repo.")
             return {}
         data = HfApi().model_info(model.name, revision=model.revision).card_data
-    except (OSError, ConfigError) as error:
+    except (*_UNREACHABLE, ConfigError) as error:
         say(f"The card of {model.name} is not known: {_first_line(error)}")
         return {}
     return data.to_dict() if data is not None else {}
@@ -89,7 +91,7 @@ def _read_known_lineage(model: Ancestor, *, say: Say) -> tuple[Ancestor, ...]:
         return Facts.from_dict(read_json(path, "the facts of a card"), where=str(path)).lineage
     except EntryNotFoundError:
         return ()
-    except (OSError, ConfigError) as error:
+    except (*_UNREACHABLE, ConfigError) as error:
         say(f"What {model.name} was made from is not known: {_first_line(error)}")
         return ()
 

@@ -19,7 +19,7 @@ from .render import read_eval_results, render_blocks
 Compare = Callable[[StoredRecord, StoredRecord], Mapping[str, Any]]
 _PLACEHOLDER = re.compile(r"\[?more information needed\]?|\bTODO\b|\bTBD\b|lorem ipsum|\[insert[^\]]*\]", re.IGNORECASE)
 _LOCAL_PATH = re.compile(
-    r"(?<![\w.:/-])(?:file://)?/(?:tmp|root|home|work|Users|mnt|data|workspace|scratch|content|kaggle|private|var)/[\w.-]+"
+    r"(?<![\w.:/-])(?:file://)?/(?:tmp|root|home|work|Users|mnt|data|workspace|scratch|content|kaggle|private|var)/[\w./-]*\w"
     r"|(?<!\w)[A-Za-z]:\\[\w\\.-]+|(?<!\w)~/[\w.-]+"
 )
 _IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img[^>]+src=[\"']([^\"']+)", re.IGNORECASE)
@@ -70,7 +70,7 @@ class _Lint:
         try:
             readme = read_readme(self.path)
         except ConfigError as error:
-            yield Finding(self.path.name, str(error))
+            yield Finding(self.path.name, str(error).removeprefix(f"{self.path} "))
             return
         yield from self._check_text(readme)
         try:
