@@ -38,9 +38,8 @@ def card(*arguments):
 @pytest.fixture
 def run_step(hub):  # noqa: F811
     def run(code, *, with_card=False, before=""):
-        return json.loads(
-            hub.run_python(PREPARE + (CARD if with_card else "") + textwrap.dedent(code)).splitlines()[-1]
-        )
+        parts = [before, PREPARE, CARD if with_card else "import json", textwrap.dedent(code)]
+        return json.loads(hub.run_python("\n".join(parts)).splitlines()[-1])
 
     return run
 
@@ -114,9 +113,10 @@ def test_a_base_that_is_not_there_and_a_hub_that_does_not_answer_leave_the_licen
     from hub_moe.cards.lineage import find_dataset_license, find_lineage
     said = []
     found = find_lineage(Ancestor("alice/nowhere", "finetune", "0" * 40), say=said.append)
-    print(json.dumps([[each.license for each in found], find_dataset_license("alice/nothing", None, say=said.append), said]))
+    of_data = find_dataset_license("alice/nothing", None, say=said.append)
+    print(json.dumps([[each.license for each in found], of_data, said]))
     """
-    for before in ("import json", 'import json, os; os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"'):
+    for before in ("", 'import os; os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"'):
         licences, of_data, said = run_step(code, before=before)
         assert (licences, of_data) == ([None], None)
         assert said[0].startswith("The card of alice/nowhere is not known: ")
