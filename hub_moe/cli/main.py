@@ -17,6 +17,7 @@ from .hub import hub
 from .inspect import inspect
 from .output import say
 from .patch import patch
+from .plan import plan
 from .train import train
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, train, inspect, export):
+for command in (demo, train, inspect, plan, export):
     app.command()(command)
 app.add_typer(card, name="card")
 app.add_typer(data, name="data")

@@ -217,7 +217,8 @@ class _Run:
             "balancing_speed": prepared.balancing_speed,
             "processes": count(),
             "torch_threads": torch.get_num_threads(),
-            "energy_kwh": session.energy_kwh,
+            "energy_kwh": session.energy and session.energy.kwh,
+            "energy": session.energy and session.energy.to_dict(),
             "peak_memory_bytes": outcome.peak_memory_bytes(),
             "versions": describe_versions(),
         }
