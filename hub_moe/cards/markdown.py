@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 
+from ..energy.report import describe_joules
 from ..errors import ConfigError
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&~$])")
@@ -57,13 +58,6 @@ def scale(number: float, units: tuple[str, ...]) -> Markdown:
         number, place = number / 1000, place + 1
     digits = 0 if not place else 2 if number < 9.995 else 1
     return Markdown(f"{number:.{digits}f}{units[place]}")
-
-
-def describe_joules(joules: float) -> Markdown:
-    """In watt-hours, three digits."""
-    watt_hours = joules / 3600
-    unit, size = next(((u, s) for u, s in (("GWh", 1e9), ("MWh", 1e6), ("kWh", 1e3)) if watt_hours >= s), ("Wh", 1.0))
-    return Markdown(f"{watt_hours / size:.3g} {unit}")
 
 
 def describe_duration(seconds: float) -> Markdown:
@@ -134,7 +128,7 @@ _FILTERS: dict[str, Any] = {
     "count": lambda number: scale(number, _UNITS_OF_COUNTS),
     "describe_execution": describe_execution,
     "duration": describe_duration,
-    "energy": describe_joules,
+    "energy": lambda joules: Markdown(describe_joules(joules)),
     "figure": lambda number: Markdown(f"{number:.4f}"),
     "flops": lambda number: scale(number, _UNITS_OF_FLOPS),
     "marked": lambda text: Markdown(f"**[{text}]**"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ..energy import EnergyReport
 from ..errors import ConfigError
 from ..files.json_files import read_json
 from ..files.tables import read_toml
@@ -15,7 +16,6 @@ from .facts import Ancestor, ChangedKind, DatasetFacts, Energy, ExpertLoad, HowK
 
 _RELATIONS = {"full": "finetune", "experts": "adapter", "lora": "adapter"}
 _NOT_SETTINGS = {"source", "revision", "config", "split", "evaluation", "name", "report_to", "output", "columns"}
-_JOULES_PER_KWH = 3.6e6
 
 
 class TrainingRun:
@@ -100,14 +100,12 @@ class TrainingRun:
 
     @property
     def energy(self) -> Energy:
-        """What the run used."""
-        if isinstance(self.report.get("energy"), Mapping):
-            return describe_energy("training", self.report["energy"])
-        kwh = self.report.get("energy_kwh")
-        label = next((row["energy_source"] for row in reversed(self.metrics) if row.get("energy_source")), "")
-        return describe_energy(
-            "training", None if kwh is None else {"joules": kwh * _JOULES_PER_KWH, "label": label or "estimate"}
-        )
+        """What the run used.
+
+        Raises:
+            ConfigError: If its energy block is damaged.
+        """
+        return describe_energy("training", self.report.get("energy"))
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -162,21 +160,23 @@ def describe_profile(profile: Mapping[str, Any]) -> tuple[ExpertLoad, ...]:
         raise ConfigError(f"The expert profile is not whole: {type(error).__name__} {error}.") from error
 
 
-def describe_energy(activity: str, report: Mapping[str, Any] | None) -> Energy:
-    """The energy block of a record or run, as `hub_moe.energy` writes it; without one it was not measured."""
-    label = str((report or {}).get("label") or "")
-    joules = (report or {}).get("joules")
-    if joules is None:
-        return Energy(activity, "not measured", method="" if label == "not measured" else label)
-    assert report is not None
-    grid = report.get("grid") or {}
-    known = {"co2_g": report.get("co2_g"), "co2_source": grid.get("source"), "usd": report.get("usd")}
-    how: HowKnown = "estimate" if "estimate" in label or not label else "measured"
+def describe_energy(activity: str, block: Mapping[str, Any] | None) -> Energy:
+    """The energy block of a record or run, as `EnergyReport.to_dict` gives it; without one it was not measured.
+
+    Raises:
+        ConfigError: If the block is not one, or its totals are not what its parts give.
+    """
+    if block is None:
+        return Energy(activity, "not measured")
+    report = EnergyReport.from_dict(block, where=f"The energy block of the {activity}")
+    how: HowKnown = "measured" if all(part.is_measured for part in report.components if part.joules) else "estimate"
+    source = report.grid.source if report.grid and report.co2_g is not None else None
+    known = {"co2_g": report.co2_g, "co2_source": source, "usd": report.usd}
     return Energy(
         activity,
-        how,
-        joules=float(joules),
-        method=label,
+        how if report.joules is not None else "not measured",
+        joules=report.joules,
+        method=report.label,
         details={key: value for key, value in known.items() if value is not None},
     )
 

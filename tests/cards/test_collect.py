@@ -6,6 +6,7 @@ import pytest
 
 from hub_moe.cards import Evidence, TrainingRun, collect_facts, find_evidence, open_model, read_facts
 from hub_moe.cards.training_run import describe_energy, describe_profile, hide_folder
+from hub_moe.energy import ComponentEnergy, EnergyReport, GridFactor, Rates
 from hub_moe.errors import CheckpointError, ConfigError, EvaluationError
 
 from .examples import COMMIT, FRONT_MATTER, WHOLE, make_model, render, write_evidence
@@ -40,7 +41,7 @@ REPORT = {
     "held_out_loss": {"before": 4.9, "after": 4.5},
     "wall_s": 2.5,
     "processes": 2,
-    "energy_kwh": 0.001,
+    "energy": EnergyReport((ComponentEnergy("gpu", "nvml_counter", 3600.0, 2.0),), window_s=2.0).to_dict(),
     "versions": {"python": "3.13.0"},
 }
 ROW = {"kind": "router", "tensors": 2, "trained_tensors": 2, "changed_tensors": 1}
@@ -153,18 +154,27 @@ def test_another_mapping_is_no_profile(profile):
         describe_profile(profile)
 
 
-def test_energy_is_measured_an_estimate_or_not_measured_and_never_zero_for_nothing():
-    words = {
-        "measured": {"joules": 5.0, "label": "measured"},
-        "estimate": {"joules": 5.0, "label": "estimate for cpu, ram"},
-        "not measured": {"joules": None, "label": "not measured"},
-    }
-    for how, report in words.items():
-        assert describe_energy("training", report).how_known == how
+GPU = ComponentEnergy("gpu", "nvml_counter", 5.0, 2.0)
+CPU = ComponentEnergy("cpu", "codecarbon_model", 5.0, 2.0)
+NO_RAM = ComponentEnergy("ram", "none", None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("components", "how", "joules"),
+    [((GPU, NO_RAM), "measured", 5.0), ((GPU, CPU), "estimate", 10.0), ((NO_RAM,), "not measured", None)],
+)
+def test_energy_is_measured_an_estimate_or_not_measured_and_never_zero_for_nothing(components, how, joules):
+    rates = Rates(usd_per_hour=3600.0)
+    report = EnergyReport(components, 2.0, device_hours=0.001, grid=GridFactor(56.0, "somebody"), rates=rates)
+    energy = describe_energy("training", report.to_dict())
+    assert (energy.how_known, energy.joules, energy.method) == (how, joules, report.label)
+    assert set(energy.details) == ({"usd"} if joules is None else {"co2_g", "co2_source", "usd"})
     assert describe_energy("training", None).joules is None
-    assert describe_energy("training", {"joules": 1.0, "label": ""}).how_known == "estimate"
-    costly = {"joules": 1.0, "label": "measured", "co2_g": 2.0, "grid": {"source": "somebody"}, "usd": None}
-    assert describe_energy("training", costly).details == {"co2_g": 2.0, "co2_source": "somebody"}
+
+
+def test_an_energy_block_that_was_edited_is_refused():
+    with pytest.raises(ConfigError, match="it was edited"):
+        describe_energy("training", {**EnergyReport((GPU,), 2.0).to_dict(), "joules": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_card_says_what_the_facts_say():
         "120 bytes",
     ):
         assert part in text
-    assert "1 Wh | estimate (estimate for cpu) | 0.4000 g | 0.0200 USD" in text
+    assert "1.00 Wh | estimate (estimate for cpu) | 0.4000 g | 0.0200 USD" in text
     assert "0, 2, 3" in text
     assert "7 routed experts" not in text
     assert "6 routed experts in 2 layers and the shared experts (9,216 numbers)" in text
@@ -156,7 +156,7 @@ def test_the_documentation_form_is_filled_as_far_as_the_facts_reach_and_claims_n
     assert f"`alice/base` at commit `{COMMIT}` (finetune)" in text
     assert "956.8 MFLOP" in text
     assert "40 documents, 1,200 tokens" in text
-    assert "1 Wh, this run alone" in text
+    assert "1.00 Wh, this run alone" in text
     assert unknown.count("[to be filled in by the provider]") > text.count("[to be filled in by the provider]") > 10
     for form in (text, unknown):
         assert "does not state that the model or its provider complies" in form
