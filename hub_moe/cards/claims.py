@@ -3,9 +3,9 @@
 The rule. A number is a claimed result if it stands in one sentence, or in one table with its heading, with the name of
 a metric or of a task, and is written as scores are: with a decimal point, or in per cent. Left alone are: numbers in
 code, in addresses, with a unit that no score has (GB, tokens, seconds, ...), after a setting's name (temperature,
-learning rate, version, ...), whole numbers without %, and sentences that link to their source, since those are
-somebody else's results. A claimed result must be, at the precision it is written in, a number of a record or of the
-run: as it is or in per cent.
+learning rate, version, ...) or in a column of that name, in the head of a table, whole numbers without %, and sentences
+and tables that link to their source, since those are somebody else's results. A claimed result must be, at the
+precision it is written in, a number of a record or of the run: as it is or in per cent.
 """
 
 import re
@@ -36,6 +36,12 @@ _SETTING = re.compile(
 _CODE = re.compile(r"^(```|~~~).*?^\1[^\n]*$|`[^`\n]*`|<!--.*?-->", re.DOTALL | re.MULTILINE)
 _ADDRESS = re.compile(r"https?://\S+|\barxiv:\s?\d{4}\.\d{4,5}", re.IGNORECASE)
 _IMAGE = re.compile(r"!\[[^\]]*\]\([^)]*\)")
+_SETTING_COLUMN = re.compile(
+    r"\b(?:temperature|top[-_ ]?[pk]|learning[-_ ]rate|lr|dropout|decay|seeds?|threshold|alpha|beta|versions?|params|"
+    r"parameters|tokens|size|memory|hours|seconds|speed|cost|shots?|steps?|epochs?)\b",
+    re.IGNORECASE,
+)
+_TABLE = re.compile(r"(?:^#{1,6}[^\n]*\n\s*)?(?:^[ \t]*\|[^\n]*(?:\n|\Z)){2,}", re.MULTILINE)
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+(?=[A-Z\d*_\[(])|\n\s*\n|\n(?=\s*(?:[-*+]|\d+\.)\s)|\n(?=#)")
 
 
@@ -64,7 +70,8 @@ def find_claims(text: str, names: Iterable[str] = ()) -> Iterator[Claim]:
     for start, end in _contexts(plain):
         context = plain[start:end]
         if about.search(context) and not _ADDRESS.search(context):
-            yield from _find_numbers(context, offset=start)
+            for cell_start, cell_end in _cells(context) if _TABLE.fullmatch(context) else [(0, len(context))]:
+                yield from _find_numbers(context[cell_start:cell_end], offset=start + cell_start)
 
 
 def _find_numbers(context: str, *, offset: int) -> Iterator[Claim]:
@@ -84,11 +91,24 @@ def _find_numbers(context: str, *, offset: int) -> Iterator[Claim]:
 def _contexts(text: str) -> Iterator[tuple[int, int]]:
     """Stretches that are read together: a table with the heading above it, else a sentence."""
     position = 0
-    for table in re.finditer(r"(?:^#{1,6}[^\n]*\n\s*)?(?:^[ \t]*\|[^\n]*(?:\n|\Z)){2,}", text, re.MULTILINE):
+    for table in _TABLE.finditer(text):
         yield from _sentences(text, position, table.start())
         yield table.start(), table.end()
         position = table.end()
     yield from _sentences(text, position, len(text))
+
+
+def _cells(table: str) -> Iterator[tuple[int, int]]:
+    """The cells below a table's head, without those whose column is a setting."""
+    lines = list(re.finditer(r"^[ \t]*\|[^\n]*", table, re.MULTILINE))
+    has_head = set(lines[1].group()) <= set("|:- \t")
+    names = lines[0].group().strip().strip("|").split("|") if has_head else []
+    for line in lines[1:] if has_head else lines:
+        start = line.start() + line.group().index("|") + 1
+        for place, cell in enumerate(line.group()[start - line.start() :].split("|")):
+            if place >= len(names) or not _SETTING_COLUMN.search(names[place]):
+                yield start, start + len(cell)
+            start += len(cell) + 1
 
 
 def _sentences(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ def claimed(text, names=()):
         ("| model | MMLU |\n| --- | --- |\n| ours | 71.2 |\n", ["71.2"]),
         ("## HellaSwag\n\n| ours | 0.71 |\n| base | 0.70 |\n", ["0.71", "0.70"]),
         ("**Perplexity**: 12.34", ["12.34"]),
+        ("| lr | MMLU |\n| --- | --- |\n| 0.01 | **71.2** |\n| 0.02 | 0.5 ± 0.1 |\n", ["71.2", "0.5", "0.1"]),
         ("pass@1 of 31%", ["31%"]),
         ("The `acc` is 0.5 here.", ["0.5"]),
         ("- accuracy 0.8\n- we slept 7.5 nights\n", ["0.8"]),
@@ -45,6 +46,8 @@ def test_numbers_beside_a_metric_or_task_are_claims(text, found):
         "![accuracy 0.99](a.png)",
         "It was trained for 3.5 days. The accuracy is in the table.",
         "Released 2026-11-24, version 1.2.",
+        "| MMLU of Qwen2.5 | version 2.5 |\n| --- | --- |\n| Claude-3.5 | 3.1 |\n",
+        "| model | learning rate | MMLU |\n| --- | --- | --- |\n| ours | 0.01 | - |\n",
     ],
 )
 def test_numbers_that_are_no_results_are_left_alone(text):
