@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..errors import ConfigError, EvaluationError, HubMoeError
 from ..evals.records import StoredRecord, read_record
 from .claims import find_claims
@@ -103,6 +104,9 @@ class _Lint:
 
     def _check_blocks(self, readme: Readme, facts: Facts) -> Iterator[Finding]:
         expected = render_blocks(facts, readme.prose)
+        why = "it was edited by hand"
+        if facts.hub_moe_version not in ("", __version__):
+            why += f", or rendered by hub_moe {facts.hub_moe_version} and has to be again"
         for part in readme.parts:
             if part.name is None:
                 continue
@@ -112,7 +116,7 @@ class _Lint:
                 yield self._at_block(
                     readme,
                     part.name,
-                    f"the block {part.name!r} differs from what the facts give; it was edited by hand",
+                    f"the block {part.name!r} differs from what the facts give; {why}",
                 )
         for name in expected:
             if readme.block(name) is None:
