@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .output import print_json, print_table, print_text, say
+from .output import print_json, print_table, print_text
 
 if TYPE_CHECKING:
     from ..evals.compare import RecordComparison
@@ -48,7 +48,7 @@ def compare(
 
 def print_comparison(found: "RecordComparison") -> None:
     """The table for people, and below it what to bear in mind."""
-    columns = ("Entry", "metric", "base", "candidate", "difference", "95 % interval", "p (Holm)", "detects", "verdict")
+    columns = ("Entry", "base", "candidate", "difference", "p (Holm)", "detects", "verdict")
     print_table(columns, [_row(task, found.metrics[task.task]) for task in found.comparison.tasks])
     print_text()
     print_text(f"Base: {found.base_model} (record {found.base[:16]})")
@@ -72,14 +72,12 @@ def notes(found: "RecordComparison") -> list[str]:
 def _row(task: "TaskComparison", metric: str) -> tuple[str, ...]:
     detects = task.minimum_detectable_effect
     return (
-        task.task,
-        metric + (" (lower is better)" if task.lower_is_better else ""),
-        f"{task.base.value:.4f} ± {task.base.standard_error:.4f}",
-        f"{task.candidate.value:.4f} ± {task.candidate.standard_error:.4f}",
-        f"{task.difference.value:+.4f}",
-        f"{task.difference.low:+.4f} to {task.difference.high:+.4f}",
+        f"{task.task} {metric}{' ↓' if task.lower_is_better else ''}",
+        f"{task.base.value:.3f}",
+        f"{task.candidate.value:.3f}",
+        f"{task.difference.value:+.3f} ({task.difference.low:+.3f} to {task.difference.high:+.3f})",
         f"{task.adjusted_p_value:.3g}",
-        "-" if detects is None else f"{detects:.4f}",
+        "-" if detects is None else f"{detects:.3f}",
         task.verdict,
     )
 

@@ -9,16 +9,20 @@ import typer
 
 from ..errors import HubMoeError
 from .card import card
+from .compare import compare
 from .data import data
 from .demo import demo
+from .eval import evaluate, suites
 from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
+from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
 from .plan import plan
 from .train import train
+from .verify import verify
 
 app = typer.Typer(
     name="hub-moe",
@@ -30,6 +34,11 @@ app = typer.Typer(
 )
 for command in (demo, train, inspect, plan, export):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command()(suites)
+app.command()(compare)
+app.command()(verify)
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.add_typer(card, name="card")
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")

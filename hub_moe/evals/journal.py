@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from .records.record import hash_json
+from .request_hashes import plain_json
 
 Answer = Any  # (log-likelihood, is greedy), a log-likelihood, or a text, as lm_eval's models give them
 
@@ -26,9 +27,9 @@ class Journal:
     def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{hash_json(key)}.jsonl"
+        _truncate_to_whole_lines(self.path)
         self._answers = dict(_read(self.path))
         self.num_found = len(self._answers)
-        _truncate_to_whole_lines(self.path)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)  # a line reaches the system when it is written
 
     def __enter__(self) -> Self:
@@ -39,14 +40,14 @@ class Journal:
 
     def find(self, kind: str, arguments: Sequence[Any]) -> Answer | None:
         """The answer to a request, or None."""
-        return self._answers.get(hash_request(kind, arguments))
+        return self._answers.get(hash_question(kind, arguments))
 
     def add_partial(self, kind: str, arguments: Iterable[Any], answer: Answer) -> None:
         """Keep an answer; answers drawn at random are not kept, since asking again would draw others."""
         arguments = list(arguments)
         if is_drawn(arguments):
             return
-        request = hash_request(kind, arguments)
+        request = hash_question(kind, arguments)
         if request in self._answers:
             return
         self._answers[request] = answer
@@ -59,9 +60,9 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-def hash_request(kind: str, arguments: Iterable[Any]) -> str:
+def hash_question(kind: str, arguments: Iterable[Any]) -> str:
     """sha256 of a request's kind and all its arguments: context, continuation, generation settings."""
-    return hash_json([kind, list(arguments)])
+    return hash_json([kind, plain_json(list(arguments))])
 
 
 def is_drawn(arguments: Sequence[Any]) -> bool:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import snapshot_download
 
 from ..errors import CheckpointError, EvaluationError
 from ..files.json_files import read_json
@@ -107,9 +107,11 @@ def _fetch(place: Place, subfolder: str | None) -> tuple[Path, ModelSource]:
         return folder, ModelSource(folder.resolve().name, "checkpoint")
     if not is_repo_id(place.name):
         raise CheckpointError(f"{place.name!r} is neither a folder nor a repo id (OWNER/NAME).")
-    commit = HfApi().model_info(place.name, revision=place.revision).sha
     wanted = [f"{inside}*{suffix}" for suffix in sorted(_SUFFIXES)]
-    snapshot = snapshot_download(place.name, revision=commit, allow_patterns=wanted, ignore_patterns=f"{inside}*/*")
+    snapshot = snapshot_download(
+        place.name, revision=place.revision, allow_patterns=wanted, ignore_patterns=f"{inside}*/*"
+    )
+    commit = Path(snapshot).name
     source = ModelSource(
         place.name, "checkpoint", repo=place.name, revision=commit, requested_revision=place.revision or "main"
     )

@@ -14,6 +14,7 @@ from .. import modeling  # noqa: F401  teaches transformers our models and patch
 from ..errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
 from .model_source import LocatedModel, locate_model
 from .records import Execution, ModelSource
+from .task_files import hush_lm_eval
 
 try:
     from .prefix_lm import HubMoeLM
@@ -98,14 +99,15 @@ def load_model(request: ModelRequest, located: LocatedModel | None = None) -> Lo
     )
     model = _load_weights(request, located)
     tokenizer = load_tokenizer(located, trust_remote_code=request.trust_remote_code)
-    lm = HubMoeLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        batch_size=request.batch_size,
-        max_length=request.max_length,
-        reuse_prefix=request.reuse_prefix,
-        trust_remote_code=request.trust_remote_code,
-    )
+    with hush_lm_eval():
+        lm = HubMoeLM(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=request.batch_size,
+            max_length=request.max_length,
+            reuse_prefix=request.reuse_prefix,
+            trust_remote_code=request.trust_remote_code,
+        )
     return LoadedModel(lm, tokenizer, located.source, describe_execution(lm, request), request)
 
 
@@ -123,7 +125,7 @@ def describe_execution(lm: Any, request: ModelRequest) -> Execution:
         max_length=lm.max_length,
         device=device if is_cpu else f"{device} ({torch.cuda.get_device_name(lm.device)})",
         num_threads=torch.get_num_threads() if is_cpu else None,
-        reuses_prefix=bool(lm.reuse_prefix),
+        reuses_prefix=lm.reuse_reason is None,
     )
 
 
@@ -141,6 +143,18 @@ def running_experts(loaded: LoadedModel, implementation: str) -> Iterator[None]:
         yield
     finally:
         model.set_experts_implementation(before)
+
+
+@contextmanager
+def running_one_at_a_time(loaded: LoadedModel) -> Iterator[None]:
+    """Run at batch size 1, without reuse of prefixes, for a while."""
+    lm = loaded.lm
+    before = lm.batch_size_per_gpu, lm.reuse_reason
+    lm.batch_size_per_gpu, lm.reuse_reason = 1, "one request at a time"
+    try:
+        yield
+    finally:
+        lm.batch_size_per_gpu, lm.reuse_reason = before
 
 
 def _load_weights(request: ModelRequest, located: LocatedModel) -> PreTrainedModel:

@@ -8,9 +8,11 @@ from typing import Any
 
 from ..errors import EvaluationError
 from .records import EntryResult, Metric, Sample
+from .request_hashes import hash_request
 from .statistics import Estimate, estimate_accuracy, estimate_mean, estimate_ratio
 from .statistics.estimates import is_binary
-from .tasks import BuiltTask, hash_instance
+from .task_files import hush_lm_eval
+from .tasks import BuiltTask
 
 UNPARSABLE = "[invalid]"  # what lm_eval's filters put where a pattern finds nothing
 
@@ -36,15 +38,11 @@ def score_task(built: BuiltTask) -> ScoredTask:
     Raises:
         EvaluationError: If the task gives no score for a document.
     """
-    task = built.task
-    task.apply_filters()
-    by_document = defaultdict(list)
-    for instance in task.instances:
-        by_document[instance.doc_id].append(instance)
+    with hush_lm_eval():
+        built.task.apply_filters()
     items: dict[str, list[Any]] = defaultdict(list)
     samples = []
-    for place, document in enumerate(built.documents):
-        instances = sorted(by_document[place], key=lambda instance: instance.idx)
+    for document, instances in zip(built.documents, built.instances_by_document(), strict=True):
         found = _judge(built, instances)
         for name, item in found.items():
             items[name].append(item)
@@ -105,7 +103,7 @@ def _make_sample(built: BuiltTask, document: Any, instances: Sequence[Any], foun
         index=document.index,
         document_sha256=document.sha256,
         group=document.group,
-        prompt_sha256s=tuple(hash_instance(instance) for instance in instances),
+        prompt_sha256s=tuple(hash_request(instance) for instance in instances),
         log_likelihoods=tuple(log_likelihoods),
         is_greedy=tuple(bool(a[1]) for a in answers if isinstance(a, tuple | list)) if not is_text else (),
         texts=tuple(map(str, answers)) if is_text else (),
