@@ -20,7 +20,7 @@ ALLOWED = {
     "modeling": {"errors", "patches.registration"},  # so that whoever can load a base can load its patches
     "experts": {"errors", "anatomy"},
     "data": {"errors"},
-    "cards": {"errors", "files", "energy", "evals.records"},
+    "cards": {"errors", "files", "energy", "evals.records", "patches.metadata"},
     "patches": {"errors", "files", "anatomy"},
     "plots": {"errors"},
     "training": {

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..anatomy import measure_footprint
+from ..cards.facts import DatasetFacts
 from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_bpe_tokenizer
 from ..environment import describe_versions
 from ..errors import CheckpointError
@@ -23,7 +24,7 @@ from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_
 from ..training.checkpoints import explain_failed_writes
 from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
-from .card import render_card
+from .card import TrainedModel, write_card
 from .folder import RunFolder, open_run_folder
 from .local_hub import DATASET, MODEL, PATCH, LocalHub, open_local_hub
 from .plan import DemoPlan, plan_demo
@@ -99,7 +100,16 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
         _say(f"Publishing {MODEL}, loading it back by its name, completing")
         with explain_failed_writes(folder.path):
             _draw(plan, record, folder)
-            _save(model, tokenizer, facts, folder)
+            trained = TrainedModel(
+                name=MODEL,
+                footprint=measure_footprint(model.config),
+                dataset=_describe_dataset(facts["corpus"]["train"], revision=dataset_revision),
+                steps=record.step,
+                load=dict(zip(record.layer_indices, _load_by_phase(record)["last tenth"], strict=True)),
+                bits_per_byte=facts["bits_per_byte"],
+                versions=facts["versions"],
+            )
+            _save(model, tokenizer, trained, plan, folder)
             published = _publish(hub, plan, model, folder)
         _say("A contributor trains the experts that English prose uses most, on Python's language reference")
         tuned = tune_experts(hub, plan, folder, base_revision=published["model"]["revision"])
@@ -210,23 +220,21 @@ def _score_model(
     )
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], folder: RunFolder) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    trained: TrainedModel,
+    plan: DemoPlan,
+    folder: RunFolder,
+) -> None:
     """Everything that is published: weights, tokenizer, card, pictures."""
-    card = render_card(
-        model=MODEL,
-        dataset=DATASET,
-        parameters=facts["parameters"],
-        tokens=facts["training"]["tokens"],
-        bits_per_byte=facts["bits_per_byte"],
-        imbalance=max(facts["load_imbalance"]["last tenth"].values()),
-    )
 
     def save(path: Path) -> None:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        (path / "README.md").write_text(card, "utf-8")
         for picture in (folder.loss_curve, folder.expert_load):
             shutil.copy(picture, path)
+        write_card(trained, plan, folder=path)
 
     folder.write_atomically(folder.model, save)
 
@@ -304,6 +312,12 @@ def _describe_corpus(corpus: Corpus, tokens: Tokens) -> dict[str, Any]:
             "names": [document.name for document in corpus.held_out],
         },
     }
+
+
+def _describe_dataset(train: dict[str, int], *, revision: str) -> DatasetFacts:
+    return DatasetFacts(
+        DATASET, True, revision, split="train", rows=train["files"], tokens=train["tokens"], license="psf-2.0"
+    )
 
 
 def _describe_training(plan: DemoPlan, record: TrainingRecord, session: TrainingSession) -> dict[str, Any]:
