@@ -47,7 +47,7 @@ Records = Annotated[
 
 
 @card.command()
-def render(
+def render(  # noqa: PLR0913 (a parameter is a flag)
     model: Model,
     records: Records = None,
     run: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder of hub-moe train it came from.")] = None,
@@ -56,6 +56,9 @@ def render(
     ] = None,
     base_record: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Record of the base, to compare with.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="OWNER/NAME", help="What the card calls a folder.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="README.md", help="Write here, not into the folder.")] = None,
     gpai: Annotated[bool, typer.Option("--gpai", help="Prefill the EU's model documentation form too.")] = False,
@@ -76,6 +79,7 @@ def render(
     from ..cards import collect_facts, open_model, read_eval_results, read_facts, render_card, render_form
 
     source = open_model(model)
+    source = source if name is None else replace(source, name=name)
     if out is None and source.revision is not None:
         raise ConfigError(f"{model} is on a Hub; say where to write its card: --out card/README.md.")
     target = out or source.folder / "README.md"
