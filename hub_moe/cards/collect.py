@@ -185,7 +185,7 @@ def collect_facts(model: ModelFolder, evidence: Evidence, *, say: Say, previous:
         for each in (run.datasets if run else earlier.datasets)
     )
     lineage = find_lineage(base, say=say) if base else earlier.lineage
-    evaluations = [describe_record(each) for each in _newest(_own(model, evidence, say=say))]
+    evaluations = [describe_record(each) for each in _newest(_own(model, evidence, earlier, say=say))]
     return Facts(
         model=ModelFacts(model.name, model.kind, model.revision),
         architecture=describe_footprint(evidence.footprint) if evidence.footprint else earlier.architecture,
@@ -313,11 +313,13 @@ def _describe_patch(patch: PatchMetadata) -> PatchFacts:
     )
 
 
-def _own(model: ModelFolder, evidence: Evidence, *, say: Say) -> list[StoredRecord]:
-    base = evidence.comparison[0].record.id if evidence.comparison else None
-    for each in evidence.records:
-        if not is_of(each.record, model.weights) and each.record.id != base:
-            say(f"{each.path.name} is a record of {each.record.model}, whose weights are not these; it is not claimed.")
+def _own(model: ModelFolder, evidence: Evidence, earlier: Facts, *, say: Say) -> list[StoredRecord]:
+    of_base = {earlier.comparison.base_record_sha256} if earlier.comparison else set()
+    of_base |= {evidence.comparison[0].record.id} if evidence.comparison else set()
+    others = [each for each in evidence.records if not is_of(each.record, model.weights)]
+    names = ", ".join(f"{each.path.name} ({each.record.model})" for each in others if each.record.id not in of_base)
+    if names:
+        say(f"Not claimed, since they are records of other weights: {names}.")
     return [each for each in evidence.records if is_of(each.record, model.weights)]
 
 
