@@ -4,8 +4,8 @@
 
 Two tasks, made from a seed: `few_shot` has a shared prefix of 640 tokens, questions of 96 and 4 choices of 16 tokens;
 `zero_shot` has short questions and choices and no prefix. In each round HFLM and HubMoeLM take turns on both through
-`lm_eval.evaluate`, at the same batch size, and HFLM also at the one that serves it best on two such questions. Ratios are
-seconds of HubMoeLM over seconds of HFLM, so one sixth is six times faster. Scores are compared request by request.
+`lm_eval.evaluate`, at the same batch size, and HFLM also at the one that serves it best on two such questions. Ratios
+are seconds of HubMoeLM over seconds of HFLM, so one sixth is six times faster. Scores are compared request by request.
 """
 
 import argparse

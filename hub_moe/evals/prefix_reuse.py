@@ -111,8 +111,9 @@ def plan_requests(
         hidden_size: Of the model; attention over `6 * hidden_size` tokens costs about as much as all else.
         cost_before: What must be paid before the first step, in tokens.
     """
-    paths = _gather_paths(inputs)
-    chosen = _find_sharing(paths)
+    chosen = _find_sharing(_gather_paths(inputs))
+    if not chosen:
+        return Plan((), tuple(range(len(inputs))))
     budgets = [Budget(budget.tokens, budget.cells, max(budget.tokens // part, 1)) for part in (1, 2, 4, 8)]
     plans = [tuple(plan_steps([inputs[i] for i in chosen], budget=smaller)) for smaller in budgets]
     steps = min(plans, key=lambda steps: _cost_steps(steps, hidden_size))
@@ -125,8 +126,10 @@ def plan_requests(
 
 def plan_steps(inputs: Sequence[Scored], *, budget: Budget, forward_cost: int = FORWARD_COST) -> Iterator[Step]:
     """The steps that predict every scored token of every request once; `Score.request` is an index into `inputs`."""
-    tree = _Tree(_gather_paths(inputs), budget, forward_cost)
-    groups = [(range(len(tree.paths)), 0)] if tree.paths else []
+    if not inputs:
+        return
+    tree = _Tree(_join_prefixes(_gather_paths(inputs)), budget, forward_cost)
+    groups = [(range(len(tree.paths)), 0)]
     while groups:
         group, num_cached = groups.pop()
         step, rest = tree.grow(group, num_cached)
@@ -136,10 +139,18 @@ def plan_steps(inputs: Sequence[Scored], *, budget: Budget, forward_cost: int = 
 
 @dataclass(frozen=True)
 class _Path:
-    """A distinct input, with the requests that have it and how many tokens each scores."""
+    """A distinct input, with the requests that have it or a part up to some token."""
 
     tokens: tuple[int, ...]
-    requests: tuple[tuple[int, int], ...]
+    requests: tuple["_Span", ...]
+
+
+class _Span(NamedTuple):
+    """The positions of a path that predict the continuation of `request`."""
+
+    request: int
+    start: int
+    stop: int
 
 
 _Group = tuple[range, int]  # neighbouring paths, and the cached tokens that they all start with
@@ -207,7 +218,7 @@ class _Tree:
         scores = (
             Score(position - start, request, position - first)
             for index in group
-            for request, first, stop in _scored_positions(self.paths[index])
+            for request, first, stop in self.paths[index].requests
             for position in range(max(first, start), min(stop, end))
         )
         size = end - start
@@ -250,7 +261,7 @@ class _Rows:
         self._depths.extend(range(start, len(path.tokens)))
         self._rows_of_path.extend(range(row, len(self.tokens)))
         self._ends.extend(range(row, len(self.tokens)))
-        for request, first, stop in _scored_positions(path):
+        for request, first, stop in path.requests:
             for position in range(max(first, self._num_cached), stop):
                 row = self._rows_of_path[position - self._num_cached]
                 self._scores.append(Score(row, request, position - first))
@@ -273,28 +284,34 @@ class _Rows:
         del self._rows_of_path[depth:]
 
 
-def _scored_positions(path: _Path) -> Iterator[tuple[int, int, int]]:
-    """Request, first scored position and the end of the scored positions."""
-    stop = len(path.tokens)
-    return ((request, stop - num_scored, stop) for request, num_scored in path.requests)
-
-
 def _gather_paths(inputs: Sequence[Scored]) -> list[_Path]:
+    """Distinct inputs in sorted order, so that those with a common prefix are neighbours."""
     requests = defaultdict(list)
-    for index, scored in enumerate(inputs):
-        requests[scored.tokens].append((index, scored.num_scored))
+    for index, (tokens, num_scored) in enumerate((scored.tokens, scored.num_scored) for scored in inputs):
+        requests[tokens].append(_Span(index, len(tokens) - num_scored, len(tokens)))
     return [_Path(tokens, tuple(requests[tokens])) for tokens in sorted(requests)]
+
+
+def _join_prefixes(paths: Sequence[_Path]) -> list[_Path]:
+    """Inputs that another continues are answered on the way: its requests move to the next path, which continues it."""
+    joined: list[_Path] = []
+    for path in reversed(paths):
+        if joined and joined[-1].tokens[: len(path.tokens)] == path.tokens:
+            joined[-1] = _Path(joined[-1].tokens, joined[-1].requests + path.requests)
+        else:
+            joined.append(path)
+    return joined[::-1]
 
 
 def _find_sharing(paths: Sequence[_Path]) -> list[int]:
     """Requests whose input shares enough with another's; in sorted order the nearest is a neighbour."""
-    shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths)), 0]
-    return sorted(
-        request
-        for path, before, after in zip(paths, shared[:-1], shared[1:], strict=True)
-        if max(before, after) >= LEAST_SHARED * len(path.tokens)
-        for request, _ in path.requests
-    )
+    sharing: set[int] = set()
+    for path, other in pairwise(paths):
+        common = _count_common(path.tokens, other.tokens)
+        for one in (path, other):
+            if common >= LEAST_SHARED * len(one.tokens):
+                sharing.update(span.request for span in one.requests)
+    return sorted(sharing)
 
 
 def _count_common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
