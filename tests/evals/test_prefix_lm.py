@@ -261,7 +261,7 @@ def test_padding_on_the_plain_path_is_not_counted_as_load(tiny_tokenizer):
         ask(lm, pairs)
     tokens = sum(len(tiny_tokenizer(context + continuation)["input_ids"]) - 1 for context, continuation in pairs)
     assert lm.num_computed_tokens > tokens
-    assert {int(layer.load_E.sum()) for layer in routing.layers} == {2 * tokens}
+    assert {int(layer.tokens_E.sum()) for layer in routing.layers} == {2 * tokens}
 
 
 def test_rolling_and_generation_are_those_of_hflm_and_their_tokens_are_counted(tiny_tokenizer):
