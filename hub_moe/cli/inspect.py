@@ -4,12 +4,15 @@ import difflib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import ConfigError, HubMoeError, UnsupportedModelError
 from .output import describe_bytes, describe_count, describe_flops, print_json, print_table, print_text
+
+if TYPE_CHECKING:
+    from ..anatomy import Footprint
 
 _WIDTHS = (32, 12)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -76,16 +79,7 @@ def inspect(
       hub-moe inspect Qwen/Qwen3-30B-A3B --memory 24GB
       hub-moe inspect runs/demo/model --context 2048 --json
     """
-    try:
-        config = load_config(model, revision)
-        from ..anatomy import measure_footprint  # after the quick checks of load_config
-
-        footprint = measure_footprint(config)
-    except HubMoeError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # from the code that builds the described model
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"The config.json of {model} describes no model that can be built ({reason}).") from error
+    config, footprint = measure_model(model, revision)
     context = context or min(4096, footprint.max_context or 4096)
     facts = {"model": model, "commit": getattr(config, "_commit_hash", None)}
     facts |= footprint.to_dict(context=context, memory_bytes=memory)
@@ -93,6 +87,24 @@ def inspect(
         print_json(facts)
     else:
         print_facts(facts)
+
+
+def measure_model(name: str, revision: str | None = None) -> tuple[Any, "Footprint"]:
+    """The config, as `load_config` gives it, and the footprint of the model that it describes.
+
+    Raises:
+        ConfigError, UnsupportedModelError: As `load_config`, and if the config describes no model that can be built.
+    """
+    try:
+        config = load_config(name, revision)
+        from ..anatomy import measure_footprint  # after the quick checks of load_config
+
+        return config, measure_footprint(config)
+    except HubMoeError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # from the code that builds the described model
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"The config.json of {name} describes no model that can be built ({reason}).") from error
 
 
 def load_config(name: str, revision: str | None = None) -> Any:

@@ -8,15 +8,20 @@ from typing import Annotated
 import typer
 
 from ..errors import HubMoeError
+from .compare import compare
 from .data import data
 from .demo import demo
+from .eval import evaluate, suites
 from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
+from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
+from .plan import plan
 from .train import train
+from .verify import verify
 
 app = typer.Typer(
     name="hub-moe",
@@ -26,8 +31,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, train, inspect, export):
+for command in (demo, train, inspect, plan, export):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command()(suites)
+app.command()(compare)
+app.command()(verify)
+app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")

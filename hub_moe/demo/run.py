@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..anatomy import measure_footprint
 from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_bpe_tokenizer
+from ..environment import describe_versions
 from ..errors import CheckpointError
 from ..evals import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
 from ..modeling import HubMoeConfig, HubMoeForCausalLM
 from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
-from ..training.outcome import describe_versions
 from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
 from .card import render_card

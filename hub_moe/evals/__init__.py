@@ -13,7 +13,11 @@ _LAZY_NAMES = {
     "Estimate": "statistics",
     "Pairs": "statistics",
     "TaskComparison": "statistics",
+    "build_suite": "tasks",
+    "check_suite": "preflight",
     "compare_tasks": "statistics",
+    "list_suites": "suites",
+    "load_suite": "suites",
     "pair_scores": "statistics",
     "plan_detectable_difference": "statistics",
     "score_with_compressor": "bits_per_byte",
@@ -23,6 +27,7 @@ _LAZY_NAMES = {
 
 if TYPE_CHECKING:
     from .bits_per_byte import CodeLength, score_with_compressor, score_with_model, score_with_unigrams
+    from .preflight import check_suite
     from .statistics import (
         Comparison,
         DocumentScores,
@@ -33,6 +38,8 @@ if TYPE_CHECKING:
         pair_scores,
         plan_detectable_difference,
     )
+    from .suites import list_suites, load_suite
+    from .tasks import build_suite
 
 __all__ = [
     "CodeLength",
@@ -41,7 +48,11 @@ __all__ = [
     "Estimate",
     "Pairs",
     "TaskComparison",
+    "build_suite",
+    "check_suite",
     "compare_tasks",
+    "list_suites",
+    "load_suite",
     "pair_scores",
     "plan_detectable_difference",
     "score_with_compressor",

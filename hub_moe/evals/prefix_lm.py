@@ -210,7 +210,7 @@ class HubMoeLM(HFLM):
 
     def _count_inputs(self, request: Request) -> int:
         _, context, continuation = request
-        return min(len(context) + len(continuation) - 1, int(self.max_length))
+        return int(min(len(context) + len(continuation) - 1, self.max_length))
 
     def _group_as_hflm(self, requests: list[Request], chosen: Sequence[int]) -> list[list[int]]:
         """Requests that HFLM answers from one row, in the order in which it runs the rows."""

@@ -4,25 +4,15 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ..anatomy import Footprint, MoeLayer, measure_footprint
+from ..energy.devices import recognise_device
 
-# Name of the device as CUDA gives it -> dense bfloat16 operations per second with float32 accumulation, and who says
-# so. The first that fits counts.
-_PUBLISHED_PEAKS = (
-    (r"\bH200 NVL\b", 835.5e12, "NVIDIA H200 datasheet, NVL"),
-    (r"\bH200\b", 989.4e12, "NVIDIA H200 datasheet"),
-    (r"\bH100 NVL\b", 835.5e12, "NVIDIA H100 NVL product brief"),
-    (r"\bH100 PCIe\b", 756.4e12, "NVIDIA H100 architecture whitepaper, PCIe"),
-    (r"\bH100\b", 989.4e12, "NVIDIA H100 architecture whitepaper, SXM5"),
-    (r"\bA100\b", 312.0e12, "NVIDIA A100 architecture whitepaper"),
-    (r"\bL40S\b", 362.05e12, "NVIDIA L40S datasheet"),
-    (r"\bRTX 4090$", 165.2e12, "NVIDIA Ada architecture whitepaper"),
-)
+PlannedMethod = Literal["full", "experts", "lora"]
 _MATRIX = 1024
 _REPEATS = 4
 
@@ -83,13 +73,65 @@ def measure_training_cost(model: Any, layers: Sequence[MoeLayer]) -> TrainingCos
     )
 
 
+@dataclass(frozen=True)
+class PlannedCost:
+    """The cost of training a shape, and how many numbers are held and trained; of what depends on data, the most."""
+
+    cost: TrainingCost
+    parameters: int
+    trained_parameters: int
+    runs_mtp: bool
+
+
+def plan_training_cost(
+    footprint: Footprint, config: Any, method: PlannedMethod, *, expert_share: float = 0.2, rank: int = 8
+) -> PlannedCost:
+    """What training the model of a config will cost, by method, before there are weights.
+
+    Args:
+        footprint: Of `config`.
+        config: Says whether MTP layers are trained.
+        method: `full` trains everything, from random weights or not. `experts` trains routed experts. `lora` trains
+            adapters at every projection of the attention.
+        expert_share: Of the tokens' ways through experts, the share that ends at a trained one: ESFT's top_p. The
+            chosen experts are the busiest, so that at most this share of the experts is trained.
+        rank: Of the adapters.
+    """
+    mtp_layers = [layer for layer in footprint.moe_layers if layer.is_mtp]
+    runs_mtp = bool(mtp_layers and getattr(config.get_text_config(decoder=True), "mtp_loss_coef", 0))
+    used = [p for p in footprint.parameters if runs_mtp or p.kind != "mtp"]
+    active = [(p.name, float(p.active_size)) for p in footprint.parameters if p.is_matrix]
+    active += _active_in_mtp(footprint, mtp_layers) if runs_mtp else []
+    weights = sum(size for _, size in active)
+    experts = tuple(f"{layer.name}.experts." for layer in footprint.moe_layers)
+    adapters = rank * sum(sum(p.shape) for p in used if p.kind_in_layer == "attention" and len(p.shape) == 2)
+    trained, numbers, first = {
+        "full": (weights, sum(p.size for p in used), 0),
+        "experts": (
+            expert_share * sum(size for name, size in active if name.startswith(experts)),
+            round(expert_share * sum(p.size for p in used if p.kind_in_layer == "routed_experts")),
+            min(layer.index for layer in footprint.moe_layers),
+        ),
+        "lora": (0.0, adapters, 0),
+    }[method]
+    # an adapter is met forward, passed back through, and trained, as any trained weight
+    added = float(adapters) if method == "lora" else 0.0
+    cost = TrainingCost(
+        footprint=footprint,
+        active=weights + added,
+        passed_back=sum(size for name, size in active if _layer_number(name, footprint.num_layers) >= first) + added,
+        trained=trained + added,
+        attention_passed_back=1 - min(1.0, first / footprint.num_layers),
+    )
+    return PlannedCost(cost, sum(p.size for p in used) + round(added), numbers, runs_mtp)
+
+
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The published dense bfloat16 peak of a known GPU; of any other device what a matrix product measures now."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for pattern, flops, source in _PUBLISHED_PEAKS:
-            if re.search(pattern, name):
-                return Peak(flops, f"published: {source}")
+        known = recognise_device(torch.cuda.get_device_name(device))
+        if known is not None:
+            return Peak(known.bf16_flops, f"published: {known.source}")
     return _measure_peak(device, dtype)
 
 

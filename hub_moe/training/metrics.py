@@ -2,9 +2,9 @@
 
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..anatomy import MoeLayer, find_moe_layers
+from ..energy import EnergyMeter, EnergyReport, combine_reports
+from ..energy.meter import require_codecarbon
 from ..errors import UnsupportedModelError
 from .balancing import gather_bias
 from .flops import Peak, TrainingCost, find_peak, measure_training_cost
 from .load import LoadCounter, measure_imbalance
 from .metrics_file import MetricsFile
-
-if TYPE_CHECKING:
-    from .energy import EnergyMeter
 
 logger = logging.get_logger(__name__)
 
@@ -43,15 +42,15 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
     `epoch` and, over the steps since the last row, `tokens_per_s` (loading data included, evaluation and saving not),
     `utilisation` (operations of active parameters, of what is really trained, against `peak_flops` of all processes'
     devices; `peak_source` says whether that was published or measured), `imbalance` and `dead_experts` (no token) by
-    layer; `imbalance_worst`; `max_balancing_bias`, null without one; `energy_kwh` so far with `energy_source`, if asked
-    for. A held-out loss joins the row of its step as `eval_loss`.
+    layer; `imbalance_worst`; `max_balancing_bias`, null without one; if asked for, `energy_kwh` so far, null where
+    nothing can be metered, with `energy_source`. A held-out loss joins the row of its step as `eval_loss`.
 
     Only the first process writes. On resume, rows after the checkpoint's step are removed. `add_to(trainer)` rather
     than `callbacks=[...]` puts the figures into what wandb, trackio and tensorboard get.
 
     Args:
         path: Of `metrics.jsonl`.
-        with_energy: Meter the machine's energy by codecarbon, which takes a thread and 2 s at the start.
+        with_energy: Meter the machine's energy; what has no counter by codecarbon: a thread, and 2 s at the start.
 
     Raises:
         MissingExtraError: If energy is asked for and codecarbon is not installed.
@@ -60,12 +59,12 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def __init__(self, path: str | Path, *, with_energy: bool = False) -> None:
         if with_energy:
-            from . import energy  # noqa: F401  (missing: an error now rather than after the model was loaded)
+            require_codecarbon()  # missing: an error now rather than after the model was loaded
         self.path = Path(path)
         self.with_energy = with_energy
         self.latest: dict[str, Any] = {}
         self.tokens = 0
-        self.energy_before_kwh = 0.0
+        self.earlier_energy: EnergyReport | None = None
         self.session_tokens = 0
         self.session_seconds = 0.0
         self._window = _Window()
@@ -75,6 +74,8 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._cost: TrainingCost | None = None
         self._peak = Peak(0.0, "")
         self._meter: EnergyMeter | None = None
+        self._num_machines = self._num_devices = 1
+        self._tokens_before_meter = 0
         self._mark_s = 0.0
 
     def add_to(self, trainer: Trainer) -> None:
@@ -82,9 +83,15 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
         trainer.callback_handler.callbacks.insert(0, self)
 
     @property
-    def energy_kwh(self) -> float | None:
-        """Energy of the run so far, None if it was not asked for."""
-        return self._energy()[0] if self.with_energy else None
+    def energy(self) -> EnergyReport | None:
+        """Energy of the run so far, earlier sessions included; None if it was not asked for."""
+        now = self._meter.read() if self._meter is not None else None
+        if now is not None:
+            hours = self._num_devices * now.window_s / 3600
+            tokens = self.tokens - self._tokens_before_meter
+            now = replace(now, tokens=tokens, device_hours=hours, num_machines=self._num_machines)
+        sessions = [each for each in (self.earlier_energy, now) if each is not None]
+        return combine_reports(sessions) if sessions else None
 
     @property
     def session_tokens_per_s(self) -> float:
@@ -97,7 +104,7 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
             "args": {"path": str(self.path), "with_energy": self.with_energy},
             "attributes": {
                 "tokens": self.tokens,
-                "energy_before_kwh": self._energy()[0],
+                "energy": None if (energy := self.energy) is None else energy.to_dict(),
                 "window": vars(self._window),
             },
         }
@@ -114,15 +121,18 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if saved is not None:
             self.tokens = saved["attributes"]["tokens"]
-            self.energy_before_kwh = saved["attributes"]["energy_before_kwh"]
+            earlier = saved["attributes"]["energy"]
+            self.earlier_energy = None if earlier is None else EnergyReport.from_dict(earlier)
             self._window = _Window(**saved["attributes"]["window"])
         self._peak, self._cost = find_peak(args.device, model.dtype), _cost(model, self._layers)
         if state.is_world_process_zero:
             self._file.open_after(state.global_step)
         if self.with_energy and state.is_world_process_zero:
-            from .energy import EnergyMeter
-
-            self._meter = EnergyMeter()
+            on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+            self._num_machines = max(1, args.world_size // on_this_machine)
+            self._num_devices = args.world_size if args.device.type == "cuda" else self._num_machines
+            self._tokens_before_meter = self.tokens
+            self._meter = EnergyMeter(estimates="required")
         self._mark_s = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -179,7 +189,8 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._counter.close()
             self._counter = None
         if self._meter is not None:
-            self.energy_before_kwh += self._meter.stop().kwh
+            self._meter.stop()
+            self.earlier_energy = self.energy
             self._meter = None
 
     def _measure(self, args: TrainingArguments) -> dict[str, Any]:
@@ -199,10 +210,8 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
             "dead_experts": {name: int((load_E == 0).sum()) for name, load_E in zip(names, loads, strict=True)},
             "max_balancing_bias": self._max_bias(),
         }
-        if self.with_energy:
-            row["energy_kwh"], row["energy_source"] = self._energy()
-            machines = args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
-            row["energy_source"] += f", 1 of {machines} machines" if machines > 1 else ""
+        if (energy := self.energy) is not None:
+            row |= {"energy_kwh": energy.kwh, "energy_source": energy.label}
         return row
 
     def _utilisation(self, tokens_per_s: float, peak_flops: float) -> float | None:
@@ -213,13 +222,6 @@ class RunMetrics(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _max_bias(self) -> float | None:
         biases: list[Tensor] = [layer.balancing_bias for layer in self._layers if layer.balancing_bias is not None]
         return max((gather_bias(bias).abs().max().item() for bias in biases), default=None)
-
-    def _energy(self) -> tuple[float, str]:
-        """Energy so far in kWh, of the first process's machine, and how it is known."""
-        if self._meter is None:
-            return self.energy_before_kwh, "not metered"
-        reading = self._meter.read()
-        return self.energy_before_kwh + reading.kwh, reading.label
 
 
 def _cost(model: Any, layers: list[MoeLayer]) -> TrainingCost | None:

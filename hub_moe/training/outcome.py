@@ -1,6 +1,5 @@
 """What a run leaves behind: the proof of what was trained, the result, pictures and the report."""
 
-import platform
 import resource
 import sys
 from collections.abc import Mapping
@@ -8,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import __version__
 from ..anatomy import ChangeTable, find_moe_layers, named_tensors
 from ..errors import DivergenceError
 from ..patches import Base, Selection, make_patch
@@ -95,16 +92,6 @@ def peak_memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def describe_versions() -> dict[str, str]:
-    """Of what computed the result."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "hub_moe": __version__,
-    }
 
 
 def describe_changes(table: ChangeTable, adapter: dict[str, Any] | None) -> dict[str, Any]:

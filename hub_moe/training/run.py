@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy import Fingerprint, compare_fingerprints, fingerprint
 from ..data import PreparedData, load_rows
+from ..environment import describe_versions
 from ..errors import HubMoeError, MissingExtraError
 from ..patches import hash_base
 from . import outcome
@@ -216,9 +217,10 @@ class _Run:
             "balancing_speed": prepared.balancing_speed,
             "processes": count(),
             "torch_threads": torch.get_num_threads(),
-            "energy_kwh": session.energy_kwh,
+            "energy_kwh": session.energy and session.energy.kwh,
+            "energy": session.energy and session.energy.to_dict(),
             "peak_memory_bytes": outcome.peak_memory_bytes(),
-            "versions": outcome.describe_versions(),
+            "versions": describe_versions(),
         }
 
     def _draw(self, session: Session, data: PreparedData) -> None:

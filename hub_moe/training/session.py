@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import TrainerState
 
 from ..data import PreparedData
+from ..energy import EnergyReport
 from ..errors import ConfigError
 from .balancing import BalancingCallback
 from .checkpoints import CompleteCheckpoints, StopOnInterrupt, explain_failed_writes, find_checkpoint, scratch_folder
@@ -37,7 +38,7 @@ class Session:
         losses: Training loss of each step of the whole run.
         tokens: Tokens trained on in the whole run, padding excluded.
         tokens_per_s: In this session.
-        energy_kwh: Of the whole run, if it was metered.
+        energy: Of the whole run, if it was metered.
         load: Where experts were balanced: for "first tenth" and "last tenth" the load by layer.
     """
 
@@ -48,7 +49,7 @@ class Session:
     losses: list[float]
     tokens: int
     tokens_per_s: float
-    energy_kwh: float | None
+    energy: EnergyReport | None
     load: dict[str, dict[int, list[int]]]
 
 
@@ -148,7 +149,7 @@ def train(prepared: Prepared, config: RunConfig, data: PreparedData, folder: Tra
         losses=[entry["loss"] for entry in history if "loss" in entry],
         tokens=metrics.tokens,
         tokens_per_s=metrics.session_tokens_per_s,
-        energy_kwh=metrics.energy_kwh,
+        energy=metrics.energy,
         load=_load_by_phase(balancing),
     )
 

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hub_moe.anatomy import find_moe_layers, measure_footprint
-from hub_moe.training.flops import find_peak, measure_training_cost
+from hub_moe.training.flops import find_peak, measure_training_cost, plan_training_cost
 
 from ..anatomy.families import FAMILIES, tiny_config
 
@@ -93,3 +93,40 @@ def test_the_peak_of_a_known_gpu_is_published(monkeypatch, name, flops):
     peak = find_peak(torch.device("cuda"), torch.bfloat16)
     assert peak.flops == flops
     assert peak.source.startswith("published: NVIDIA")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_plan_of_training_everything_or_all_experts_is_what_a_model_costs(model_type):
+    model = _build(model_type)
+    footprint = measure_footprint(model.config)
+    full = plan_training_cost(footprint, model.config, "full")
+    assert full.cost.flops_per_token(24) == pytest.approx(_cost(model).flops_per_token(24), rel=1e-9)
+    assert full.parameters == full.trained_parameters == sum(each.numel() for each in model.parameters())
+    model.requires_grad_(False)
+    for layer in find_moe_layers(model):
+        layer.experts.requires_grad_(True)
+    experts = plan_training_cost(footprint, model.config, "experts", expert_share=1.0)
+    assert experts.cost.flops_per_token(24) == pytest.approx(_cost(model).flops_per_token(24), rel=1e-9)
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    assert experts.trained_parameters == trained
+
+
+def test_a_plan_counts_mtp_layers_where_they_are_trained():
+    for coefficient in (0.3, 0.0):
+        model = _build(num_mtp_layers=1, mtp_loss_coef=coefficient)
+        planned = plan_training_cost(measure_footprint(model.config), model.config, "full")
+        assert planned.runs_mtp == bool(coefficient)
+        assert planned.cost.flops_per_token(24) == pytest.approx(_cost(model).flops_per_token(24), rel=1e-9)
+
+
+def test_a_plan_of_adapters_counts_what_peft_adds():
+    pytest.importorskip("peft")
+    from hub_moe.training.lora import add_adapters
+    from hub_moe.training.method_config import LoraMethod
+
+    model = _build()
+    names = {name.rpartition(".")[2] for name, each in model.named_modules() if "self_attn." in f"{name}"}
+    linear = tuple(sorted(name for name in names if "proj" in name))
+    planned = plan_training_cost(measure_footprint(model.config), model.config, "lora", rank=4)
+    adapted = add_adapters(model, LoraMethod(r=4, target_modules=linear))
+    assert planned.trained_parameters == sum(each.numel() for each in adapted.parameters() if each.requires_grad)

@@ -16,7 +16,7 @@ from .record import (
     TaskSource,
 )
 from .samples import Sample, read_samples
-from .store import StoredRecord, find_records, read_record, write_record
+from .store import StoredRecord, find_records, is_record_name, read_record, write_record
 
 __all__ = [
     "DatasetSource",
@@ -32,6 +32,7 @@ __all__ = [
     "SuiteSource",
     "TaskSource",
     "find_records",
+    "is_record_name",
     "read_record",
     "read_samples",
     "write_record",

@@ -162,10 +162,19 @@ class EntryResult:
 
 @dataclass(frozen=True)
 class SuiteSource:
-    """The suite's name, and the sha256 of its resolved declaration with the user's overrides."""
+    """The suite's name, its declaration with the user's changes, and the sha256 of that.
+
+    Raises:
+        EvaluationError: If the declaration has another hash.
+    """
 
     name: str
     sha256: str
+    declaration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.declaration and hash_json(self.declaration) != self.sha256:
+            raise EvaluationError(f"The declaration of the suite {self.name} does not have the sha256 {self.sha256}.")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,12 +89,13 @@ def find_records(folder: Path) -> list[StoredRecord]:
     Raises:
         ConfigError, EvaluationError: If one of them is damaged or was edited.
     """
-    found = [read_record(path) for path in sorted(folder.glob("*-*.json")) if _is_record(path)]
+    found = [read_record(path) for path in sorted(folder.glob("*-*.json")) if is_record_name(path.name)]
     return sorted(found, key=lambda each: (each.record.created, each.path.name))
 
 
-def _is_record(path: Path) -> bool:
-    return len(path.stem.rpartition("-")[2]) == _ID_LETTERS
+def is_record_name(name: str) -> bool:
+    """Whether a file is named as records are."""
+    return re.fullmatch(rf".+-[0-9a-f]{{{_ID_LETTERS}}}\.json", name) is not None
 
 
 def _hash_file(path: Path) -> str:
