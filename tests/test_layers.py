@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "": {"modeling", "patches"},
     "errors": set(),
+    "bars": set(),
     "environment": set(),
     "files": {"errors"},
     "energy": {"errors", "files"},
@@ -24,6 +25,7 @@ ALLOWED = {
     "patches": {"errors", "files", "anatomy"},
     "plots": {"errors"},
     "training": {
+        "bars",
         "environment",
         "errors",
         "files",

@@ -71,11 +71,11 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
       hub-moe eval my-model --suite gsm8k --data-dir data --noise-floor
       hub-moe eval served-name --endpoint http://localhost:8000/v1 --tokenizer alice/base --suite quick
     """
+    from ..bars import quiet_bars
     from ..evals.models import ModelRequest
     from ..evals.session import Plan, preview
     from ..evals.session import evaluate as run_evaluation
     from ..evals.suites import load_suite
-    from ..training.progress import quiet_bars
 
     request = ModelRequest(
         reference=model,

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..anatomy import measure_footprint
+from ..bars import quiet_bars
 from ..cards.facts import DatasetFacts
 from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_bpe_tokenizer
 from ..environment import describe_versions
@@ -22,7 +23,6 @@ from ..modeling import HubMoeConfig, HubMoeForCausalLM
 from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
-from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
 from .card import TrainedModel, write_card
 from .evidence import evaluate_base, evaluate_patch, verify_patch
