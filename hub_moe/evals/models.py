@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -86,8 +86,12 @@ def load_tokenizer(located: LocatedModel, *, trust_remote_code: bool = False) ->
     return AutoTokenizer.from_pretrained(located.tokenizer_folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(request: ModelRequest, located: LocatedModel | None = None) -> LoadedModel:
+def load_model(
+    request: ModelRequest, located: LocatedModel | None = None, *, say: Callable[[str], None] = lambda text: None
+) -> LoadedModel:
     """Load what `request` names; `located` saves looking for its files again.
+
+    `say` is told if prefixes cannot be reused, and why.
 
     Raises:
         CheckpointError, PatchError: If it is no model, damaged, or a patch for another base.
@@ -109,6 +113,7 @@ def load_model(request: ModelRequest, located: LocatedModel | None = None) -> Lo
             max_length=request.max_length,
             reuse_prefix=request.reuse_prefix,
             trust_remote_code=request.trust_remote_code,
+            say=say if request.reuse_prefix else None,
         )
     return LoadedModel(lm, tokenizer, located.source, describe_execution(lm, request), request)
 

@@ -92,7 +92,7 @@ def _evaluate_one(
     built = preflight.built
     for line in preflight.to_lines() if is_first else ():
         say(f"  {line}")
-    loaded = load_model(request, located)
+    loaded = load_model(request, located, say=say)
     known = _find_known(plan, loaded, built) if is_base else None
     if known is not None:
         say(f"{known.path} has this evaluation of {located.source} already.")
@@ -125,7 +125,8 @@ def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRec
     for stored in reversed(find_records(plan.folder)):
         record = stored.record
         asked = [task.prompts_sha256 for entry in record.entries for task in entry.tasks]
-        is_same_run = (record.model.sha256, record.execution, asked) == (loaded.source.sha256, execution, prompts)
+        ran = replace(record.execution, reuses_prefix=execution.reuses_prefix)  # scores are the same with and without
+        is_same_run = (record.model.sha256, ran, asked) == (loaded.source.sha256, execution, prompts)
         if is_same_run and (record.noise_floor is not None) >= plan.noise_floor:
             return stored
     return None
