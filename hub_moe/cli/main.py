@@ -19,6 +19,7 @@ from .inspect import inspect
 from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
+from .patch_combining import combine, conflicts, rebase
 from .plan import plan
 from .train import train
 from .verify import verify
@@ -41,6 +42,8 @@ app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unkno
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
+for command in (conflicts, combine, rebase):
+    patch.command()(command)
 app.add_typer(patch, name="patch")
 
 
