@@ -42,8 +42,9 @@ app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unkno
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
-for command in (conflicts, combine, rebase):
-    patch.command()(command)
+patch.command()(conflicts)
+patch.command()(combine)
+patch.command()(rebase)
 app.add_typer(patch, name="patch")
 
 

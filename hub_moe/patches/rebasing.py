@@ -36,7 +36,8 @@ def rebase_patch(patch: ExpertPatch, new_base: str | Path, **hub_options: Any) -
     if stale:
         raise ConflictError(
             f"The patch for {metadata.base} cannot be rebased onto {place}, which changed what it changes: "
-            f"{describe_units(stale)} ({len(stale)} of {len(faults)} tensors, the first {stale[0]!r}, which {faults[stale[0]]}).",
+            f"{describe_units(stale)} ({len(stale)} of {len(faults)} tensors; the first, {stale[0]!r}, "
+            f"{faults[stale[0]]}).",
             stale,
         )
     base = Base(place.name, place.revision, metadata.base.model_type)
