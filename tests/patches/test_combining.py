@@ -141,6 +141,19 @@ def test_the_order_of_the_patches_changes_no_bit(model, base, method):
     assert there.patch.metadata.tensors == again.patch.metadata.tensors
 
 
+def test_dare_drops_other_numbers_of_each_patch_and_tensor(model, base):
+    before = dict(_tensors(model))
+    names = names_of(model, {1: [0]})
+    patches = [
+        make_patch({n: before[n] + size for n in names}, model_before=hash_base(model, names), base=BASE)
+        for size in (1.0, 1.5)
+    ]
+    combined = combine_patches(patches, base=base, method=CombinationMethod("dare", density=0.5)).patch
+    gate, up = ((combined.tensors[n] - before[n]).mul(2).round() for n in names if "down" not in n)
+    assert set(gate.unique().tolist()) == {0.0, 2.0, 3.0, 5.0}  # neither, the first, the second, both
+    assert not torch.equal(gate, up)
+
+
 def test_ties_on_a_bfloat16_base_is_computed_in_float32_and_rounded_once(tmp_path):
     model = build_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
