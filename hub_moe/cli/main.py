@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HubMoeError
+from .card import card
 from .compare import compare
 from .data import data
 from .demo import demo
@@ -39,6 +40,7 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
+app.add_typer(card, name="card")
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")

@@ -37,6 +37,7 @@ class ModelRequest:
         reuse_prefix: Whether beginnings that prompts share are computed once.
         endpoint: URL of an OpenAI-compatible server, up to `/v1`; the model is then not loaded here.
         tokenizer: Of an endpoint, where it is not at `reference`: a folder or OWNER/NAME.
+        name: What the record calls the model, such as the repo that a folder will be published as.
     """
 
     reference: str
@@ -54,6 +55,7 @@ class ModelRequest:
     endpoint: str | None = None
     endpoint_kind: Endpoint = "completions"
     tokenizer: str | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:

@@ -1,7 +1,7 @@
 """From a model's name to its record, and to the comparison with its base: what `hub-moe eval` does."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,8 @@ def _evaluate_one(
 def _locate(request: ModelRequest) -> LocatedModel:
     """The files of the model, or of the tokenizer of an endpoint."""
     reference = request.tokenizer or request.reference if request.endpoint else request.reference
-    return locate_model(reference, revision=request.revision, subfolder=request.subfolder, base=request.base)
+    located = locate_model(reference, revision=request.revision, subfolder=request.subfolder, base=request.base)
+    return located if request.name is None else replace(located, source=replace(located.source, name=request.name))
 
 
 def _check(plan: Plan, tokenizer: Any) -> Preflight:
@@ -124,7 +125,7 @@ def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRec
     for stored in reversed(find_records(plan.folder)):
         record = stored.record
         asked = [task.prompts_sha256 for entry in record.entries for task in entry.tasks]
-        is_same_run = (record.model, record.execution, asked) == (loaded.source, execution, prompts)
+        is_same_run = (record.model.sha256, record.execution, asked) == (loaded.source.sha256, execution, prompts)
         if is_same_run and (record.noise_floor is not None) >= plan.noise_floor:
             return stored
     return None

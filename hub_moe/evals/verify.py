@@ -8,7 +8,7 @@ answers to some documents, chosen by a nonce that the author could not know, are
 import random
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -123,6 +123,10 @@ class _Verifier:
     def run(self) -> Verification:
         request = _request(self._record, self._reviewer)
         located = _locate(request)
+        if located.base is not None and located.base.source.sha256 == self._record.model.sha256:
+            # beside a patch lies the record of its base too, to compare with
+            located = located.base
+            request = replace(request, reference=str(located.folder), revision=None, subfolder=None, base=None)
         if self._record.model.kind != "endpoint":
             self._findings.append(check_model(self._record.model, located.source))
         self._say("Building every prompt again")
