@@ -35,8 +35,8 @@ check: $(VENV)/.installed  ## format, lint and types, as CI runs them
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-golden: $(VENV)/.installed  ## rewrite the committed help texts after a deliberate change
-	$(BIN)/python -m pytest tests/cli/test_help.py --update-golden -q
+golden: $(VENV)/.installed  ## rewrite the committed help texts and reference cards after a deliberate change
+	$(BIN)/python -m pytest tests/cli/test_help.py tests/cards/test_reference_cards.py --update-golden -q
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

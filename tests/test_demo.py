@@ -47,6 +47,8 @@ PLAN = DemoPlan(
     curve_blocks=8,
     completion_tokens=8,
     tuning_steps=4,
+    suite_limit=4,
+    verified_documents=4,
 )
 
 PROGRAM = """
@@ -101,7 +103,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_a_model_two_pictures_and_a_report(finished):
     names = {path.name for path in finished.iterdir()}
     pictures = {"chosen_experts.png", "expert_load.png", "loss_curve.png"}
-    tuning = {"reference.jsonl", "tuning", "tuning.toml"}
+    tuning = {"reference.jsonl", "tuning", "tuning.toml", "evals"}
     assert names == {"checkpoints", "hub", "model", "num_threads.txt", "report.json", "run.json", *pictures, *tuning}
     report = DemoReport.read(finished / "report.json")
     assert int((finished / "num_threads.txt").read_text("utf-8")) == report.training["torch_threads"]
@@ -125,6 +127,9 @@ def test_the_report_says_what_happened(finished):
     assert report.parameters["total"] == sum(
         tensor.numel() for name, tensor in _weights(finished).items() if "lm_head" not in name and "bias" not in name
     )
+    assert {task["verdict"] for task in report.comparison["comparison"]["tasks"]} <= {"better", "worse", "tied"}
+    assert {found["outcome"] for found in report.verification.values()} <= {"bit-equal", "within tolerance"}
+    assert len(report.verification) == 2  # the base's record lies beside the patch's
     assert len(report.summary_rows()) >= 6
 
 
@@ -152,7 +157,12 @@ def test_the_hub_of_a_run_serves_the_model_and_the_dataset_by_name(finished, tmp
         assert (model.sha, model.library_name) == (report.model["revision"], "transformers")
         assert model.card_data.datasets == [report.dataset["repo"]]
         published = {file.rfilename: file.size for file in model.siblings if file.rfilename != ".gitattributes"}
-        assert published == {path.name: path.stat().st_size for path in (finished / "model").iterdir()}
+        folder = finished / "model"
+        sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
+        }
+        assert published == sizes
+        assert {name.split("/")[0] for name in published if "/" in name} == {"evals"}
         assert api.dataset_info(report.dataset["repo"]).sha == report.dataset["revision"]
 
 

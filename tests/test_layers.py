@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "": {"modeling", "patches"},
     "errors": set(),
+    "bars": set(),
     "environment": set(),
     "files": {"errors"},
     "energy": {"errors", "files"},
@@ -20,10 +21,11 @@ ALLOWED = {
     "modeling": {"errors", "patches.registration"},  # so that whoever can load a base can load its patches
     "experts": {"errors", "anatomy"},
     "data": {"errors"},
-    "cards": {"errors", "files", "energy", "evals.records"},
+    "cards": {"errors", "files", "energy", "evals.records", "patches.metadata"},
     "patches": {"errors", "files", "anatomy"},
     "plots": {"errors"},
     "training": {
+        "bars",
         "environment",
         "errors",
         "files",

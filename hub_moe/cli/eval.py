@@ -24,6 +24,9 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag, commit or refs/pr/N of MODEL.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in MODEL's repo it lies, such as patches/law.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--as", metavar="OWNER/NAME", help="What a folder is called in the record.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(metavar="A,B", help="Only these entries of the suite.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many documents of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Instead of the suite's number of examples.")] = None,
@@ -68,11 +71,11 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
       hub-moe eval my-model --suite gsm8k --data-dir data --noise-floor
       hub-moe eval served-name --endpoint http://localhost:8000/v1 --tokenizer alice/base --suite quick
     """
+    from ..bars import quiet_bars
     from ..evals.models import ModelRequest
     from ..evals.session import Plan, preview
     from ..evals.session import evaluate as run_evaluation
     from ..evals.suites import load_suite
-    from ..training.progress import quiet_bars
 
     request = ModelRequest(
         reference=model,
@@ -88,6 +91,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
         endpoint=endpoint,
         endpoint_kind=endpoint_kind,
         tokenizer=tokenizer,
+        name=name,
     )
     chosen = tasks.split(",") if tasks else []
     wanted = load_suite(suite, limit=limit, tasks=chosen, num_fewshot=num_fewshot)
@@ -163,7 +167,7 @@ def _of_base(request: "ModelRequest", base: str | None) -> "ModelRequest | None"
     from dataclasses import replace
 
     name, _, revision = (base, "", "") if Path(base).is_dir() else base.partition("@")
-    return replace(request, reference=name, revision=revision or None, subfolder=None)
+    return replace(request, reference=name, revision=revision or None, subfolder=None, name=None)
 
 
 def _print_preflight(found: "Preflight", *, as_json: bool) -> None:

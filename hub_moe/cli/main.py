@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import HubMoeError
+from .card import card
 from .compare import compare
 from .data import data
 from .demo import demo
@@ -19,6 +20,7 @@ from .inspect import inspect
 from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
+from .patch_combining import combine, conflicts, rebase
 from .plan import plan
 from .train import train
 from .verify import verify
@@ -38,9 +40,13 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
+app.add_typer(card, name="card")
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
+patch.command()(conflicts)
+patch.command()(combine)
+patch.command()(rebase)
 app.add_typer(patch, name="patch")
 
 

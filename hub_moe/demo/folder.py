@@ -81,6 +81,11 @@ class RunFolder:
         return self.path / "tuning"
 
     @property
+    def evals(self) -> Path:
+        """Records of the base and of the patch."""
+        return self.path / "evals"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return self.report.exists()
@@ -111,6 +116,6 @@ def open_run_folder(path: Path, settings: dict[str, Any], *, fresh: bool) -> Run
 
 def _made(folder: RunFolder) -> list[Path]:
     """What a run writes beside its settings, the report first."""
-    folders = [folder.model, folder.checkpoints, folder.tuning, folder.hub]
+    folders = [folder.model, folder.checkpoints, folder.tuning, folder.evals, folder.hub]
     pictures = [folder.loss_curve, folder.expert_load, folder.chosen_experts]
     return [folder.report, *folders, folder.num_threads, folder.reference, folder.tuning_settings, *pictures]

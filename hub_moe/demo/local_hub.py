@@ -1,6 +1,7 @@
 """The demo's Hub: the text goes through it as a dataset and the finished model as a model, both by name."""
 
 import json
+import shlex
 import shutil
 import signal
 import sqlite3
@@ -62,26 +63,30 @@ class LocalHub:
         """Publish a folder as the demo's model; the commit."""
         return str(self.run_step("publish_model", repo=MODEL, folder=str(folder))["revision"])
 
-    def run_command(self, arguments: list[str], *, user: str) -> None:
-        """`hub-moe` with `arguments` in a process of its own, as `user`; what it says on stderr is shown.
+    def run_command(self, arguments: list[str], *, user: str | None) -> str:
+        """`hub-moe` with `arguments` in a process of its own, as `user` (None: somebody without a token).
+
+        The command is shown, and what it says on stderr; returns its stdout.
 
         Raises:
             HubError: If it fails.
             KeyboardInterrupt: After Ctrl-C, once it has come to its own end.
         """
+        print(f"$ hub-moe {shlex.join(arguments)}", file=sys.stderr)
         command = [sys.executable, "-P", "-m", "hub_moe", *arguments]
         environment = self.hub.environment(user, xet=True, home=self.scratch / "hf_home")
         environment |= {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         # a session of its own: Ctrl-C reaches it once, from here
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
         try:
-            code = process.wait()
+            output, _ = process.communicate()
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)
             process.wait()
             raise
-        if code:
+        if process.returncode:
             raise HubError(f"hub-moe {arguments[0]} against {self.hub.url} failed; its reason is above.")
+        return output
 
     def run_step(self, step: str, *, user: str | None = OWNER, **values: Any) -> dict[str, Any]:
         """One step of `visitor` in a process of its own, as `user` (None: somebody without a token).

@@ -28,6 +28,9 @@ class DemoPlan:
         tuning_top_p: Share of a layer's tokens that the chosen experts get together.
         tuning_learning_rate: Peak.
         tuning_held_out: Share of that text.
+        suite: By which base and patch are evaluated.
+        suite_limit: Documents of each task.
+        verified_documents: Which a stranger asks again.
     """
 
     training: TrainingPlan
@@ -44,6 +47,9 @@ class DemoPlan:
     tuning_top_p: float = 0.3
     tuning_learning_rate: float = 4e-3
     tuning_held_out: float = 0.1
+    suite: str = "offline"
+    suite_limit: int = 40
+    verified_documents: int = 30
 
 
 def plan_demo(*, minutes: float, seed: int) -> DemoPlan:

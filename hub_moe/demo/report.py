@@ -21,8 +21,10 @@ class DemoReport:
         load_imbalance: Busiest expert over the mean by layer, in the first and the last tenth of training.
         dataset: `repo` and `revision` under which the text was pushed and loaded.
         model: `repo` and `revision` under which the model was published and loaded.
-        patch: The contributor's expert patch: `repo` and `revision`, chosen experts, sizes, loss on the prose and bits
-            per byte of the base's text before and after.
+        patch: The contributor's expert patch: `repo` and `revision`, chosen experts, sizes, loss on the prose
+            before and after.
+        comparison: Base and patch on the suite, as `hub-moe compare` gives it.
+        verification: By record, what a stranger found when he checked the patch's claims.
         prompt: What was completed.
         completion: What the model made of it, loaded from the Hub by its name.
         versions: Of Python and the libraries.
@@ -41,6 +43,8 @@ class DemoReport:
     dataset: dict[str, str]
     model: dict[str, str]
     patch: dict[str, Any]
+    comparison: dict[str, Any]
+    verification: dict[str, Any]
     prompt: str
     completion: str
     versions: dict[str, str]
@@ -61,14 +65,27 @@ class DemoReport:
         return asdict(self)
 
     def _patch_rows(self) -> list[tuple[str, str]]:
-        loss, bits = self.patch["held_out_loss"], self.patch["base_text_bits_per_byte"]
+        loss = self.patch["held_out_loss"]
         share = self.patch["size_bytes"] / self.patch["checkpoint_bytes"]
         return [
             ("expert patch", f"{self.patch['repo']} at {self.patch['revision'][:8]}"),
             ("- size", f"{self.patch['size_bytes'] / 1e6:.2f} MB, {share:.0%} of the model"),
             ("- loss on prose, before / after", f"{loss['before']:.3f} / {loss['after']:.3f}"),
-            ("- bits per byte of code, before / after", f"{bits['before']:.3f} / {bits['after']:.3f}"),
         ]
+
+    def _comparison_rows(self) -> list[tuple[str, str]]:
+        metrics = self.comparison["metrics"]
+        return [
+            (
+                f"- {task['task']} {metrics[task['task']]}, base / patch",
+                f"{task['base']['value']:.3f} / {task['candidate']['value']:.3f}, {task['verdict']}",
+            )
+            for task in self.comparison["comparison"]["tasks"]
+        ]
+
+    def _outcome(self) -> str:
+        outcomes = sorted({found["outcome"] for found in self.verification.values()})
+        return f"{', '.join(outcomes)} ({sum(each['num_replayed'] for each in self.verification.values())} asked again)"
 
     def summary_rows(self) -> list[tuple[str, str]]:
         """The main figures as pairs of words for people."""
@@ -84,5 +101,7 @@ class DemoReport:
             ("published as", f"{self.model['repo']} at {self.model['revision'][:8]}"),
             ("trained on", f"{self.dataset['repo']} at {self.dataset['revision'][:8]}"),
             *self._patch_rows(),
+            *self._comparison_rows(),
+            ("claims of the patch, checked by a stranger", self._outcome()),
             ("seconds", f"{self.wall_s:.0f}"),
         ]

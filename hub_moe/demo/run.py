@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ..anatomy import measure_footprint
+from ..bars import quiet_bars
+from ..cards.facts import DatasetFacts
 from ..data import Corpus, Document, pack_documents, read_stdlib_corpus, train_bpe_tokenizer
 from ..environment import describe_versions
 from ..errors import CheckpointError
@@ -21,9 +23,9 @@ from ..modeling import HubMoeConfig, HubMoeForCausalLM
 from ..plots import plot_expert_load, plot_loss_curve
 from ..training import TrainingRecord, TrainingSession, measure_imbalance, read_record, train_causal_lm
 from ..training.checkpoints import explain_failed_writes
-from ..training.progress import quiet_bars
 from ..training.threads import choose_num_threads
-from .card import render_card
+from .card import TrainedModel, write_card
+from .evidence import evaluate_base, evaluate_patch, verify_patch
 from .folder import RunFolder, open_run_folder
 from .local_hub import DATASET, MODEL, PATCH, LocalHub, open_local_hub
 from .plan import DemoPlan, plan_demo
@@ -68,65 +70,117 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
     if folder.is_finished:
         _say(f"{folder.path} holds this run, finished; --fresh starts it anew.")
         return DemoReport.read(folder.report)
-
     with open_local_hub(folder.hub, scratch=folder.scratch) as hub:
-        _say(f"Sending {len(corpus.train) + len(corpus.held_out)} files through the Hub at {hub.hub.url} as {DATASET}")
+        built = _build(hub, plan, corpus, folder)
+        base = _share_base(hub, plan, built, folder)
+        contributed = _contribute(hub, plan, built, base, folder)
         with explain_failed_writes(folder.path):
-            corpus, dataset_revision = hub.send_corpus(corpus)
-        _say(f"Learning a tokenizer from {len(corpus.train)} files of Python's own library")
-        tokenizer = train_bpe_tokenizer((document.text for document in corpus.train), vocab_size=plan.vocab_size)
-        tokens = Tokens(_tokenize(corpus.train, tokenizer), _tokenize(corpus.held_out, tokenizer))
-        session = _train(plan, tokenizer, tokens, folder)
-        if session.is_interrupted:
-            _say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
-            raise KeyboardInterrupt
-        model = AutoModelForCausalLM.from_pretrained(session.checkpoint).eval()
-
-        _say(f"Scoring {len(corpus.held_out)} files that were held out")
-        scores = _score(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
-        record = read_record(session.checkpoint)
-        facts: dict[str, Any] = {
-            "plan": asdict(plan),
-            "config": model.config.to_dict(),
-            "parameters": _count_parameters(model.config),
-            "corpus": _describe_corpus(corpus, tokens),
-            "training": _describe_training(plan, record, session),
-            "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items()},
-            "held_out": _describe_scoring(plan, scores["model"]),
-            "load_imbalance": _describe_imbalance(record),
-            "versions": describe_versions(),
-        }
-        _say(f"Publishing {MODEL}, loading it back by its name, completing")
-        with explain_failed_writes(folder.path):
-            _draw(plan, record, folder)
-            _save(model, tokenizer, facts, folder)
-            published = _publish(hub, plan, model, folder)
-        _say("A contributor trains the experts that English prose uses most, on Python's language reference")
-        tuned = tune_experts(hub, plan, folder, base_revision=published["model"]["revision"])
-        _say(f"Publishing them as {PATCH}, loading that by its name")
-        with explain_failed_writes(folder.path):
-            draw_choice(folder)
-            with patched(model, tuned):
-                patch = publish_patch(hub, tuned, model)
-                patched_score = _score_model(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
             report = DemoReport(
-                **facts,
-                dataset={"repo": DATASET, "revision": dataset_revision},
-                model=published["model"],
-                patch=patch
-                | describe_patch(
-                    tuned,
-                    folder.model,
-                    bits_before=scores["model"].bits_per_byte,
-                    bits_after=patched_score.bits_per_byte,
-                ),
+                **built.facts,
+                dataset={"repo": DATASET, "revision": built.dataset_revision},
+                model=base.published,
+                **contributed,
                 prompt=plan.prompt,
-                completion=published["completion"],
+                completion=base.completion,
                 seed=plan.seed,
                 wall_s=round(time.monotonic() - started_s, 1),
             )
             folder.write_atomically(folder.report, report.write)
     return report
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A trained model, on disk too, and what the report says about it."""
+
+    model: PreTrainedModel
+    dataset_revision: str
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The published model: `repo` and `revision`, its record, and what it completed for a stranger."""
+
+    published: dict[str, str]
+    record: Path
+    completion: str
+
+
+def _build(hub: LocalHub, plan: DemoPlan, corpus: Corpus, folder: RunFolder) -> _Built:
+    """Text through the Hub, tokenizer, training, scores, and the folder that will be published."""
+    _say(f"Sending {len(corpus.train) + len(corpus.held_out)} files through the Hub at {hub.hub.url} as {DATASET}")
+    with explain_failed_writes(folder.path):
+        corpus, dataset_revision = hub.send_corpus(corpus)
+    _say(f"Learning a tokenizer from {len(corpus.train)} files of Python's own library")
+    tokenizer = train_bpe_tokenizer((document.text for document in corpus.train), vocab_size=plan.vocab_size)
+    tokens = Tokens(_tokenize(corpus.train, tokenizer), _tokenize(corpus.held_out, tokenizer))
+    session = _train(plan, tokenizer, tokens, folder)
+    if session.is_interrupted:
+        _say(f"Interrupted. A checkpoint is in {folder.checkpoints}; the same command goes on from there.")
+        raise KeyboardInterrupt
+    model = AutoModelForCausalLM.from_pretrained(session.checkpoint).eval()
+    _say(f"Scoring {len(corpus.held_out)} files that were held out")
+    scores = _score(plan, model, corpus, tokens, separator=tokenizer.bos_token_id)
+    record = read_record(session.checkpoint)
+    facts: dict[str, Any] = {
+        "plan": asdict(plan),
+        "config": model.config.to_dict(),
+        "parameters": _count_parameters(model.config),
+        "corpus": _describe_corpus(corpus, tokens),
+        "training": _describe_training(plan, record, session),
+        "bits_per_byte": {name: score.bits_per_byte for name, score in scores.items()},
+        "held_out": _describe_scoring(plan, scores["model"]),
+        "load_imbalance": _describe_imbalance(record),
+        "versions": describe_versions(),
+    }
+    built = _Built(model, dataset_revision, facts)
+    with explain_failed_writes(folder.path):
+        _draw(plan, record, folder)
+        _save(model, tokenizer, _describe_trained(built, record), plan, folder)
+    return built
+
+
+def _describe_trained(built: _Built, record: TrainingRecord) -> TrainedModel:
+    return TrainedModel(
+        name=MODEL,
+        footprint=measure_footprint(built.model.config),
+        dataset=_describe_dataset(built.facts["corpus"]["train"], revision=built.dataset_revision),
+        steps=record.step,
+        load=dict(zip(record.layer_indices, _load_by_phase(record)["last tenth"], strict=True)),
+        bits_per_byte=built.facts["bits_per_byte"],
+        versions=built.facts["versions"],
+    )
+
+
+def _share_base(hub: LocalHub, plan: DemoPlan, built: _Built, folder: RunFolder) -> _Base:
+    _say(f"Evaluating it by the suite {plan.suite}")
+    record = evaluate_base(hub, plan, folder)
+    _say(f"Publishing {MODEL}, loading it back by its name, completing")
+    with explain_failed_writes(folder.path):
+        published = _publish(hub, plan, built.model, folder)
+    return _Base(published["model"], record, published["completion"])
+
+
+def _contribute(hub: LocalHub, plan: DemoPlan, built: _Built, base: _Base, folder: RunFolder) -> dict[str, Any]:
+    """A contributor's patch, what it gains and costs, and what a stranger says of these claims."""
+    _say("A contributor trains the experts that English prose uses most, on Python's language reference")
+    revision = base.published["revision"]
+    tuned = tune_experts(hub, plan, folder, base_revision=revision)
+    _say(f"Evaluating them against the base by the suite {plan.suite}")
+    comparison = evaluate_patch(hub, plan, folder, base_record=base.record, base_revision=revision)
+    _say(f"Publishing them as {PATCH}, loading that by its name")
+    with explain_failed_writes(folder.path):
+        draw_choice(folder)
+        with patched(built.model, tuned):
+            patch = publish_patch(hub, tuned, built.model)
+    _say(f"A stranger checks the claims of {PATCH}")
+    verification = verify_patch(hub, plan)
+    return {
+        "patch": patch | describe_patch(tuned, folder.model),
+        "comparison": comparison,
+        "verification": verification,
+    }
 
 
 @dataclass(frozen=True)
@@ -210,23 +264,21 @@ def _score_model(
     )
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, facts: dict[str, Any], folder: RunFolder) -> None:
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    trained: TrainedModel,
+    plan: DemoPlan,
+    folder: RunFolder,
+) -> None:
     """Everything that is published: weights, tokenizer, card, pictures."""
-    card = render_card(
-        model=MODEL,
-        dataset=DATASET,
-        parameters=facts["parameters"],
-        tokens=facts["training"]["tokens"],
-        bits_per_byte=facts["bits_per_byte"],
-        imbalance=max(facts["load_imbalance"]["last tenth"].values()),
-    )
 
     def save(path: Path) -> None:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-        (path / "README.md").write_text(card, "utf-8")
         for picture in (folder.loss_curve, folder.expert_load):
             shutil.copy(picture, path)
+        write_card(trained, plan, folder=path)
 
     folder.write_atomically(folder.model, save)
 
@@ -304,6 +356,12 @@ def _describe_corpus(corpus: Corpus, tokens: Tokens) -> dict[str, Any]:
             "names": [document.name for document in corpus.held_out],
         },
     }
+
+
+def _describe_dataset(train: dict[str, int], *, revision: str) -> DatasetFacts:
+    return DatasetFacts(
+        DATASET, True, revision, split="train", rows=train["files"], tokens=train["tokens"], license="psf-2.0"
+    )
 
 
 def _describe_training(plan: DemoPlan, record: TrainingRecord, session: TrainingSession) -> dict[str, Any]:

@@ -119,8 +119,8 @@ def publish_patch(hub: LocalHub, tuned: Tuned, model: PreTrainedModel) -> dict[s
     return {"repo": PATCH, "revision": published["revision"]}
 
 
-def describe_patch(tuned: Tuned, model_folder: Path, *, bits_before: float, bits_after: float) -> dict[str, Any]:
-    """For the report: size, what it gains on the prose and what it costs on the text that the base was trained on."""
+def describe_patch(tuned: Tuned, model_folder: Path) -> dict[str, Any]:
+    """For the report: its size, and what it gains on the prose."""
     experts = ExpertChoice.load(tuned.patch.parent / "expert_config.json").experts
     return {
         "experts": {str(layer): list(chosen) for layer, chosen in experts.items()},
@@ -129,7 +129,6 @@ def describe_patch(tuned: Tuned, model_folder: Path, *, bits_before: float, bits
         "checkpoint_bytes": _weight_bytes(model_folder),
         "steps": tuned.report["steps"],
         "held_out_loss": tuned.report["held_out_loss"],
-        "base_text_bits_per_byte": {"before": bits_before, "after": bits_after},
     }
 
 

@@ -47,6 +47,7 @@ class ModelRequest:
         reuse_prefix: Whether beginnings that prompts share are computed once.
         endpoint: URL of an OpenAI-compatible server, up to `/v1`; the model is then not loaded here.
         tokenizer: Of an endpoint, where it is not at `reference`: a folder or OWNER/NAME.
+        name: What the record calls the model, such as the repo that a folder will be published as.
     """
 
     reference: str
@@ -64,6 +65,7 @@ class ModelRequest:
     endpoint: str | None = None
     endpoint_kind: Endpoint = "completions"
     tokenizer: str | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -94,8 +96,12 @@ def load_tokenizer(located: LocatedModel, *, trust_remote_code: bool = False) ->
     return AutoTokenizer.from_pretrained(located.tokenizer_folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(request: ModelRequest, located: LocatedModel | None = None) -> LoadedModel:
+def load_model(
+    request: ModelRequest, located: LocatedModel | None = None, *, say: Callable[[str], None] = lambda text: None
+) -> LoadedModel:
     """Load what `request` names; `located` saves looking for its files again.
+
+    `say` is told if prefixes cannot be reused, and why.
 
     Raises:
         CheckpointError, PatchError: If it is no model, damaged, or a patch for another base.
@@ -117,6 +123,7 @@ def load_model(request: ModelRequest, located: LocatedModel | None = None) -> Lo
             max_length=request.max_length,
             reuse_prefix=request.reuse_prefix,
             trust_remote_code=request.trust_remote_code,
+            say=say if request.reuse_prefix else None,
         )
     return LoadedModel(lm, tokenizer, located.source, describe_execution(lm, request), request)
 
@@ -177,7 +184,7 @@ def _load_weights(request: ModelRequest, located: LocatedModel) -> PreTrainedMod
     options: dict[str, Any] = {"dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
     if request.attention is not None:
         options["attn_implementation"] = request.attention
-    if request.base is not None:
+    if request.base is not None and located.source.kind == "expert_patch":
         options["base"] = request.base
     if located.source.kind == "adapter":
         return _place(_load_adapter(located, options), request)

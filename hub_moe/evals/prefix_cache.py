@@ -1,6 +1,6 @@
 """Runs the steps of `prefix_reuse` through a transformers model, whose cache holds the stems kept so far.
 
-Shape letters: H heads, P kept tokens, L tokens of the step, S rows that are scored, V vocabulary.
+Shape letters: H heads, P kept tokens (or paths of a test), L tokens of the step, S rows that are scored, V vocabulary.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from .prefix_reuse import Budget, Scored, Step, plan_steps
+from .prefix_reuse import FORWARD_COST, Budget, Scored, Step, plan_steps
 
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
 # attention that takes a mask of any shape; flash attention knows only causal rows and padding
@@ -21,6 +21,7 @@ _MASKED_ATTENTION = ("eager", "sdpa")
 # rotary frequencies that change with the longest text of a batch: what is cached depends on what comes later
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _REHEARSED_TOKENS = 24
+REHEARSAL_COST = 4 * FORWARD_COST  # in tokens; there are four forwards
 
 
 class _StemLayer(DynamicLayer):
@@ -126,22 +127,22 @@ def _find_rope_types(config: Any) -> set[str]:
 
 
 def measure_difference(model: Any, tokens: Sequence[int]) -> float:
-    """How far logits of a small tree lie from those of its paths run one by one: norm of the difference over theirs.
+    """How far logits of a small tree lie from those of its paths run alone: norm of the difference over their norm.
 
-    `tokens`, at least four, should be a real text: of the first two dozen a stem and three branches are made. Float32
-    stays below 1e-5; a mask, position or cache that the model does not honour shows as 1e-2 and more.
+    `tokens` should be those of a real text; of two dozen different ones a stem and branches are made. Float32
+    stays below 1e-5; a mask, position or cache that the model does not honour shows as 1e-2 and more. Costs
+    `REHEARSAL_COST`.
     """
-    text = tuple(tokens[:_REHEARSED_TOKENS])
-    third = len(text) // 3
-    turned = text[::-1]
-    paths = [text, text[:-third] + turned[:third], text[:third] + turned[: 2 * third]]
-    inputs = [Scored(path, num_scored=len(path)) for path in paths]
-    expected = [model(torch.tensor([path], device=model.device), use_cache=False).logits[0] for path in paths]
+    text = tuple(dict.fromkeys([*tokens, *range(_REHEARSED_TOKENS)]))[:_REHEARSED_TOKENS]
+    third = _REHEARSED_TOKENS // 3
+    paths = [text, text[: 2 * third] + text[:third], text[:third] + text[: 2 * third]]
+    expected_PLV = model(torch.tensor(paths, device=model.device), use_cache=False).logits.float()
+    budget = Budget(tokens=_REHEARSED_TOKENS, cells=2**20)  # a stem and two bushes, one of them with a fork
     cache, worst = StemCache(), 0.0
-    for step in plan_steps(inputs, budget=Budget(tokens=max(2 * third, 2), cells=2**20)):
+    for step in plan_steps([Scored(path, len(path)) for path in paths], budget=budget, forward_cost=0):
         places, logits_SV = run_step(model, cache, step)
         for score, place in zip(step.scores, places, strict=True):
-            want_V = expected[score.request][score.place].float()
-            got_V = logits_SV[place].float()
-            worst = max(worst, float((got_V - want_V).norm() / (want_V - want_V.mean()).norm()))
+            want_V = expected_PLV[score.request, score.place]
+            difference_V = logits_SV[place].float() - want_V
+            worst = max(worst, float(difference_V.norm() / (want_V - want_V.mean()).norm()))
     return worst

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..errors import MissingExtraError
 from ..modeling import HubMoeConfig  # noqa: F401  (lm_eval loads HubMoe checkpoints once it is registered)
-from .prefix_cache import StemCache, find_obstacle, measure_difference, run_step
+from .prefix_cache import REHEARSAL_COST, StemCache, find_obstacle, measure_difference, run_step
 from .prefix_reuse import Budget, Plan, Scored, Step, plan_requests
 
 try:
@@ -122,6 +122,7 @@ class HubMoeLM(HFLM):
             budget=self._budget(len(longest)),
             batch_size=self._plain_batch_size or self.max_batch_size,
             hidden_size=self.config.get_text_config(decoder=True).hidden_size,
+            cost_before=0 if self._is_rehearsed else REHEARSAL_COST,
         )
         if plan.steps and not self._is_rehearsed:
             self._rehearse(longest)
@@ -147,8 +148,6 @@ class HubMoeLM(HFLM):
 
     def _rehearse(self, tokens: Sequence[int]) -> None:
         self._is_rehearsed = True
-        if len(tokens) < 4:
-            return
         with self._inference():
             difference = measure_difference(self.model, tokens)
         tolerance = _TOLERANCES.get(self.mixed_precision_dtype or self.model.dtype, _HALF_TOLERANCE)
@@ -203,7 +202,7 @@ class HubMoeLM(HFLM):
             indices = [index for group in batch for index in group]
             if self._plain_batch_size or override_bs:
                 self._row_lengths = [self._count_inputs(requests[group[0]]) for group in batch]
-            answers = super()._loglikelihood_tokens(
+            answers: list[Answer] = super()._loglikelihood_tokens(
                 [requests[index] for index in indices], disable_tqdm=True, override_bs=override_bs
             )
             self._row_lengths = None

@@ -12,9 +12,9 @@ from itertools import accumulate, pairwise
 from math import isqrt
 from typing import NamedTuple
 
-# What a forward costs besides its tokens, in tokens: reading the weights, starting kernels. A guess on the low side
-# for an accelerator and about right for two CPU cores; it only decides how short a stem is worth a forward of its own.
-FORWARD_COST = 32
+# What a forward costs besides its tokens, in tokens: reading the weights, above all those of many experts, and starting
+# kernels. It decides how short a stem is worth a forward of its own, and how large a bush should be.
+FORWARD_COST = 128
 # An input that shares less than this part of itself with every other goes to the plain path.
 LEAST_SHARED = 0.25
 # The plain path stays unless the steps cost less than this part of it.
@@ -34,15 +34,27 @@ class Scored:
 
 @dataclass(frozen=True)
 class Budget:
-    """What one forward may hold: `tokens`, and `cells` of attention (tokens times the tokens they may look at)."""
+    """What one forward may hold.
+
+    Attributes:
+        tokens: Tokens, of a stem or of a bush.
+        cells: Of attention: tokens times all that come before or beside them.
+        bush_tokens: A smaller bound for bushes, whose branches pay for cells that they cannot use.
+    """
 
     tokens: int
     cells: int
+    bush_tokens: int | None = None
 
-    def count_room(self, num_cached: int) -> int:
-        """Tokens that fit on top of `num_cached` cached ones: at least one, or nothing would ever run."""
+    def count_stem_room(self, num_cached: int) -> int:
+        """Tokens of a stem that fit on top of `num_cached` cached ones: at least one, or nothing would ever run."""
         root = isqrt(num_cached**2 + 4 * self.cells)
         return max(1, min(self.tokens, (root - num_cached) // 2))
+
+    def count_bush_room(self, num_cached: int) -> int:
+        """Tokens of a bush that fit."""
+        room = self.count_stem_room(num_cached)
+        return room if self.bush_tokens is None else max(1, min(self.bush_tokens, room))
 
 
 class Score(NamedTuple):
@@ -87,46 +99,53 @@ class Plan:
         return sum(len(step.tokens) for step in self.steps)
 
 
-def plan_requests(inputs: Sequence[Scored], *, budget: Budget, batch_size: int, hidden_size: int) -> Plan:
+def plan_requests(
+    inputs: Sequence[Scored], *, budget: Budget, batch_size: int, hidden_size: int, cost_before: float = 0.0
+) -> Plan:
     """Decide for each request whether sharing pays, and plan the steps of those where it does.
 
     Args:
         inputs: One for each request.
-        budget: The largest forward; smaller ones are tried too, because branches pay for cells they cannot use.
+        budget: The largest forward; smaller bushes are tried too, and the cheapest plan is taken.
         batch_size: Inputs of one padded forward on the plain path.
         hidden_size: Of the model; attention over `6 * hidden_size` tokens costs about as much as all else.
+        cost_before: What must be paid before the first step, in tokens.
     """
-    paths = _gather_paths(inputs)
-    chosen = _find_sharing(paths)
-    if not chosen:
-        return Plan((), tuple(range(len(inputs))))
-    budgets = [Budget(max(budget.tokens // part, 1), budget.cells) for part in (1, 2, 4)]
-    plans = [tuple(plan_steps([inputs[i] for i in chosen], budget=smaller)) for smaller in budgets]
-    steps = min(plans, key=lambda steps: _cost_steps(steps, hidden_size))
-    plain_cost = _cost_plain({inputs[i].tokens for i in chosen}, batch_size=batch_size, hidden_size=hidden_size)
-    if _cost_steps(steps, hidden_size) > WORTHWHILE * plain_cost:
-        return Plan((), tuple(range(len(inputs))))
-    renamed = tuple(_rename(step, chosen) for step in steps)
-    return Plan(renamed, tuple(sorted(set(range(len(inputs))) - set(chosen))))
+    paths = _find_sharing(_gather_paths(inputs))
+    everything = range(len(inputs))
+    if not paths:
+        return Plan((), tuple(everything))
+    tree = _Tree(_join_prefixes(paths))
+    budgets = [Budget(budget.tokens, budget.cells, max(budget.tokens // part, 1)) for part in (1, 2, 4, 8)]
+    plans = [tuple(tree.plan(smaller, FORWARD_COST)) for smaller in budgets]
+    costs = [cost_before + _cost_steps(steps, hidden_size) for steps in plans]
+    plain_cost = _cost_plain([len(path.tokens) for path in paths], batch_size=batch_size, hidden_size=hidden_size)
+    if min(costs) > WORTHWHILE * plain_cost:
+        return Plan((), tuple(everything))
+    planned = {span.request for path in paths for span in path.requests}
+    return Plan(plans[costs.index(min(costs))], tuple(index for index in everything if index not in planned))
 
 
-def plan_steps(inputs: Sequence[Scored], *, budget: Budget) -> Iterator[Step]:
+def plan_steps(inputs: Sequence[Scored], *, budget: Budget, forward_cost: int = FORWARD_COST) -> Iterator[Step]:
     """The steps that predict every scored token of every request once; `Score.request` is an index into `inputs`."""
-    tree = _Tree(_gather_paths(inputs), budget)
-    groups = [(range(len(tree.paths)), 0)] if tree.paths else []
-    while groups:
-        group, num_cached = groups.pop()
-        step, rest = tree.grow(group, num_cached)
-        yield from step
-        groups.extend(reversed(rest))  # the last in is the first out: a kept stem stays while its branches run
+    paths = _join_prefixes(_gather_paths(inputs))
+    return _Tree(paths).plan(budget, forward_cost) if paths else iter(())
 
 
 @dataclass(frozen=True)
 class _Path:
-    """A distinct input, with the requests that have it and how many tokens each scores."""
+    """A distinct input, with the requests that have it or a part up to some token."""
 
     tokens: tuple[int, ...]
-    requests: tuple[tuple[int, int], ...]
+    requests: tuple["_Span", ...]
+
+
+class _Span(NamedTuple):
+    """The positions of a path that predict the continuation of `request`."""
+
+    request: int
+    start: int
+    stop: int
 
 
 _Group = tuple[range, int]  # neighbouring paths, and the cached tokens that they all start with
@@ -135,15 +154,26 @@ _Group = tuple[range, int]  # neighbouring paths, and the cached tokens that the
 class _Tree:
     """Sorted paths and how much each shares with the one before it."""
 
-    def __init__(self, paths: Sequence[_Path], budget: Budget):
-        self.paths, self._budget = paths, budget
+    def __init__(self, paths: Sequence[_Path]):
+        self.paths = paths
         self._shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths))]
         own = (len(path.tokens) - shared for path, shared in zip(paths, self._shared, strict=True))
         self._own_before = [0, *accumulate(own)]
 
-    def grow(self, group: range, num_cached: int) -> tuple[list[Step], list[_Group]]:
+    def plan(self, budget: Budget, forward_cost: int) -> Iterator[Step]:
+        """All steps, in the order in which they must run."""
+        groups = [(range(len(self.paths)), 0)]
+        while groups:
+            group, num_cached = groups.pop()
+            steps, rest = self._grow(group, num_cached, budget, forward_cost)
+            yield from steps
+            groups.extend(reversed(rest))  # the last in is the first out: a kept stem stays while its branches run
+
+    def _grow(
+        self, group: range, num_cached: int, budget: Budget, forward_cost: int
+    ) -> tuple[list[Step], list[_Group]]:
         """Steps that are ready, and groups that remain and must run in their order."""
-        room = self._budget.count_room(num_cached)
+        room = budget.count_bush_room(num_cached)
         size = self._count_tokens(group, num_cached)
         if size <= room:
             return self._bush([group], num_cached, num_cached), []
@@ -151,19 +181,18 @@ class _Tree:
         stem = common - num_cached
         # a stem that is not kept is run again by every bush on top of it
         num_bushes = -(-(size - stem) // room)
-        if len(group) == 1 or 2 * stem > room or stem * (num_bushes - 1) >= FORWARD_COST:
-            end = num_cached + min(stem, room)
+        if len(group) == 1 or 2 * stem > room or stem * (num_bushes - 1) >= max(forward_cost, 1):
+            end = num_cached + min(stem, budget.count_stem_room(num_cached))
             return [self._stem(group, num_cached, end)], [(group, end)]
-        return self._pack(self._split(group, common), num_cached, common)
+        return self._pack(group, num_cached, common, room - stem)
 
-    def _pack(self, children: Iterable[range], num_cached: int, common: int) -> tuple[list[Step], list[_Group]]:
-        """Bushes of children that fit, as many in each as its room allows; those too big for a bush are left."""
-        room = self._budget.count_room(num_cached) - (common - num_cached)
+    def _pack(self, group: range, num_cached: int, common: int, room: int) -> tuple[list[Step], list[_Group]]:
+        """Bushes of branches after `common`, as many in each as `room` allows; those too big for a bush are left."""
         steps: list[Step] = []
         bush: list[range] = []
         rest: list[_Group] = []
         used = 0
-        for child in children:
+        for child in self._split(group, common):
             size = self._count_tokens(child, common)
             if size > room:
                 rest.append((child, num_cached))
@@ -194,7 +223,7 @@ class _Tree:
         scores = (
             Score(position - start, request, position - first)
             for index in group
-            for request, first, stop in _scored_positions(self.paths[index])
+            for request, first, stop in self.paths[index].requests
             for position in range(max(first, start), min(stop, end))
         )
         size = end - start
@@ -237,7 +266,7 @@ class _Rows:
         self._depths.extend(range(start, len(path.tokens)))
         self._rows_of_path.extend(range(row, len(self.tokens)))
         self._ends.extend(range(row, len(self.tokens)))
-        for request, first, stop in _scored_positions(path):
+        for request, first, stop in path.requests:
             for position in range(max(first, self._num_cached), stop):
                 row = self._rows_of_path[position - self._num_cached]
                 self._scores.append(Score(row, request, position - first))
@@ -260,28 +289,31 @@ class _Rows:
         del self._rows_of_path[depth:]
 
 
-def _scored_positions(path: _Path) -> Iterator[tuple[int, int, int]]:
-    """Request, first scored position and the end of the scored positions."""
-    stop = len(path.tokens)
-    return ((request, stop - num_scored, stop) for request, num_scored in path.requests)
-
-
 def _gather_paths(inputs: Sequence[Scored]) -> list[_Path]:
+    """Distinct inputs in sorted order, so that those with a common prefix are neighbours."""
     requests = defaultdict(list)
-    for index, scored in enumerate(inputs):
-        requests[scored.tokens].append((index, scored.num_scored))
+    for index, (tokens, num_scored) in enumerate((scored.tokens, scored.num_scored) for scored in inputs):
+        requests[tokens].append(_Span(index, len(tokens) - num_scored, len(tokens)))
     return [_Path(tokens, tuple(requests[tokens])) for tokens in sorted(requests)]
 
 
-def _find_sharing(paths: Sequence[_Path]) -> list[int]:
-    """Requests whose input shares enough with another's; in sorted order the nearest is a neighbour."""
-    shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths)), 0]
-    return sorted(
-        request
-        for path, before, after in zip(paths, shared[:-1], shared[1:], strict=True)
-        if max(before, after) >= LEAST_SHARED * len(path.tokens)
-        for request, _ in path.requests
-    )
+def _join_prefixes(paths: Sequence[_Path]) -> list[_Path]:
+    """Inputs that another continues are answered on the way: its requests move to the next path, which continues it."""
+    joined: list[_Path] = []
+    for path in reversed(paths):
+        if joined and joined[-1].tokens[: len(path.tokens)] == path.tokens:
+            joined[-1] = _Path(joined[-1].tokens, joined[-1].requests + path.requests)
+        else:
+            joined.append(path)
+    return joined[::-1]
+
+
+def _find_sharing(paths: Sequence[_Path]) -> list[_Path]:
+    """Those that share enough with another; in sorted order the nearest is a neighbour."""
+    common = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths)), 0]
+    return [
+        path for index, path in enumerate(paths) if max(common[index : index + 2]) >= LEAST_SHARED * len(path.tokens)
+    ]
 
 
 def _count_common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -304,16 +336,11 @@ def _cost_steps(steps: Iterable[Step], hidden_size: int) -> float:
     )
 
 
-def _cost_plain(inputs: Iterable[tuple[int, ...]], *, batch_size: int, hidden_size: int) -> float:
+def _cost_plain(lengths: Sequence[int], *, batch_size: int, hidden_size: int) -> float:
     """Cost in tokens of the padded batches, longest first; a causal kernel skips half of the cells."""
-    lengths = sorted((len(tokens) for tokens in inputs), reverse=True)
+    lengths = sorted(lengths, reverse=True)
     return sum(
         FORWARD_COST
         + lengths[start] * len(lengths[start : start + batch_size]) * (1 + lengths[start] / (12 * hidden_size))
         for start in range(0, len(lengths), batch_size)
     )
-
-
-def _rename(step: Step, requests: Sequence[int]) -> Step:
-    scores = tuple(score._replace(request=requests[score.request]) for score in step.scores)
-    return Step(step.num_cached, step.tokens, step.depths, step.ends, step.is_kept, scores)

@@ -89,7 +89,9 @@ def evaluate_suite(
 
 def journal_key(loaded: LoadedModel) -> dict[str, Any]:
     """What makes answers comparable; equal keys share a journal."""
-    return {"model": loaded.source.sha256, "execution": asdict(loaded.execution)}
+    execution = asdict(loaded.execution)
+    del execution["reuses_prefix"]  # scores are the same with and without
+    return {"model": loaded.source.sha256, "execution": execution}
 
 
 def answer_instances(
@@ -187,11 +189,12 @@ def summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[
 
 
 def complete_execution(loaded: LoadedModel, built: BuiltSuite) -> Execution:
-    """The execution with what the suite adds: its system prompt and the chat template that it applies."""
+    """The execution with what the suite adds, its system prompt and chat template, and how prefixes fared so far."""
     is_here = built.suite.chat_template and loaded.execution.engine != "local-chat-completions"
     template = getattr(loaded.tokenizer, "chat_template", None) if is_here else None
     return replace(
         loaded.execution,
+        reuses_prefix=getattr(loaded.lm, "reuse_reason", "an endpoint") is None,
         chat_template_sha256=None if template is None else hash_json(template),
         system_prompt=built.suite.system_prompt,
     )

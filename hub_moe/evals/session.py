@@ -10,7 +10,7 @@ from .model_source import LocatedModel, locate_model
 from .models import LoadedModel, ModelRequest, check_endpoint, load_model, load_tokenizer
 from .noise_floor import measure_noise_floor
 from .preflight import Preflight, check_suite
-from .records import ModelSource, StoredRecord, find_records
+from .records import StoredRecord, find_records
 from .run import OnProgress, RunFacts, complete_execution, evaluate_suite
 from .suites import Suite
 from .tasks import BuiltSuite
@@ -92,7 +92,7 @@ def _evaluate_one(
     built = preflight.built
     for line in preflight.to_lines() if is_first else ():
         say(f"  {line}")
-    loaded = load_model(request, located)
+    loaded = load_model(request, located, say=say)
     known = _find_known(plan, loaded, built) if is_base else None
     if known is not None:
         say(f"{known.path} has this evaluation of {located.source} already.")
@@ -108,7 +108,8 @@ def _evaluate_one(
 def _locate(request: ModelRequest) -> LocatedModel:
     """The files of the model, or of the tokenizer of an endpoint."""
     reference = request.tokenizer or request.reference if request.endpoint else request.reference
-    return locate_model(reference, revision=request.revision, subfolder=request.subfolder, base=request.base)
+    located = locate_model(reference, revision=request.revision, subfolder=request.subfolder, base=request.base)
+    return located if request.name is None else replace(located, source=replace(located.source, name=request.name))
 
 
 def _find_writer(request: ModelRequest, plan: Plan, located: LocatedModel) -> Any:
@@ -123,21 +124,17 @@ def _check(plan: Plan, tokenizer: Any) -> Preflight:
     return check_suite(plan.suite, tokenizer=tokenizer, data_dir=plan.data_dir, run_code=plan.run_code)
 
 
-def _without_request(source: ModelSource) -> ModelSource:
-    """The model, whether it was asked for by a branch or by a commit."""
-    return replace(source, requested_revision=None)
-
-
 def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRecord | None:
     """A whole record of the same files, run the same way on the same questions."""
     if not plan.folder.is_dir():
         return None
     prompts = [each.source.prompts_sha256 for each in built.tasks]
-    source, execution = _without_request(loaded.source), complete_execution(loaded, built)
+    execution = complete_execution(loaded, built)
     for stored in reversed(find_records(plan.folder)):
         record = stored.record
         asked = [task.prompts_sha256 for entry in record.entries for task in entry.tasks]
-        is_same_run = (_without_request(record.model), record.execution, asked) == (source, execution, prompts)
+        ran = replace(record.execution, reuses_prefix=execution.reuses_prefix)  # scores are the same with and without
+        is_same_run = (record.model.sha256, ran, asked) == (loaded.source.sha256, execution, prompts)
         if is_same_run and (record.noise_floor is not None) >= plan.noise_floor:
             return stored
     return None

@@ -1,36 +1,15 @@
 """What a person sees while a model trains."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import datasets
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.utils import logging as hf_logging
 
 from .metrics import RunMetrics
 
 _PLAIN_LINES = 10
 _DECAY = 0.95
-
-
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Without transformers' bars for reading and writing weights, and off a terminal without those of datasets."""
-    had_weights, had_rows = hf_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled() is False
-    hf_logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if had_weights:
-            hf_logging.enable_progress_bar()
-        if had_rows:
-            datasets.enable_progress_bars()
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]

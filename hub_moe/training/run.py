@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..anatomy import Fingerprint, compare_fingerprints, fingerprint
+from ..bars import quiet_bars
 from ..data import PreparedData, load_rows
 from ..environment import describe_versions
 from ..errors import HubMoeError, MissingExtraError
@@ -21,7 +22,6 @@ from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
 from .methods import Prepared, make_whole, prepare_model
 from .processes import count, device, in_first, is_first, wait_for_all
-from .progress import quiet_bars
 from .run_config import RunConfig
 from .run_data import check_fit, check_packed_model, find_tokenizer, prepare_rows, report_data
 from .run_folder import TrainingFolder, find_training_folder, open_training_folder

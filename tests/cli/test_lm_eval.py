@@ -20,8 +20,8 @@ import hub_moe.modeling
 import lm_eval
 from lm_eval.tasks import TaskManager
 found = lm_eval.simple_evaluate(
-    model="hf", model_args={"pretrained": sys.argv[1]}, tasks=["offline_cloze"], limit=3, bootstrap_iters=0, device="cpu",
-    task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False),
+    model="hf", model_args={"pretrained": sys.argv[1]}, tasks=["offline_cloze"], limit=3, device="cpu",
+    bootstrap_iters=0,    task_manager=TaskManager(include_path=sys.argv[2], include_defaults=False),
 )
 print(type(found["results"]["offline_cloze"]["acc,none"]).__name__, found["n-samples"]["offline_cloze"]["effective"])
 """
