@@ -107,11 +107,12 @@ def check_samples(samples: Sequence[Sample], built: BuiltSuite) -> Finding:
     return Finding("samples", True, "one answer for each document and prompt")
 
 
-def check_numbers(record: Record, samples: Sequence[Sample], built: BuiltSuite) -> Finding:
+def check_numbers(record: Record, samples: Sequence[Sample], built: BuiltSuite, *, tokenizer: Any = None) -> Finding:
     """Whether scores and metrics, computed again from the answers in the samples, are the record's."""
     by_document = {_key(sample): sample for sample in samples}
     answer_from_samples(built, by_document)
-    scored = [score_task(each) for each in built.tasks]
+    max_length = record.execution.max_length
+    scored = [score_task(each, tokenizer=tokenizer, max_length=max_length) for each in built.tasks]
     wrong = [
         _name(_key(sample))
         for each in scored

@@ -64,7 +64,8 @@ def evaluate_suite(
             answer_instances(loaded.lm, built.requests, journal, on_progress=on_progress)
             energy = meter.stop()
         tokens = _count_tokens(loaded.lm)
-        scored = [score_task(each) for each in built.tasks]
+        tokenizer, max_length = loaded.tokenizer, loaded.execution.max_length
+        scored = [score_task(each, tokenizer=tokenizer, max_length=max_length) for each in built.tasks]
         samples = [sample for each in scored for sample in each.samples]
         record = Record(
             suite=built.suite.source,

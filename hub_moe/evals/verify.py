@@ -166,7 +166,7 @@ class _Verifier:
             self._findings += [check_tasks(self._record, built), check_samples(self._samples, built)]
         if built is None or not self._all_passed():
             return self._conclude("failed")
-        self._findings.append(check_numbers(self._record, self._samples, built))
+        self._findings.append(check_numbers(self._record, self._samples, built, tokenizer=tokenizer))
         self._reservations += _compare_task_files(self._record, built)
         if not self._all_passed():
             return self._conclude("failed")
