@@ -72,6 +72,10 @@ class ModelRequest:
             raise ConfigError(f"The batch size is {self.batch_size}; it must be at least 1.")
         if self.dtype not in _DTYPES:
             raise ConfigError(f"The dtype {self.dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"The longest sequence is {self.max_length} tokens; it must be at least 1.")
+        if self.device is not None:
+            _check_device(self.device)
 
 
 @dataclass
@@ -229,6 +233,14 @@ def _place(model: PreTrainedModel, request: ModelRequest) -> PreTrainedModel:
         _set_experts(model, request.experts)
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"The device {device!r} cannot be used here: {reason}.") from error
 
 
 def _set_experts(model: PreTrainedModel, implementation: str) -> None:

@@ -138,6 +138,9 @@ def test_the_check_before_needs_no_weights(run, models, tmp_path):
         (("--suite", "offline", "--limit", "0"), "limit=0 asks no documents"),
         (("--suite", "offline", "--dtype", "int8"), "The dtype 'int8' is unknown"),
         (("--suite", "offline", "--experts", "fastest"), "cannot run by 'fastest'"),
+        (("--suite", "offline", "--device", "gpu"), "The device 'gpu' cannot be used here"),
+        (("--suite", "offline", "--device", "meta"), "The device 'meta' cannot be used here"),
+        (("--suite", "offline", "--max-length", "0"), "The longest sequence is 0 tokens"),
         (("--suite", "offline", "--revision", "main"), "which has no revision 'main'"),
         (("--suite", "offline", "--subfolder", "../x"), "leads out of"),
         (("--suite", "offline", "--subfolder", "x"), "holds no model"),
@@ -157,6 +160,14 @@ def test_what_cannot_be_evaluated_is_one_sentence(run, models, tmp_path, argumen
     assert message in err
     assert sum(line.startswith("Error: ") for line in err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_answer_longer_than_the_model_takes_is_one_sentence(run, models, tmp_path):
+    arguments = ("--suite", "offline", "--tasks", "cloze", "--limit", "2", "--max-length", "1")
+    code, printed, err = run("eval", models / "base", *arguments, "--out", tmp_path)
+    assert (code, printed) == (1, "")
+    assert "and the model takes 1 at most" in err
+    assert not find_records(tmp_path)
 
 
 def _break_model(name):
