@@ -21,6 +21,17 @@ class PatchError(HubMoeError, ValueError):
     """An expert patch does not fit the model, such as one made for another base, or the model carries none."""
 
 
+class ConflictError(PatchError):
+    """Two patches change the same tensors, or a newer base changed what a patch changes.
+
+    `tensors` are the names of all of them.
+    """
+
+    def __init__(self, message: str, tensors: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tensors
+
+
 class GenerationError(HubMoeError, ValueError):
     """A generation setting that this model cannot serve."""
 

@@ -20,6 +20,7 @@ from .inspect import inspect
 from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
+from .patch_combining import combine, conflicts, rebase
 from .plan import plan
 from .train import train
 from .verify import verify
@@ -43,6 +44,9 @@ app.add_typer(card, name="card")
 app.add_typer(data, name="data")
 app.add_typer(experts, name="experts")
 app.add_typer(hub, name="hub")
+patch.command()(conflicts)
+patch.command()(combine)
+patch.command()(rebase)
 app.add_typer(patch, name="patch")
 
 

@@ -10,7 +10,9 @@ from ..errors import ConfigError, PatchError
 from .output import describe_bytes, describe_count, print_json, print_table, print_text, say
 
 patch = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Compare and verify expert patches, merge them into their base."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Compare and verify expert patches, combine them, merge them into their base.",
 )
 
 _PATCH = "Folder, or OWNER/NAME[/SUBFOLDER][@REVISION] on a Hub."
@@ -213,6 +215,11 @@ def _print_facts(metadata: Any, name: str) -> None:
         ("size", describe_bytes(metadata.size_bytes)),
         ("method", metadata.method or "not stated"),
     ]
+    if metadata.combination is not None:
+        rows.append(("combined by", metadata.combination.method))
+        rows.append(("contributors", ", ".join(map(str, metadata.combination.contributors))))
+    if metadata.rebased_from:
+        rows.append(("rebased from", ", ".join(map(str, metadata.rebased_from))))
     if selection is not None:
         score = f"{selection.score} score" if selection.score else ""
         top_p = f"top_p {selection.top_p}" if selection.top_p is not None else ""

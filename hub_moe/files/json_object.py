@@ -24,6 +24,10 @@ class JsonObject:
             raise CheckpointError(f"{self._source}: {name!r} must be {expected}, not {shorten(value)}.")
         return value
 
+    def take_or(self, default: Any, name: str, *types: type) -> Any:
+        """The value of a field that may be missing, which is then `default`."""
+        return self.take(name, *types) if name in self._fields else default
+
     def inner(self, name: str) -> "JsonObject":
         """The object in a field."""
         return JsonObject(self.take(name, dict), f"{self._source}: {name!r}")

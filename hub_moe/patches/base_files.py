@@ -5,7 +5,7 @@ tensor in memory is called there shows in its bytes, whose sha256 the patch know
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,24 +24,57 @@ def find_weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If there are none, or the index is damaged.
     """
-    names = ["model.safetensors"]
-    if (folder / INDEX_FILE).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder / INDEX_FILE} is no index: 'weight_map' was expected in it.") from error
+    files_by_name = _read_index(folder)
+    names = ["model.safetensors"] if files_by_name is None else sorted(set(files_by_name.values()))
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
     return [folder / name for name in names]
 
 
-def read_checkpoint_places(folder: Path) -> dict[str, TensorPlace]:
-    """Every tensor of a checkpoint folder by its name on disk; reads headers only."""
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """Tensor name -> name of the file that holds it; None if there is no index."""
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        return None
+    try:
+        files_by_name = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        files = set(files_by_name.values())
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no index: 'weight_map' was expected in it.") from error
+    for name in files:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
+    return files_by_name
+
+
+def read_checkpoint_places(folder: Path, files: Sequence[str] | None = None) -> dict[str, TensorPlace]:
+    """Every tensor of a checkpoint folder, or of some `files` of it, by its name on disk; reads headers only."""
     places: dict[str, TensorPlace] = {}
-    for path in find_weight_files(folder):
+    for path in find_weight_files(folder) if files is None else [folder / name for name in files]:
         places |= read_places(path)
     return places
+
+
+def find_shards(folder: Path, names: Iterable[str]) -> list[str]:
+    """The weight files that may hold tensors of these names in memory, by the index in `folder`, if there is one.
+
+    A name that the index does not know may be a part of any tensor of its layer, or if it has none, of any at all.
+
+    Raises:
+        CheckpointError: If the index is damaged.
+    """
+    files_by_name = _read_index(folder)
+    if files_by_name is None:
+        return ["model.safetensors"]
+    shards = set()
+    for name in names:
+        expert = parse_expert_name(name)
+        stacks = [f"{expert.block}.experts.{stack}" for stack in _stack_names(expert.tensor)] if expert else []
+        known = [each for each in (name, *stacks) if each in files_by_name]
+        inside = f".{expert.layer}." if expert else ""
+        shards |= {files_by_name[each] for each in known[:1] or files_by_name if known or inside in each}
+    return sorted(shards)
 
 
 def locate_tensors(places: Mapping[str, TensorPlace], metadata: PatchMetadata) -> dict[str, TensorPlace]:

@@ -1,9 +1,9 @@
 """Where the base of a patch is: as the patch says, or as its reader does, in a folder or at a commit on a Hub."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from huggingface_hub.errors import (
 )
 
 from ..errors import CheckpointError, HubError, PatchError
+from .base_files import INDEX_FILE, find_shards, read_checkpoint_places
 from .folders import is_repo_id
 from .metadata import MODEL_TYPE, Base
+from .tensor_file import TensorPlace
 
 # what a checkpoint's repo may hold besides the checkpoint: pickles, other formats, other people's notes
 _NOT_PART_OF_IT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx", "*.gguf", "*/*", ".*")
@@ -104,6 +106,42 @@ def fetch_base(base: Place, **hub_options: Any) -> Path:
         return Path(
             snapshot_download(base.name, revision=base.revision, ignore_patterns=list(_NOT_PART_OF_IT), **hub_options)
         )
+
+
+def pin_base(base: Place, **hub_options: Any) -> Place:
+    """The base at the commit that its revision means now; a folder stays what it is.
+
+    Raises:
+        CheckpointError: If the base is itself a patch, or no checkpoint.
+        HubError: If it cannot be fetched; the message says why.
+    """
+    if read_model_type(base, **hub_options) == MODEL_TYPE:
+        raise CheckpointError(f"The base {base} is itself an expert patch; merge that one into its base first.")
+    return base if base.is_folder else replace(base, revision=_fetch_some(base, ["config.json"], hub_options).name)
+
+
+def fetch_places(base: Place, names: Iterable[str], **hub_options: Any) -> dict[str, TensorPlace]:
+    """Where the files of a base hold tensors, of a repo only the files that may hold those of the `names` in memory.
+
+    Raises:
+        CheckpointError: If its files are damaged.
+        HubError: If they cannot be fetched; the message says why.
+    """
+    if base.is_folder:
+        return read_checkpoint_places(Path(base.name))
+    pinned = pin_base(base, **hub_options)
+    folder = _fetch_some(pinned, [INDEX_FILE], hub_options)
+    shards = find_shards(folder, names)
+    _fetch_some(pinned, shards, hub_options)
+    for name in shards:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{base} lacks {name}; a checkpoint in safetensors format was expected.")
+    return read_checkpoint_places(folder, shards)
+
+
+def _fetch_some(base: Place, files: list[str], hub_options: dict[str, Any]) -> Path:
+    with _described(base):
+        return Path(snapshot_download(base.name, revision=base.revision, allow_patterns=files, **hub_options))
 
 
 def checkpoint_files(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .metadata import PatchMetadata
+from .metadata import Combination, PatchMetadata
 
 _PARTS = {
     "shared_experts": "shared experts",
@@ -77,6 +77,12 @@ def _describe_base(metadata: PatchMetadata) -> str:
 def _details(metadata: PatchMetadata) -> list[str]:
     lines = ["| Layer | Experts |", "| ---: | --- |"] if metadata.experts else []
     lines += [f"| {layer} | {', '.join(map(str, chosen))} |" for layer, chosen in metadata.experts.items()]
+    lines += _describe_combination(metadata.combination)
+    if metadata.rebased_from:
+        earlier = ", ".join(
+            f"{_code(base.repo)} at commit `{base.commit}`" for base in metadata.rebased_from if base.commit
+        )
+        lines += ["", f"Made for {earlier or 'a folder'}; what it changes is the same in the base above."]
     if metadata.selection is not None:
         facts = {
             "method": metadata.selection.method,
@@ -95,6 +101,33 @@ def _details(metadata: PatchMetadata) -> list[str]:
         "",
     ]
     return lines
+
+
+def _describe_combination(combination: Combination | None) -> list[str]:
+    if combination is None:
+        return []
+    settings = {"density": combination.density, "seed": combination.seed}
+    given = "".join(f", {name} {value}" for name, value in settings.items() if value is not None)
+    how = "without a conflict" if combination.method == "refuse" else f"by {_code(combination.method)}{given}"
+    return [
+        "",
+        "## Contributors",
+        "",
+        f"Combined from these patches {how}:",
+        "",
+        "| Patch | Commit | Weight | sha256 of its weights |",
+        "| --- | --- | ---: | --- |",
+        *_contributor_rows(combination, depth=0),
+    ]
+
+
+def _contributor_rows(combination: Combination, depth: int) -> list[str]:
+    rows = []
+    for each in combination.contributors:
+        name = f"{'↳ ' * depth}{_code(each.name).replace('|', ' ')}"
+        rows.append(f"| {name} | {each.revision or 'a folder'} | {each.weight:g} | `{each.weights_sha256}` |")
+        rows += _contributor_rows(each.combination, depth + 1) if each.combination else []
+    return rows
 
 
 def _code(text: str) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from ..anatomy import find_moe_layers
 from ..anatomy.expert_tensors import hash_tensor
 from ..errors import CheckpointError
 from .card import render_card
-from .folders import find_patch, new_folder
+from .folders import Origin, find_origin, find_patch, new_folder
 from .metadata import (
     CONFIG_FILE,
     DTYPES,
@@ -39,10 +39,14 @@ _CAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ExpertPatch:
-    """Metadata, and tensors on the CPU by their name in memory: `model.layers.3.mlp.experts.5.up_proj.weight`."""
+    """Metadata, and tensors on the CPU by their name in memory: `model.layers.3.mlp.experts.5.up_proj.weight`.
+
+    `origin` is where it was loaded from, which counts for nothing when patches are compared.
+    """
 
     metadata: PatchMetadata
     tensors: Mapping[str, Tensor]
+    origin: Origin | None = field(default=None, compare=False)
 
     @classmethod
     def load(
@@ -61,7 +65,7 @@ class ExpertPatch:
         check_places(path, metadata)
         if hash_file(path) != metadata.weights_sha256:
             raise CheckpointError(f"{path} has another sha256 than {METADATA_FILE} gives; it was damaged or exchanged.")
-        return cls(metadata, _read_tensors(path, metadata))
+        return cls(metadata, _read_tensors(path, metadata), find_origin(name_or_path, subfolder, folder))
 
     def save(self, folder: str | Path, *, tokenizer: Any = None) -> PatchMetadata:
         """Write the patch, its card, the config that transformers reads and the tokenizer, if given, to a new folder.
@@ -104,14 +108,14 @@ def make_patch(
         CheckpointError: If a tensor has no hash of the base, holds NaN or infinity, is of no float dtype, or if an
             expert is not complete.
     """
-    copies = {name: _copy(name, tensors[name]) for name in sorted(tensors, key=_natural_order)}
+    copies = {name: _copy(name, tensors[name]) for name in sorted(tensors, key=natural_order)}
     for name in copies:
         if not model_before.get(name):
             raise CheckpointError(f"There is no hash of the base's tensor {name!r}; take it before the training.")
     parts = {part_of(name) for name in copies}
     metadata = PatchMetadata(
         base=base,
-        experts=_experts_of(copies),
+        experts=experts_of(copies),
         tensors={
             name: TensorRecord(tuple(tensor.shape), dtype_name(tensor), dict(model_before[name]), hash_tensor(tensor))
             for name, tensor in copies.items()
@@ -178,7 +182,7 @@ def _read_tensors(path: Path, metadata: PatchMetadata) -> dict[str, Tensor]:
                 tensors[name] = file.get_tensor(name)
                 if hash_tensor(tensors[name]) != record.after:
                     raise CheckpointError(f"{path}: tensor {name!r} has another sha256 than {METADATA_FILE} gives.")
-                _check_finite(name, tensors[name])
+                check_finite(name, tensors[name])
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read as a safetensors file: {error}.") from error
     return tensors
@@ -190,7 +194,7 @@ def _copy(name: str, tensor: Tensor) -> Tensor:
         raise CheckpointError(
             f"Tensor {name!r} is {dtype_name(copy)} of shape {list(copy.shape)}; a patch holds {', '.join(DTYPES)}."
         )
-    _check_finite(name, copy)
+    check_finite(name, copy)
     return copy
 
 
@@ -199,17 +203,23 @@ def find_non_finite(tensor: Tensor) -> str | None:
     return None if bool(torch.isfinite(tensor).all()) else "holds NaN or infinity"
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinity.
+
+    Raises:
+        CheckpointError: Naming it.
+    """
     if fault := find_non_finite(tensor):
         raise CheckpointError(f"Tensor {name!r} of the patch {fault}; a model with it would be broken.")
 
 
-def _experts_of(names: Iterable[str]) -> dict[int, tuple[int, ...]]:
+def experts_of(names: Iterable[str]) -> dict[int, tuple[int, ...]]:
+    """The routed experts, as layer -> ids in ascending order, that tensors belong to."""
     pairs = sorted({(expert.layer, expert.expert) for expert in filter(None, map(parse_expert_name, names))})
     return {layer: tuple(expert for each, expert in pairs if each == layer) for layer in dict(pairs)}
 
 
-def _natural_order(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """A sort key by which layer 10 comes after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 

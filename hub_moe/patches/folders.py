@@ -6,11 +6,28 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from .metadata import METADATA_FILE, WEIGHTS_FILE
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a patch came from: OWNER/NAME[/SUBFOLDER] at a commit of a Hub, or a folder, with commit None."""
+
+    name: str
+    commit: str | None = None
+
+
+def find_origin(name_or_path: str | Path, subfolder: str | None, folder: Path) -> Origin:
+    """The origin of the patch that `find_patch` found in `folder`."""
+    if Path(name_or_path).expanduser().is_dir():
+        return Origin(str(folder))
+    commit = next((inner for inner, up in zip(folder.parts[1:], folder.parts, strict=False) if up == "snapshots"), None)
+    return Origin("/".join(filter(None, (str(name_or_path), subfolder))), commit)
 
 
 def find_patch(

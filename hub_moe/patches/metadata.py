@@ -20,6 +20,7 @@ MODEL_TYPE = "hub_moe_expert_patch"
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # what a patch may hold -> bytes per number
 
 _MAX_METADATA_BYTES = 100_000_000
+_MAX_COMBINATIONS = 16  # of combined patches, combined again; who nests them deeper means harm
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -59,10 +60,44 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class Contributor:
+    """One of the patches that a patch was combined from.
+
+    `name` is OWNER/NAME[/SUBFOLDER] where `revision`, a commit of it, is known, and else the name of a folder.
+    `combination` is there if it was combined itself.
+    """
+
+    name: str
+    revision: str | None
+    weights_sha256: str
+    weight: float = 1.0
+    combination: "Combination | None" = None
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How a patch was combined from others: by which method, with which density and seed where it has them."""
+
+    method: str
+    contributors: tuple[Contributor, ...]
+    density: float | None = None
+    seed: int | None = None
+
+    def all_contributors(self) -> tuple[Contributor, ...]:
+        """The contributors, and theirs where they were combined themselves."""
+        below = [each.combination.all_contributors() for each in self.contributors if each.combination]
+        return (*self.contributors, *(contributor for some in below for contributor in some))
+
+
+@dataclass(frozen=True)
 class PatchMetadata:
     """Everything a patch says about itself but the numbers.
 
     `training` is a free dict of JSON values, `weights_sha256` that of the file of numbers, None until it is written.
+    `rebased_from` are the bases that the patch was for before it was moved to this one, the oldest first.
 
     Raises:
         CheckpointError: If what is declared and the tensors do not agree; the message names the tensor.
@@ -78,6 +113,8 @@ class PatchMetadata:
     training: Mapping[str, Any] = field(default_factory=dict)
     hub_moe_version: str = ""
     weights_sha256: str | None = None
+    combination: Combination | None = None
+    rebased_from: tuple[Base, ...] = ()
 
     def __post_init__(self) -> None:
         parts = ("shared_experts", "non_expert_modules", "balancing_bias")
@@ -105,7 +142,14 @@ class PatchMetadata:
         return sum(math.prod(record.shape) * DTYPES[record.dtype] for record in self.tensors.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `expert_patch.json`."""
+        """The content of `expert_patch.json`; what came later to the format stands in it only where there is some.
+
+        So every hub_moe reads a patch that was neither combined nor rebased.
+        """
+        later = {
+            "combination": asdict(self.combination) if self.combination else None,
+            "rebased_from": [asdict(base) for base in self.rebased_from],
+        }
         return {
             "format_version": FORMAT_VERSION,
             "hub_moe_version": self.hub_moe_version,
@@ -117,6 +161,7 @@ class PatchMetadata:
             "selection": asdict(self.selection) if self.selection else None,
             "training": dict(self.training),
             "weights": {"file": WEIGHTS_FILE, "sha256": self.weights_sha256},
+            **{name: value for name, value in later.items() if value},
             "tensors": {
                 name: {**asdict(record), "shape": list(record.shape), "before": dict(record.before)}
                 for name, record in self.tensors.items()
@@ -161,6 +206,8 @@ class PatchMetadata:
             "selection": _read_selection(read),
             "training": read.take("training", dict),
             "hub_moe_version": read.take("hub_moe_version", str),
+            "combination": _read_combination(read.take_or(None, "combination", dict, type(None)), source),
+            "rebased_from": _read_history(read.take_or([], "rebased_from", list), source),
         }
         weights.finish()
         read.finish()
@@ -222,6 +269,50 @@ def _read_selection(read: JsonObject) -> Selection | None:
     )
     inner.finish()
     return selection
+
+
+def _read_combination(fields: dict[str, Any] | None, source: str, depth: int = 1) -> Combination | None:
+    if fields is None:
+        return None
+    where = f"{source}: 'combination'"
+    if depth > _MAX_COMBINATIONS:
+        raise CheckpointError(f"{where} is of combined patches more than {_MAX_COMBINATIONS} deep.")
+    read = JsonObject(fields, where)
+    contributors = tuple(
+        _read_contributor(JsonObject(each, f"{where}, a contributor"), source, depth)
+        for each in read.take("contributors", list)
+    )
+    combination = Combination(
+        method=read.take("method", str),
+        contributors=contributors,
+        density=read.take_or(None, "density", float, int, type(None)),
+        seed=read.take_or(None, "seed", int, type(None)),
+    )
+    read.finish()
+    if len(contributors) < 2:
+        raise CheckpointError(f"{where} has {len(contributors)} contributors; expected two or more.")
+    return combination
+
+
+def _read_contributor(read: JsonObject, source: str, depth: int) -> Contributor:
+    contributor = Contributor(
+        name=read.take("name", str),
+        revision=read.take("revision", str, type(None)),
+        weights_sha256=_checked_sha256(read.take("weights_sha256", str), f"{source}: a contributor"),
+        weight=read.take_or(1.0, "weight", float, int),
+        combination=_read_combination(read.take_or(None, "combination", dict, type(None)), source, depth + 1),
+    )
+    read.finish()
+    if not contributor.name or (contributor.revision is not None and not _COMMIT.fullmatch(contributor.revision)):
+        raise CheckpointError(
+            f"{source}: a contributor must have a name and a commit of 40 hexadecimal digits or null, not "
+            f"{shorten(contributor.name)} and {shorten(contributor.revision)}."
+        )
+    return contributor
+
+
+def _read_history(entries: list[Any], source: str) -> tuple[Base, ...]:
+    return tuple(_read_base(JsonObject(each, f"{source}: 'rebased_from'")) for each in entries)
 
 
 def _read_tensors(fields: dict[str, Any], source: str) -> dict[str, TensorRecord]:

@@ -12,6 +12,8 @@ Part = Literal["routed_experts", "shared_experts", "balancing_bias", "non_expert
 _MAX_NAME = 500  # characters; the pattern below takes time by the square of it
 _ROUTED = re.compile(r"(?P<block>.*?\.(?P<layer>\d+)(?:\..+)?)\.experts\.(?P<expert>\d+)\.(?P<tensor>[^.].*)")
 _SHARED = re.compile(r"(^|\.)shared_(expert|mlp)")
+_ROUTER = re.compile(r"\.(gate|router)(\.layer)?\.(weight|bias)$")
+_LAYER = re.compile(r"\.(\d{1,9})\.")
 _BALANCING_BIAS = re.compile(r"\.e_score_correction_bias$")
 
 
@@ -40,6 +42,17 @@ def part_of(name: str) -> Part:
     if _BALANCING_BIAS.search(name):
         return "balancing_bias"
     return "shared_experts" if _SHARED.search(name) else "non_expert_modules"
+
+
+def is_router(name: str) -> bool:
+    """Whether a tensor is a router's, by its name alone; the balancing bias is none."""
+    return _ROUTER.search(name) is not None and parse_expert_name(name) is None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor's name gives."""
+    match = _LAYER.search(name) if len(name) <= _MAX_NAME else None
+    return int(match[1]) if match else None
 
 
 def check_declared(names: Iterable[str], experts: Mapping[int, Sequence[int]], parts: Collection[str]) -> None:
