@@ -45,15 +45,18 @@ class World:
             evaluate(base, folder / "evals", **FEW)
         return folder
 
-    def propose(self, repo, folder, name, *, extra=None, api=None, commit=None):
-        """Open a pull request with the folder as `patches/NAME`, and more files by their paths; returns its number."""
+    def propose(self, repo, folder, name, *, extra=None, api=None, mark_of=None):
+        """Open a pull request with the folder as `patches/NAME`, and more files by their paths; returns its number.
+
+        `mark_of` is the folder that the description speaks of.
+        """
         operations = [
             CommitOperationAdd(f"patches/{name}/{path.relative_to(folder).as_posix()}", path)
             for path in sorted(Path(folder).rglob("*"))
             if path.is_file()
         ]
         operations += [CommitOperationAdd(path, data) for path, data in (extra or {}).items()]
-        metadata = PatchMetadata.read(folder)
+        metadata = PatchMetadata.read(mark_of or folder)
         mark = ContributionMark(name, metadata.weights_sha256, metadata.base.commit)
         info = (api or self.bob).create_commit(
             repo,
@@ -61,7 +64,6 @@ class World:
             commit_message=f"Patch {name}",
             commit_description=f"It helps.\n\n{write_mark(mark)}",
             create_pr=True,
-            parent_commit=commit,
         )
         return info.pr_num
 
