@@ -35,7 +35,7 @@ class CombinationMethod:
         weights: One positive number per patch, in the order of the patches; all equal by default.
         density: The share of numbers that TIES keeps (0.2 by default, as the paper), or DARE on average (1 - its drop
             rate p; 0.5 by default, which is careful: the paper drops 90 % of large models).
-        seed: Of DARE's dropping; 0 by default. The same seed drops the same numbers on every machine.
+        seed: Of DARE's dropping; 0 by default. The same seed drops the same numbers with the same torch.
 
     Raises:
         ConfigError: If the name is unknown, or a value is out of range or nothing that the method uses.
@@ -137,7 +137,7 @@ def elected_mean(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     sign = mean_change(changes, weights).sign_()
     total, weight_sum = torch.zeros_like(sign), torch.zeros_like(sign)
     for change, weight in zip(changes, weights, strict=True):
-        agrees = (change.sign() == sign) & (sign != 0)
+        agrees = change.sign() == sign
         total.add_(torch.where(agrees, change, 0.0), alpha=weight)
         weight_sum.add_(agrees, alpha=weight)
     return torch.where(weight_sum > 0, total / weight_sum, 0.0)

@@ -43,4 +43,7 @@ def rebase_patch(patch: ExpertPatch, new_base: str | Path, **hub_options: Any) -
     base = Base(place.name, place.revision, metadata.base.model_type)
     if base == metadata.base:
         return patch
-    return replace(patch, metadata=replace(metadata, base=base, rebased_from=(*metadata.rebased_from, metadata.base)))
+    was = metadata.base
+    if was.commit is None:  # of a folder only the last name: where it lies is nobody's business, now that it is history
+        was = replace(was, repo=Path(was.repo).name)
+    return replace(patch, metadata=replace(metadata, base=base, rebased_from=(*metadata.rebased_from, was)))

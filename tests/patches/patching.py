@@ -1,11 +1,14 @@
 """Tiny models of every family and patches for them, as a training run would leave them."""
 
+from dataclasses import replace
+
 import torch
 from transformers import AutoModelForCausalLM
 
 from hub_moe.anatomy import find_moe_layers
 from hub_moe.anatomy.expert_tensors import expert_tensors, hash_tensor, named_tensors
 from hub_moe.patches import Base, hash_base, make_patch
+from hub_moe.patches.folders import Origin
 from tests.anatomy.families import tiny_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -65,3 +68,14 @@ def changed_names(before, after):
 def logits_of(model):
     """Logits for one fixed sequence."""
     return model(torch.arange(2, 14)[None]).logits
+
+
+def all_tensors(model):
+    """Every tensor of a model, experts one by one: copies by name."""
+    layers = find_moe_layers(model)
+    return {name: tensor.clone() for name, _, _, tensor in named_tensors(model, layers)}
+
+
+def named(patch, name):
+    """The patch as if loaded from a folder of this name."""
+    return replace(patch, origin=Origin(f"runs/{name}"))

@@ -12,20 +12,25 @@ from hub_moe.errors import CheckpointError, ConfigError, ConflictError, PatchErr
 from hub_moe.patches import (
     Base,
     CombinationMethod,
-    ExpertPatch,
-    PatchMetadata,
     apply_patch,
     combine_patches,
     find_conflicts,
     hash_base,
     make_patch,
 )
-from hub_moe.patches.combining import _name_patches
-from hub_moe.patches.expert_patch import hash_casts
-from hub_moe.patches.folders import Origin
-from hub_moe.patches.metadata import Combination, Contributor
 
-from .patching import BASE, COMMIT, build_model, hashes, last_layers, logits_of, names_of, patch_experts, train_patch
+from .patching import (
+    BASE,
+    all_tensors,
+    build_model,
+    hashes,
+    last_layers,
+    logits_of,
+    named,
+    names_of,
+    patch_experts,
+    train_patch,
+)
 
 MEAN = CombinationMethod("mean")
 ROUTER = "model.layers.1.mlp.gate.weight"
@@ -42,10 +47,6 @@ def base(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     model.save_pretrained(folder)
     return folder
-
-
-def named(patch, name):
-    return replace(patch, origin=Origin(f"runs/{name}"))
 
 
 @pytest.mark.parametrize("family", ["hub_moe", "qwen3_moe", "gpt_oss"])
@@ -111,7 +112,7 @@ def test_what_all_have_the_same_or_only_one_changed_is_no_conflict(model, base):
     """As in a three-way merge: who left the base's bytes makes no claim on a tensor."""
     ours = patch_experts(model, {1: [0], 2: [3]})
     names = names_of(model, {1: [0], 2: [3]})
-    mixed = {name: ours.tensors[name] if ".1.mlp" in name else dict(_tensors(model))[name] for name in names}
+    mixed = {name: ours.tensors[name] if ".1.mlp" in name else all_tensors(model)[name] for name in names}
     theirs = make_patch(mixed, model_before=hash_base(model, names), base=BASE)
     combined = combine_patches([theirs, ours], base=base)
     assert {name: hash_tensor(tensor) for name, tensor in combined.patch.tensors.items()} == {
@@ -119,13 +120,6 @@ def test_what_all_have_the_same_or_only_one_changed_is_no_conflict(model, base):
     }
     assert [row.outcomes for row in combined.table.units] == [("equal",), ("one changed",)]
     assert combined.table.conflicts == ()
-
-
-def _tensors(model):
-    from hub_moe.anatomy import find_moe_layers
-    from hub_moe.anatomy.expert_tensors import named_tensors
-
-    return [(name, tensor.clone()) for name, _, _, tensor in named_tensors(model, find_moe_layers(model))]
 
 
 @pytest.mark.parametrize("method", ["mean", "ties", "dare", "dare_ties", "slerp"])
@@ -141,13 +135,26 @@ def test_the_order_of_the_patches_changes_no_bit(model, base, method):
     assert there.patch.metadata.tensors == again.patch.metadata.tensors
 
 
+def test_dare_drops_other_numbers_of_each_patch_and_tensor(model, base):
+    before = all_tensors(model)
+    names = names_of(model, {1: [0]})
+    patches = [
+        make_patch({n: before[n] + size for n in names}, model_before=hash_base(model, names), base=BASE)
+        for size in (1.0, 1.5)
+    ]
+    combined = combine_patches(patches, base=base, method=CombinationMethod("dare", density=0.5)).patch
+    gate, up = ((combined.tensors[n] - before[n]).mul(2).round() for n in names if "down" not in n)
+    assert set(gate.unique().tolist()) == {0.0, 2.0, 3.0, 5.0}  # neither, the first, the second, both
+    assert not torch.equal(gate, up)
+
+
 def test_ties_on_a_bfloat16_base_is_computed_in_float32_and_rounded_once(tmp_path):
     model = build_model(dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     patches = [patch_experts(model, {1: [0]}, seed=seed) for seed in (1, 2)]
     combined = combine_patches(patches, base=tmp_path, method=CombinationMethod("ties", density=0.5)).patch
     name = names_of(model, {1: [0]})[0]
-    before = dict(_tensors(model))[name].float().numpy()
+    before = all_tensors(model)[name].float().numpy()
     deltas = [patch.tensors[name].float().numpy() - before for patch in patches]
     for delta in deltas:
         delta[np.abs(delta) < np.sort(np.abs(delta), axis=None)[delta.size - delta.size // 2]] = 0
@@ -188,7 +195,7 @@ def test_the_table_has_cosine_signs_norms_and_outcome_of_each_expert_and_tensor(
         (2, 2, None, ("ties",)),
     ]
     assert len(table.tensors) == len(table.conflicts) == 6
-    before = dict(_tensors(model))
+    before = all_tensors(model)
     deltas = [
         np.concatenate([(patch.tensors[n] - before[n]).numpy().ravel() for n in names_of(model, {1: [4]})])
         for patch in (ours, theirs)
@@ -200,69 +207,6 @@ def test_the_table_has_cosine_signs_norms_and_outcome_of_each_expert_and_tensor(
     assert pair.cosine == pytest.approx(np.dot(*deltas) / np.prod([np.linalg.norm(d) for d in deltas]), abs=1e-6)
     assert pair.sign_agreement == pytest.approx(np.mean(np.sign(deltas[0]) == np.sign(deltas[1])))
     json.dumps(table.to_dict(), allow_nan=False)
-
-
-def test_the_metadata_credits_every_contributor_and_survives_the_disk(model, base, tmp_path):
-    patch_experts(model, {1: [0]}).save(tmp_path / "law" / "patch")
-    patch_experts(model, {1: [0, 1]}, seed=2).save(tmp_path / "tax" / "patch")
-    law, tax = (ExpertPatch.load(tmp_path / name / "patch") for name in ("law", "tax"))
-    how = CombinationMethod("dare", weights=(2.0, 1.0), density=0.75, seed=5)
-    combined = combine_patches([law, tax], base=base, method=how).patch
-    written = combined.save(tmp_path / "both")
-    assert PatchMetadata.read(tmp_path / "both") == written
-    assert written.combination == Combination(
-        "dare",
-        (
-            Contributor("law/patch", None, law.metadata.weights_sha256, 2.0),
-            Contributor("tax/patch", None, tax.metadata.weights_sha256, 1.0),
-        ),
-        density=0.75,
-        seed=5,
-    )
-    assert written.base == BASE
-    for name, record in written.tensors.items():
-        assert record.after == hash_tensor(combined.tensors[name])
-        assert record.before == hash_casts(dict(_tensors(model))[name])
-    card = (tmp_path / "both" / "README.md").read_text()
-    assert "Combined from these patches by `dare`, density 0.75, seed 5:" in card
-    assert f"| `law/patch` | a folder | 2 | `{law.metadata.weights_sha256}` |" in card
-    assert str(tmp_path) not in card + (tmp_path / "both" / "expert_patch.json").read_text()
-
-
-def test_an_unsaved_patch_is_credited_with_the_hash_that_saving_it_gives(model, base, tmp_path):
-    patches = [patch_experts(model, {1: [0]}), patch_experts(model, {1: [1]})]
-    combination = combine_patches(patches, base=base).patch.metadata.combination
-    hashes_on_disk = [patch.save(tmp_path / str(i)).weights_sha256 for i, patch in enumerate(patches)]
-    assert [each.weights_sha256 for each in combination.contributors] == hashes_on_disk
-    assert [each.name for each in combination.contributors] == ["patch 1", "patch 2"]
-
-
-def test_combined_patches_can_be_combined_again_and_all_contributors_stay(model, base, tmp_path):
-    parts = [named(patch_experts(model, {1: [expert]}), f"p{expert}") for expert in range(3)]
-    parts = [replace(part, metadata=part.save(tmp_path / str(i))) for i, part in enumerate(parts)]
-    inner = combine_patches(parts[:2], base=base).patch
-    outer = combine_patches([replace(inner, origin=Origin("runs/inner")), parts[2]], base=base).patch
-    outer.save(tmp_path / "outer")
-    names = [each.name for each in PatchMetadata.read(tmp_path / "outer").combination.all_contributors()]
-    assert names == ["inner", "p2", "p0", "p1"]
-    assert "| ↳ `p0` |" in (tmp_path / "outer" / "README.md").read_text()
-    with pytest.raises(PatchError, match=r"p0 and outer hold the same patch, which would count twice"):
-        combine_patches([parts[0], named(outer, "outer")], base=base)
-
-
-def test_patches_are_told_apart_by_as_little_of_their_path_as_will_do(model):
-    patch = patch_experts(model, {1: [0]})
-
-    def names(*origins):
-        return _name_patches([replace(patch, origin=origin) for origin in origins])
-
-    assert names(Origin("runs/law"), Origin("runs/tax")) == ["law", "tax"]
-    assert names(Origin("runs/law/patch"), Origin("runs/tax/patch"), None) == ["law/patch", "tax/patch", "patch 3"]
-    assert names(Origin("alice/law", COMMIT), Origin("bob/law", COMMIT)) == ["alice/law", "bob/law"]
-    assert names(Origin("alice/law", COMMIT), Origin("alice/law", "f" * 40)) == [
-        f"alice/law@{COMMIT}",
-        f"alice/law@{'f' * 40}",
-    ]
 
 
 def test_one_patch_or_the_same_twice_is_refused(model, base):
@@ -333,7 +277,7 @@ def test_a_result_that_overflows_is_refused(tmp_path):
     names = names_of(model, {1: [0]})
     patches = [
         make_patch(
-            {name: torch.full_like(dict(_tensors(model))[name], size) for name in names},
+            {name: torch.full_like(all_tensors(model)[name], size) for name in names},
             model_before=hash_base(model, names),
             base=BASE,
         )
@@ -355,34 +299,3 @@ def test_a_base_that_is_truncated_is_named(model, base, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="is truncated"):
         combine_patches(patches, base=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.update(contributors=c["contributors"][:1]), "has 1 contributors; expected two or more"),
-        (lambda c: c.update(colour="red"), "has the field 'colour'"),
-        (lambda c: c["contributors"][0].update(revision="main"), "a commit of 40 hexadecimal digits or null"),
-        (lambda c: c["contributors"][0].update(weights_sha256="x"), "is no sha256"),
-        (lambda c: c["contributors"].append("alice/law"), "must hold a JSON object"),
-        (
-            lambda c: [
-                c.update(contributors=[{**c["contributors"][0], "combination": dict(c)}] * 2) for _ in range(20)
-            ],
-            "deep",
-        ),
-    ],
-)
-def test_damage_in_the_list_of_contributors_is_named(model, base, tmp_path, change, message):
-    combined = combine_patches([patch_experts(model, {1: [0]}), patch_experts(model, {1: [1]})], base=base).patch
-    combined.save(tmp_path / "both")
-    fields = combined.metadata.to_dict() | {"weights": {"file": "expert_patch.safetensors", "sha256": "a" * 64}}
-    fields = json.loads(json.dumps(fields))
-    change(fields["combination"])
-    with pytest.raises(CheckpointError, match=message):
-        PatchMetadata.from_dict(fields, source="expert_patch.json")
-
-
-def test_a_patch_that_was_not_combined_is_written_as_before(model):
-    fields = patch_experts(model, {1: [0]}).metadata.to_dict()
-    assert fields.keys().isdisjoint({"combination", "rebased_from"})

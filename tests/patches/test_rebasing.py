@@ -80,7 +80,8 @@ def test_rebasing_again_keeps_the_whole_history_and_to_the_same_base_nothing(tmp
     move_on(model, {1: [1]}).save_pretrained(tmp_path / "b")
     once = rebase_patch(patch, tmp_path / "a")
     twice = rebase_patch(once, tmp_path / "b")
-    assert twice.metadata.rebased_from == (patch.metadata.base, once.metadata.base)
+    assert once.metadata.base.repo == str(tmp_path / "a")
+    assert twice.metadata.rebased_from == (patch.metadata.base, Base("a", None, "hub_moe"))
     assert rebase_patch(twice, tmp_path / "b") is twice
 
 
