@@ -18,6 +18,7 @@ from .export import export
 from .hub import hub
 from .inspect import inspect
 from .lm_eval import lm_eval
+from .merge import merge
 from .output import say
 from .patch import patch
 from .patch_combining import combine, conflicts, rebase
@@ -41,6 +42,7 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command()(review)
+app.command()(merge)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.add_typer(card, name="card")
 app.add_typer(data, name="data")
