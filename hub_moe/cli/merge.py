@@ -42,9 +42,9 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
     """Merge one or several contributions into their base by one commit on main.
 
     Patches of different experts merge exactly, byte for byte; where they change the same experts METHOD decides, after
-    a table of the conflicts. A patch for an older commit is rebased if nothing that it changes has changed since. Before
-    anything is written the merged model is asked every contributor's suite, and compared with the base and with each
-    patch alone: a lost gain refuses the merge.
+    a table of the conflicts. A patch for an older commit is rebased if nothing that it changes has changed since.
+    Before anything is written the merged model is asked every contributor's suite, and compared with the base and with
+    each patch alone: a lost gain refuses the merge.
 
     Then one commit, if main is still what was checked, with the changed weights, the card and patches/NAME; a tag
     merge-1, merge-2, ...; and every pull request is told and closed. After an interruption run it again.
