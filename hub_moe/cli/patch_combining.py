@@ -50,7 +50,7 @@ def conflicts(names: Names, base: BaseOption = None, method: MethodOption = "ref
     if as_json:
         print_json(table.to_dict())
     else:
-        _print_conflicts(table)
+        print_conflicts(table)
 
 
 def combine(
@@ -87,7 +87,7 @@ def combine(
     if as_json:
         print_json({"out": str(out), "patch": written.to_dict(), "conflicts": combined.table.to_dict()})
         return
-    _print_conflicts(combined.table)
+    print_conflicts(combined.table)
     extent = f"{written.num_experts} routed experts in {len(written.experts)} layers"
     say(f"The patch of {len(names)} contributors, {extent}, is in {out}.")
 
@@ -130,7 +130,8 @@ def _base(loaded: Any, name: str, base: str | None) -> str:
     return place.name if place.revision is None else f"{place.name}@{place.revision}"
 
 
-def _print_conflicts(table: Any) -> None:
+def print_conflicts(table: Any) -> None:
+    """The table of what patches have in common."""
     if table.units:
         print_table(("Experts", "patches", "changes", "cosine", "signs", "outcome"), [_row(row) for row in table.units])
     else:

@@ -1,0 +1,148 @@
+"""Does a merged model still have what each contributor gained? Asked with each contributor's own suites."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import EvaluationError
+from ..evals.compare import RecordComparison, compare_records
+from ..evals.models import ModelRequest
+from ..evals.records import StoredRecord, read_record
+from ..evals.session import Plan, evaluate
+from ..evals.statistics.comparison import Verdict
+from ..evals.suites import Suite
+from .review import suites_of
+from .safety import Contribution
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One task of a contributor's suite: base, the contributor's patch alone, and all patches merged.
+
+    The verdicts are of paired comparisons: of patch and merged model with the base, and of the merged model with the
+    patch.
+    """
+
+    patch: str
+    suite: str
+    task: str
+    metric: str
+    base: float
+    own: float
+    merged: float
+    own_verdict: Verdict
+    merged_verdict: Verdict
+    against_own: Verdict
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether merging took away what the patch gains, or made the model worse than the base."""
+        has_gone = self.own_verdict == "better" and self.merged_verdict != "better"
+        return has_gone or "worse" in (self.merged_verdict, self.against_own)
+
+    @property
+    def outcome(self) -> str:
+        """In a word or two."""
+        if self.is_lost:
+            return "lost"
+        return "kept" if self.own_verdict == "better" else "no gain shown"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "outcome": self.outcome}
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """How models are asked: the base, the merged model, and each patch alone, all at the commit that is merged into.
+
+    Attributes:
+        base: OWNER/NAME, at the commit `revision`.
+        merged: The folder of the merged model.
+        alone: The folder of each patch by its name, for this base; empty where the merged model is the patch alone.
+        folder: Where the records go.
+    """
+
+    base: str
+    revision: str
+    merged: Path
+    alone: Mapping[str, Path]
+    folder: Path
+    data_dir: Path | None = None
+    device: str | None = None
+    batch_size: int = 16
+    say: Callable[[str], None] = lambda text: None
+
+    def examine(self, contributions: Sequence[Contribution]) -> Iterator[Gain]:
+        """Every task of every contributor's suites.
+
+        Raises:
+            HubMoeError: If a suite cannot be asked, such as for want of its data.
+        """
+        asked: dict[str, tuple[StoredRecord, StoredRecord]] = {}
+        for contribution in contributions:
+            for suite in find_suites(contribution):
+                if suite.source.sha256 not in asked:
+                    asked[suite.source.sha256] = self._ask_both(suite)
+                base, merged = asked[suite.source.sha256]
+                yield from self._compare(contribution.name, suite, base, merged)
+
+    def merged_records(self) -> list[StoredRecord]:
+        """The evidence of the merged model, which goes into its repo."""
+        return [
+            each for each in map(read_record, sorted(self.folder.glob("merged/*.json"))) if each.samples_path.is_file()
+        ]
+
+    def _ask_both(self, suite: Suite) -> tuple[StoredRecord, StoredRecord]:
+        base = self._ask(suite, self._request(self.base, revision=self.revision), "base")
+        return base, self._ask(suite, replace(self._request(str(self.merged)), name=self.base), "merged")
+
+    def _compare(self, name: str, suite: Suite, base: StoredRecord, merged: StoredRecord) -> Iterator[Gain]:
+        if name in self.alone:
+            own = self._ask(suite, self._request(str(self.alone[name])), name)
+            against_own = _by_task(compare_records(own, merged))
+        else:
+            own, against_own = merged, {}
+        merged_by_task = _by_task(compare_records(base, merged))
+        of_own = compare_records(base, own)
+        for task, compared in _by_task(of_own).items():
+            yield Gain(
+                patch=name,
+                suite=suite.name,
+                task=task,
+                metric=of_own.metrics[task],
+                base=compared.base.value,
+                own=compared.candidate.value,
+                merged=merged_by_task[task].candidate.value,
+                own_verdict=compared.verdict,
+                merged_verdict=merged_by_task[task].verdict,
+                against_own=against_own[task].verdict if against_own else "tied",
+            )
+
+    def _request(self, reference: str, *, revision: str | None = None) -> ModelRequest:
+        return ModelRequest(reference, revision=revision, device=self.device, batch_size=self.batch_size)
+
+    def _ask(self, suite: Suite, request: ModelRequest, role: str) -> StoredRecord:
+        plan = Plan(suite, self.folder / role, data_dir=self.data_dir, command=["hub-moe", "merge"])
+        return evaluate(request, plan, say=self.say).candidate
+
+
+def find_suites(contribution: Contribution) -> list[Suite]:
+    """The suites by which a contributor shows the gain.
+
+    Raises:
+        EvaluationError: If there is none.
+    """
+    stored = [read_record(path) for path in contribution.records]
+    suites = suites_of([each for each in stored if each.record.model.kind == "expert_patch"])
+    if not suites:
+        raise EvaluationError(
+            f"The patch {contribution.name} has no record, so nothing says what it gains; --accept-losses merges it "
+            "all the same."
+        )
+    return suites
+
+
+def _by_task(comparison: RecordComparison) -> dict[str, Any]:
+    return {task.task: task for task in comparison.comparison.tasks}

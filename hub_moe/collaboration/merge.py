@@ -1,0 +1,389 @@
+"""Contributions into the base, or beside it: everything is checked before one commit on main, or nothing happens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from ..cards.markdown import code, escape
+from ..errors import ConfigError, ConflictError, EvaluationError, HubError
+from ..hub.marks import ReviewMark
+from ..hub.merge_commits import MergedPatch, close, commit_files, find_merge, find_owners, tag_merge
+from ..hub.pull_requests import (
+    PullRequest,
+    describing,
+    fetch_pull_request,
+    list_files,
+    parse_reference,
+    read_bytes,
+    read_proposal,
+)
+from ..patches.combination_methods import CombinationMethod
+from ..patches.combining import combine_patches, find_conflicts
+from ..patches.conflicts import ConflictTable, describe_conflicts
+from ..patches.expert_patch import ExpertPatch
+from ..patches.merging import merge_into_base
+from ..patches.metadata import WEIGHTS_FILE
+from ..patches.rebasing import rebase_patch
+from ..patches.tensor_file import hash_file
+from .gains import Examiner, Gain
+from .review import find_review, require_open
+from .safety import Contribution, list_faults, open_contribution
+
+Say = Callable[[str], None]
+
+_ROWS_END = "<!-- hub_moe:merges -->"
+_SECTION = (
+    "\n## Merged contributions\n\n"
+    "Records made before a merge are of the weights before it; each merge added those of its own to `evals/`.\n\n"
+    "| Patch | by | pull request | made for commit | merged into commit | how |\n"
+    "| --- | --- | --- | --- | --- | --- |\n"
+)
+_MOST_CARD_BYTES = 4_000_000
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to merge.
+
+    Attributes:
+        side_by_side: Add the patches as they are, and leave the base alone.
+        accept_losses: Merge although a gain is lost, or nothing says what a patch gains.
+        without_review: Merge although nobody who may speak for the repo accepted this head.
+    """
+
+    method: CombinationMethod = CombinationMethod()
+    side_by_side: bool = False
+    accept_losses: bool = False
+    without_review: bool = False
+    data_dir: Path | None = None
+    device: str | None = None
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pull request that is to be merged: `patch` is for the commit that it is merged into."""
+
+    pull_request: PullRequest
+    contribution: Contribution
+    patch: ExpertPatch
+    reviewer: str | None
+
+    @property
+    def was_stale(self) -> bool:
+        """Whether main went on since the patch was made."""
+        return self.patch is not self.contribution.patch
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All that will be written, to main at `parent` and nowhere else; `method` is as the trailers say it."""
+
+    repo: str
+    parent: str
+    candidates: tuple[Candidate, ...]
+    method: str
+    files: tuple[tuple[str, Path], ...]
+    table: ConflictTable | None = None
+    gains: tuple[Gain, ...] = ()
+
+    @property
+    def losses(self) -> tuple[Gain, ...]:
+        """The gains that merging takes away."""
+        return tuple(each for each in self.gains if each.is_lost)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "repo": self.repo,
+            "parent": self.parent,
+            "method": self.method,
+            "patches": [
+                {
+                    "name": each.contribution.name,
+                    "pull_request": each.pull_request.number,
+                    "contributor": each.pull_request.author,
+                    "reviewed_by": each.reviewer,
+                    "was_stale": each.was_stale,
+                }
+                for each in self.candidates
+            ],
+            "conflicts": self.table.to_dict() if self.table else None,
+            "gains": [each.to_dict() for each in self.gains],
+            "files": [path for path, _ in self.files],
+        }
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge made."""
+
+    commit: str
+    tag: str
+
+
+def finish_merge(api: HfApi, references: Sequence[str], *, say: Say) -> Merged | None:
+    """Tag and close what an interrupted merge committed already; None if these pull requests are not merged yet.
+
+    Raises:
+        HubError: If they were merged and closed, or only some of them are merged.
+    """
+    repo, numbers = _parse(references)
+    found = {number: find_merge(api, repo, number) for number in numbers}
+    commits = {each[0] for each in found.values() if each is not None}
+    if not commits:
+        return None
+    open_ones = [
+        each for each in (fetch_pull_request(api, repo, n) for n in numbers) if each.status in ("open", "draft")
+    ]
+    merged = [number for number, each in found.items() if each is not None]
+    if len(commits) > 1 or len(merged) < len(numbers) or not open_ones:
+        names = ", ".join(f"#{number}" for number in merged)
+        raise HubError(f"{repo}: {names} was merged already, by commit {', '.join(sorted(commits))[:90]}.")
+    commit = commits.pop()
+    say(f"{repo} has these patches already, by commit {commit[:12]}; tagging it and closing what is open.")
+    return _announce(api, open_ones, commit, "Merged")
+
+
+def prepare_merge(
+    api: HfApi, references: Sequence[str], options: MergeOptions, *, work: Path, say: Say, show: Callable[[Any], None]
+) -> MergePlan:
+    """Everything but the commit: reviews, files, three-way safety, conflicts, the merged model and its evaluation.
+
+    `work` is a folder with room for the model; `show` is given the table of conflicts as soon as it is known.
+
+    Raises:
+        HubError: If a pull request is not open, was not reviewed, holds what it may not, or the Hub refuses.
+        ConflictError: If main changed what a patch changes, or patches change the same and the method is "refuse".
+        PatchError: If a patch is for another base.
+        EvaluationError: If a gain is lost and that was not accepted.
+    """
+    repo, numbers = _parse(references)
+    with describing(api, repo):
+        parent = str(api.repo_info(repo, revision="main").sha)
+        api.auth_check(repo, write=True)
+        me = api.whoami()["name"]
+    owners = [] if options.without_review else [me, *find_owners(api, repo)]
+    pull_requests = [fetch_pull_request(api, repo, number) for number in numbers]
+    reviewers = [_require_ready(each, me=me, owners=owners, options=options) for each in pull_requests]
+    candidates = []
+    for each, reviewer in zip(pull_requests, reviewers, strict=True):
+        say(f"Looking at the files of {each} at {each.head[:12]}")
+        contribution, faults = open_contribution(api, each, read_proposal(api, each))
+        if contribution is None:
+            raise HubError(f"{each} is refused: {'; '.join(list_faults(faults))}.")
+        patch = contribution.patch
+        if not options.side_by_side:
+            patch = rebase_patch(patch, f"{repo}@{parent}", token=api.token)
+        candidates.append(Candidate(each, contribution, patch, reviewer))
+    _require_different_names(candidates)
+    plan = MergePlan(repo, parent, tuple(candidates), "side-by-side", ())
+    if not options.side_by_side:
+        plan = _merge_models(plan, options, work, say=say, show=show)
+        if plan.losses and not options.accept_losses:
+            return plan  # whoever shows it refuses it: see `refuse_losses`
+    return replace(plan, files=(*plan.files, *_evidence_files(api, plan, work)))
+
+
+def refuse_losses(plan: MergePlan) -> None:
+    """Refuse a merge that takes away what somebody gained.
+
+    Raises:
+        EvaluationError: Naming each.
+    """
+    if plan.losses:
+        told = ", ".join(f"{each.patch} on {each.task} ({each.own:.3f} -> {each.merged:.3f})" for each in plan.losses)
+        raise EvaluationError(f"Merging loses a gain: {told}; --accept-losses merges all the same.")
+
+
+def apply_merge(api: HfApi, plan: MergePlan, *, say: Say) -> Merged:
+    """Write the one commit, tag it, and close the pull requests.
+
+    Raises:
+        HubError: If main or a pull request changed since the plan was made, or the Hub refuses; the message says
+            whether main was written, and the same command finishes what is left.
+    """
+    for each in plan.candidates:
+        now = fetch_pull_request(api, plan.repo, each.pull_request.number)
+        require_open(now)
+        if now.head != each.pull_request.head:
+            raise HubError(f"{now} changed while this was prepared; nothing was written. Review it and merge again.")
+    names = ", ".join(each.contribution.name for each in plan.candidates)
+    numbers = ", ".join(f"#{each.pull_request.number}" for each in plan.candidates)
+    commit = commit_files(
+        api,
+        plan.repo,
+        plan.files,
+        message=f"Merge expert patch{'es' * (len(plan.candidates) > 1)} {names} ({numbers})",
+        description="\n".join(line for each in plan.candidates for line in _describe(each, plan).to_trailers()),
+        parent=plan.parent,
+    )
+    say(f"Committed {commit[:12]} to {plan.repo}.")
+    return _announce(api, [each.pull_request for each in plan.candidates], commit, _describe_outcome(plan))
+
+
+def _parse(references: Sequence[str]) -> tuple[str, list[int]]:
+    parsed = [parse_reference(each) for each in references]
+    repos = {repo.lower() for repo, _ in parsed}
+    if len(repos) > 1:
+        raise ConfigError(f"The pull requests are on different repos: {', '.join(sorted(repos))}.")
+    numbers = [number for _, number in parsed]
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError("A pull request is given twice.")
+    return parsed[0][0], numbers
+
+
+def _require_ready(pull_request: PullRequest, *, me: str, owners: Sequence[str], options: MergeOptions) -> str | None:
+    """The reviewer who accepted the head."""
+    require_open(pull_request)
+    if pull_request.status == "draft":
+        raise HubError(f"{pull_request} is a draft; its author must open it first.")
+    if options.without_review:
+        return None
+    trusted = [name for name in owners if name == me or name.lower() != pull_request.author.lower()]
+    found = find_review(pull_request, by=trusted)
+    if found is None:
+        raise HubError(
+            f"{pull_request}: nobody who may speak for the repo has reviewed its head {pull_request.head[:12]}; run "
+            f"`hub-moe review {pull_request}` first, or merge with --without-review."
+        )
+    reviewer, mark = found
+    _require_accepted(pull_request, reviewer, mark)
+    return reviewer
+
+
+def _require_accepted(pull_request: PullRequest, reviewer: str, mark: ReviewMark) -> None:
+    if mark.verdict != "accept":
+        why = f": {mark.reasons[0]}" if mark.reasons else ""
+        raise HubError(f"{pull_request}: the review by {reviewer} says {mark.verdict}{why}.")
+
+
+def _require_different_names(candidates: Sequence[Candidate]) -> None:
+    names = [each.contribution.name.lower() for each in candidates]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ConfigError(f"Two of the patches are called {twice}; one must be renamed.")
+
+
+def _merge_models(
+    plan: MergePlan, options: MergeOptions, work: Path, *, say: Say, show: Callable[[Any], None]
+) -> MergePlan:
+    """The merged model, its changed files, and what became of everybody's gains."""
+    base = f"{plan.repo}@{plan.parent}"
+    patches = [each.patch for each in plan.candidates]
+    patch, table = patches[0], None
+    if len(patches) > 1:
+        table = find_conflicts(patches, base=base, method=options.method)
+        show(table)
+        if table.conflicts and options.method.name == "refuse":
+            holders = {each.tensor or "": each.patches for each in table.conflicts}
+            raise ConflictError(
+                f"The patches change the same tensors: {describe_conflicts(holders)}; choose how to resolve it "
+                "(--method mean, ties, dare or slerp), or keep them apart (--side-by-side).",
+                tuple(holders),
+            )
+        patch = combine_patches(patches, base=base, method=options.method).patch
+    say("Writing the merged model, and comparing every byte outside of the patch with the base")
+    patch.save(work / "combined")
+    merge_into_base(work / "combined", work / "model", base=base)
+    plan = replace(plan, table=table, method=options.method.name if table and table.conflicts else "exact")
+    return replace(plan, gains=_examine(plan, options, work, say))
+
+
+def _examine(plan: MergePlan, options: MergeOptions, work: Path, say: Say) -> tuple[Gain, ...]:
+    alone = {}
+    for each in plan.candidates if len(plan.candidates) > 1 else ():
+        alone[each.contribution.name] = work / "alone" / each.contribution.name
+        each.patch.save(alone[each.contribution.name])
+    examiner = Examiner(
+        base=plan.repo,
+        revision=plan.parent,
+        merged=work / "model",
+        alone=alone,
+        folder=work / "evals",
+        data_dir=options.data_dir,
+        device=options.device,
+        batch_size=options.batch_size,
+        say=say,
+    )
+    contributions = [each.contribution for each in plan.candidates]
+    if options.accept_losses:
+        contributions = [
+            each for each in contributions if any("expert_patch" in path.read_text("utf-8") for path in each.records)
+        ]
+    return tuple(examiner.examine(contributions))
+
+
+def _evidence_files(api: HfApi, plan: MergePlan, work: Path) -> list[tuple[str, Path]]:
+    """What the commit holds: changed weights, records of the merged model, the card, and `patches/NAME`."""
+    files = []
+    known = list_files(api, plan.repo, plan.parent)
+    for path in sorted((work / "model").glob("*.safetensors")):
+        if path.name not in known or known[path.name].sha256 != hash_file(path):
+            files.append((path.name, path))
+    files += [(f"evals/{path.name}", path) for path in sorted((work / "evals" / "merged").glob("*-*.*"))]
+    for each in plan.candidates:
+        for listed in each.contribution.files:
+            name = listed.path.removeprefix(f"{each.contribution.subfolder}/")
+            if name != WEIGHTS_FILE or plan.method == "side-by-side":
+                files.append((listed.path, each.contribution.folder / name))
+    card = work / "card.md"
+    old = b""
+    if "README.md" in known:
+        old = read_bytes(api, plan.repo, "README.md", revision=plan.parent, count=_MOST_CARD_BYTES)
+    card.write_text(add_to_card(old.decode("utf-8"), plan), "utf-8")
+    return [*files, ("README.md", card)]
+
+
+def add_to_card(card: str, plan: MergePlan) -> str:
+    """The base's card with a row for each merged patch; all else stays as people wrote it."""
+    rows = "".join(
+        f"| {code(each.contribution.name)} | {escape(each.pull_request.author)} | #{each.pull_request.number} | "
+        f"`{_made_for(each)[:12]}` | `{plan.parent[:12]}` | {plan.method} |\n"
+        for each in plan.candidates
+    )
+    if _ROWS_END in card:
+        return card.replace(_ROWS_END, rows + _ROWS_END, 1)
+    return f"{card.rstrip()}\n{_SECTION}{rows}{_ROWS_END}\n"
+
+
+def _made_for(candidate: Candidate) -> str:
+    return str(candidate.contribution.patch.metadata.base.commit)
+
+
+def _describe(candidate: Candidate, plan: MergePlan) -> MergedPatch:
+    sha256 = candidate.contribution.patch.metadata.weights_sha256
+    assert sha256 is not None
+    return MergedPatch(
+        name=candidate.contribution.name,
+        weights_sha256=sha256,
+        number=candidate.pull_request.number,
+        contributor=candidate.pull_request.author,
+        base_commit=_made_for(candidate),
+        method=plan.method,
+    )
+
+
+def _describe_outcome(plan: MergePlan) -> str:
+    how = {"exact": "byte for byte", "side-by-side": "beside the base, as a patch of its own"}
+    lines = [f"Merged {how.get(plan.method, f'by {plan.method}')}"]
+    if plan.gains:
+        lines += ["", "| Patch | task | base | patch | merged | gain |", "| --- | --- | ---: | ---: | ---: | --- |"]
+        lines += [
+            f"| {code(each.patch)} | {escape(each.task)} | {each.base:.4f} | {each.own:.4f} | {each.merged:.4f} | "
+            f"{each.outcome} |"
+            for each in plan.gains
+        ]
+    return "\n".join(lines)
+
+
+def _announce(api: HfApi, pull_requests: Sequence[PullRequest], commit: str, outcome: str) -> Merged:
+    first, *rest = pull_requests
+    tag = tag_merge(api, first.repo, commit)
+    head, newline, table = outcome.partition("\n")
+    for each in (first, *rest):
+        close(api, each, f"{head}, in commit {commit} (tag `{tag}`). Thank you!{newline}{table}")
+    return Merged(commit, tag)
