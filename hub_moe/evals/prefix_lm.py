@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import MissingExtraError
+from ..errors import EvaluationError, MissingExtraError
 from ..modeling import HubMoeConfig  # noqa: F401  (lm_eval loads HubMoe checkpoints once it is registered)
 from .prefix_cache import REHEARSAL_COST, StemCache, find_obstacle, measure_difference, run_step
 from .prefix_reuse import Budget, Plan, Scored, Step, plan_requests
