@@ -41,6 +41,7 @@ ALLOWED = {
     "hub": {"errors", "files", "cards", "evals.records", "patches.metadata"},
     "hubserver": {"errors", "cards"},
 }
+ALLOWED["collaboration"] = set(ALLOWED) - {"", "hubserver"}
 ALLOWED["demo"] = set(ALLOWED) - {""}
 ALLOWED["cli"] = set(ALLOWED) - {""}
 ALLOWED["__main__"] = {"cli"}

@@ -17,11 +17,13 @@ from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
+from .lineage import lineage
 from .lm_eval import lm_eval
 from .output import say
 from .patch import patch
 from .patch_combining import combine, conflicts, rebase
 from .plan import plan
+from .review import review
 from .train import train
 from .verify import verify
 
@@ -39,6 +41,8 @@ app.command("eval")(evaluate)
 app.command()(suites)
 app.command()(compare)
 app.command()(verify)
+app.command()(lineage)
+app.command()(review)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.add_typer(card, name="card")
 app.add_typer(data, name="data")
