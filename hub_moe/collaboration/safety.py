@@ -150,7 +150,7 @@ def check_listing(proposal: Proposal) -> tuple[str | None, list[Fault]]:
 def shown(text: str) -> str:
     """A name from a stranger as a message or comment may quote it: one short line of printable letters."""
     plain = text if text.isprintable() else repr(text)[1:-1]
-    return plain if len(plain) <= 120 else f"{plain[:117]}..."
+    return plain if len(plain) <= 240 else f"{plain[:237]}..."
 
 
 def list_faults(faults: Collection[Fault]) -> list[str]:
