@@ -23,6 +23,7 @@ from .output import say
 from .patch import patch
 from .patch_combining import combine, conflicts, rebase
 from .plan import plan
+from .publish import publish
 from .review import review
 from .train import train
 from .verify import verify
@@ -42,6 +43,7 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command()(lineage)
+app.command()(publish)
 app.command()(review)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
 app.add_typer(card, name="card")
