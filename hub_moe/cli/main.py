@@ -10,6 +10,7 @@ import typer
 from ..errors import HubMoeError
 from .card import card
 from .compare import compare
+from .contribute import contribute
 from .data import data
 from .demo import demo
 from .eval import evaluate, suites
@@ -43,6 +44,7 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command()(lineage)
+app.command()(contribute)
 app.command()(publish)
 app.command()(review)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
