@@ -19,7 +19,7 @@ from .render import read_eval_results, render_blocks
 
 Compare = Callable[[StoredRecord, StoredRecord], Mapping[str, Any]]
 _PLACEHOLDER = re.compile(r"\[?more information needed\]?|\bTODO\b|\bTBD\b|lorem ipsum|\[insert[^\]]*\]", re.IGNORECASE)
-_LOCAL_PATH = re.compile(
+LOCAL_PATH = re.compile(
     r"(?<![\w.:/-])(?:file://)?/(?:tmp|root|home|work|Users|mnt|data|workspace|scratch|content|kaggle|private|var)/[\w./-]*\w"
     r"|(?<!\w)[A-Za-z]:\\[\w\\.-]+|(?<!\w)~/[\w.-]+"
 )
@@ -94,7 +94,7 @@ class _Lint:
 
     def _check_text(self, readme: Readme) -> Iterator[Finding]:
         text = str(readme)
-        for pattern, problem in ((_PLACEHOLDER, "has the placeholder {!r}"), (_LOCAL_PATH, "names a local path, {!r}")):
+        for pattern, problem in ((_PLACEHOLDER, "has the placeholder {!r}"), (LOCAL_PATH, "names a local path, {!r}")):
             for match in pattern.finditer(text):
                 yield self._at(text, match.start(), problem.format(match.group()))
         for match in _IMAGE.finditer(text):

@@ -161,7 +161,10 @@ def _inside(block: str) -> str:
 
 
 def _write_snippet(facts: Facts) -> str:
-    name = json.dumps(facts.model.name, ensure_ascii=False)
+    owner, _, rest = facts.model.name.partition("/")
+    repo, _, inside = rest.partition("/")  # a patch in its base's repo: OWNER/NAME/patches/law
+    name = json.dumps(f"{owner}/{repo}" if inside else facts.model.name, ensure_ascii=False)
+    name += f", subfolder={json.dumps(inside, ensure_ascii=False)}" if inside else ""
     if facts.model.kind == "adapter":
         return f"from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained({name})"
     is_ours = (

@@ -72,6 +72,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
       hub-moe eval served-name --endpoint http://localhost:8000/v1 --tokenizer alice/base --suite quick
     """
     from ..bars import quiet_bars
+    from ..cards.training_run import hide_folder
     from ..evals.models import ModelRequest
     from ..evals.session import Plan, preview
     from ..evals.session import evaluate as run_evaluation
@@ -95,7 +96,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
     )
     chosen = tasks.split(",") if tasks else []
     wanted = load_suite(suite, limit=limit, tasks=chosen, num_fewshot=num_fewshot)
-    command = ["hub-moe", *sys.argv[1:]]
+    command = ["hub-moe", *map(hide_folder, sys.argv[1:])]  # where things lie on this machine is nobody's business
     plan = Plan(wanted, out, data_dir=data_dir, noise_floor=noise_floor, command=command, run_code=run_code)
     if dry_run:
         _print_preflight(preview(plan, request), as_json=as_json)

@@ -10,6 +10,7 @@ import typer
 from ..errors import HubMoeError
 from .card import card
 from .compare import compare
+from .contribute import contribute
 from .data import data
 from .demo import demo
 from .eval import evaluate, suites
@@ -17,12 +18,14 @@ from .experts import experts
 from .export import export
 from .hub import hub
 from .inspect import inspect
+from .lineage import lineage
 from .lm_eval import lm_eval
 from .merge import merge
 from .output import say
 from .patch import patch
 from .patch_combining import combine, conflicts, rebase
 from .plan import plan
+from .publish import publish
 from .review import review
 from .train import train
 from .verify import verify
@@ -41,6 +44,9 @@ app.command("eval")(evaluate)
 app.command()(suites)
 app.command()(compare)
 app.command()(verify)
+app.command()(lineage)
+app.command()(contribute)
+app.command()(publish)
 app.command()(review)
 app.command()(merge)
 app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(lm_eval)
