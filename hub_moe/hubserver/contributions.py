@@ -1,6 +1,6 @@
 """What is known of expert patches in repos and pull requests: their metadata, records, reviews and merges.
 
-Formats: `expert_patch.json`, `model_card.json` and records of hub_moe, the marks that comments end with, the trailers of
+Formats: `expert_patch.json`, `model_card.json` and records of hub_moe, the marks that comments end with, trailers of
 merges. Anybody may have written any of it: numbers are from records whose content has the hash that it claims, none is
 from free text, and sizes are bounded before anything is parsed.
 """
