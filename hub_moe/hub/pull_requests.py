@@ -137,7 +137,8 @@ def fetch_pull_request(api: HfApi, repo: str, number: int) -> PullRequest:
         details = api.get_discussion_details(repo, number)
         if not details.is_pull_request:
             raise HubError(f"{repo}#{number} is a discussion and no pull request.")
-        head = api.repo_info(repo, revision=f"refs/pr/{number}").sha
+        # without its card, which may have keys that the client cannot read, such as `self`
+        head = api.model_info(repo, revision=f"refs/pr/{number}", expand=["sha"]).sha
     comments = tuple(
         Comment(event.id, event.author, event.content)
         for event in details.events

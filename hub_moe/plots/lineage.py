@@ -9,7 +9,7 @@ from .drawing import BLUE, GREY, ORANGE, Axes, Figure
 
 _COLOURS = {"model": BLUE, "patch": ORANGE, "merge": "#5b3a9c", "pull request": "#2e7d4f", "absent": "#b5b5b5"}
 _MARKS = {"model": "o", "patch": "s", "merge": "D", "pull request": "^", "absent": "x"}
-_ROW_INCHES, _STEP_INCHES, _LETTER_INCHES = 0.24, 0.28, 0.078
+_ROW_INCHES, _STEP_INCHES, _LETTER_INCHES = 0.24, 0.28, 0.066
 _MOST_LETTERS, _MOST_ROWS = 110, 400
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_depth_and_number_are_limited_with_a_note(village):
 
 
 def test_hostile_cards_names_and_marks_break_nothing(village):
-    nasty = '---\nbase_model: ["../../etc/passwd", "a b", "<script>", "x/y\\u001b[31m", 7]\nself: 1\nargs: 2\n---\n'
+    nasty = '---\nbase_model: ["../../etc/passwd", "a b", "<script>", "x/y\\u001b[31m"]\nself: 1\nargs: 2\n---\n'
     repo = "bob/lineage-hostile"
     village.bob.create_repo(repo)
     commit(village.bob, repo, {"README.md": nasty, "patches/\u202eevil\u0301/expert_patch.json": "[" * 100_000})
@@ -163,9 +164,8 @@ def test_what_is_no_model_is_one_sentence(village):
 
 def make_commit(message):
     title, _, rest = message.partition("\n")
-    return GitCommitInfo(
-        id=COMMIT, authors=[{"user": "alice"}], date="2026-11-24T12:00:00.000Z", title=title, message=rest.strip()
-    )
+    noon = datetime(2026, 11, 24, 12, tzinfo=UTC)
+    return GitCommitInfo(COMMIT, ["alice"], noon, title, rest.strip(), None, None)
 
 
 def test_a_merge_of_several_patches_pairs_them_with_people_and_pull_requests():

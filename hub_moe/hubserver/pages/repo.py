@@ -11,6 +11,7 @@ from ..sessions import identify_person, read_own_form
 from ..store import GitRepo, Repo
 from ..store.discussions import OPEN
 from ..store.errors import GatedError
+from .contribution import read_repo_patches
 from .facts import write_snippets
 from .lineage import read_lineage
 from .markdown import MAX_CHARACTERS, Place, render_markdown
@@ -41,6 +42,7 @@ def show_repo(call: Call) -> Response:
         tags=[tag for tag in profile.tags if not tag.startswith(_SHOWN_ELSEWHERE)][:_MAX_TAGS],
         is_card_cut=len(profile.card.text) > MAX_CHARACTERS,
         lineage=read_lineage(call.store, profile, call.who),
+        patches=read_repo_patches(call.store, repo, profile) if repo.id.kind == "model" and may_read else None,
         snippets=write_snippets(profile, call.base_url),
         size_bytes=sum(file.size_bytes for file in profile.files),
         may_read=may_read,

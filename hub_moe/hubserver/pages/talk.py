@@ -13,6 +13,7 @@ from ..store.diffs import diff_commits
 from ..store.discussions import CLOSED, OPEN, Discussion, Event, check_title
 from ..store.errors import InvalidInputError, NotFoundError
 from ..store.merges import find_conflicts, find_range
+from .contribution import read_contribution
 from .diffs import ShownDiff, lay_out
 from .markdown import Place, render_markdown
 from .repo import repo_routes, show_repo_page
@@ -64,7 +65,7 @@ def show_discussion(call: Call) -> Response:
         more_events=max(0, len(events) - _MAX_EVENTS),
         comments=_render(events[:_MAX_EVENTS], Place(repo.id, "main", origin=call.base_url)),
         may_control=may_control,
-        **_read_changes(call, repo, discussion),
+        **_read_changes(call, repo, discussion, events),
     )
 
 
@@ -127,14 +128,15 @@ def _render(events: list[Event], place: Place) -> dict[str, Markup]:
     return shown
 
 
-def _read_changes(call: Call, repo: Repo, discussion: Discussion) -> dict[str, Any]:
-    """The diff of a pull request and the files in conflict; no diff when its ref was deleted."""
-    found: dict[str, Any] = {"diff": None, "conflicts": [], "head": None}
+def _read_changes(call: Call, repo: Repo, discussion: Discussion, events: list[Event]) -> dict[str, Any]:
+    """The diff of a pull request, the files in conflict and the expert patches; none of it when its ref was deleted."""
+    found: dict[str, Any] = {"diff": None, "conflicts": [], "head": None, "contribution": {}}
     if discussion.is_pull_request:
         with call.store.repos.open(repo) as git:
             try:
                 found |= {"diff": _read_diff(call, git, discussion), "head": git.resolve(discussion.ref)}
                 found["conflicts"] = find_conflicts(git, discussion) if discussion.status in OPEN else []
+                found["contribution"] = read_contribution(call.store, repo, git, discussion=discussion, events=events)
             except NotFoundError:
                 return found
     return found
