@@ -60,3 +60,18 @@ def test_an_issue_form_says_what_it_is_for_and_asks_something(path):
     assert form["name"]
     assert form["description"]
     assert any(field.get("validations", {}).get("required") for field in form["body"])
+
+
+def test_the_review_action_calls_a_command_that_exists_and_puts_no_input_into_a_script():
+    action = _load(ROOT / ".github" / "actions" / "review-contribution" / "action.yml")
+    steps = action["runs"]["steps"]
+    scripts = [step["run"] for step in steps if "run" in step]
+    assert all("${{" not in script for script in scripts)
+    assert all(PINNED.match(step["uses"]) for step in steps if "uses" in step)
+    wanted = set(re.findall(r"--[a-z-]+", scripts[-1]))
+    assert "hub-moe review" in scripts[-1]
+    assert all(f'"{option}"' in (ROOT / "hub_moe/cli/review.py").read_text() for option in ("--all-open", "--no-post"))
+    known = (ROOT / "tests" / "golden" / "cli" / "hub-moe-review.txt").read_text("utf-8")
+    assert [option for option in wanted if option not in known] == []
+    used = set(re.findall(r"inputs\.([\w-]+)", str(steps)))
+    assert used == set(action["inputs"])
