@@ -181,8 +181,8 @@ def check_base(api: HfApi, repo: str, metadata: PatchMetadata) -> list[str]:
         ) from error
     behind = history.index(base.commit)
     return [
-        f"The base is {behind} commit{'s' * (behind > 1)} further, and what the patch changes is as it was; to move it: "
-        f"hub-moe patch rebase PATCH --onto {repo} --out DIR, then evaluate it again."
+        f"The base is {behind} commit{'s' * (behind > 1)} further, and what the patch changes is as it was; "
+        f"to move it: hub-moe patch rebase PATCH --onto {repo} --out DIR, then evaluate it again."
     ]
 
 
