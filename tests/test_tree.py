@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MOST_LINES_OF_A_FILE = 400
-MOST_SOURCE_FILES = 220
+MOST_SOURCE_FILES = 250
 MOST_SOURCE_FILES_OF_THE_HUB = 100
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:tmp|root|home|work|Users)/")
@@ -55,7 +55,7 @@ def test_no_file_is_over_400_lines():
     assert {n: lines for n, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE} == {}
 
 
-def test_the_package_has_at_most_220_source_files_and_the_embedded_hub_100():
+def test_the_package_has_at_most_250_source_files_and_the_embedded_hub_100():
     of_the_hub = [path for path in SOURCES if _name(path).startswith("hub_moe/hubserver/")]
     assert len(SOURCES) - len(of_the_hub) <= MOST_SOURCE_FILES
     assert len(of_the_hub) <= MOST_SOURCE_FILES_OF_THE_HUB

@@ -1,16 +1,11 @@
 """The page of a pull request with an expert patch, and the patches on the page of a model."""
 
-import json
 import re
 
 import pytest
 
-from hub_moe.hubserver.contributions import parse_patch, parse_review
-from hub_moe.hubserver.pages.contribution import draw_heat_map
-
 from .conftest import Visitor
-from .patch_town import BASE, CHOSEN, NASTY, PatchTown, commit, make_files, make_metadata, write_review
-from .test_browser import CONTRAST, UNNAMED, overflow
+from .patch_town import BASE, NASTY, PatchTown, commit, make_files, write_review
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
