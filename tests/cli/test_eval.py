@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(run, models, tmp_path):
 
 def test_ctrl_c_leaves_the_answers_and_the_same_command_goes_on(models, tmp_path):
     out = tmp_path / "evals"
-    tasks = ("--suite", "offline", "--tasks", "cloze", "--limit", "60", "--batch-size", "1", "--plain")
+    tasks = ("--suite", "offline", "--tasks", "cloze,sorting", "--limit", "150", "--batch-size", "1", "--plain")
     command = [sys.executable, "-m", "hub_moe", "eval", str(models / "base"), *tasks, "--out", str(out), "--json"]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -86,7 +86,9 @@ def test_the_thread_reads_a_counter_before_it_starts_again(tmp_path, monkeypatch
     counter = find_rapl("cpu", tmp_path)
     [zone] = counter._zones
     for energy_uj in (800_000, 700_000):  # more than one round, which two readings alone cannot tell
-        file.write_text(str(energy_uj))
+        whole = file.with_suffix(".new")  # a counter is never seen empty, as a file that is being written is
+        whole.write_text(str(energy_uj))
+        whole.replace(file)
         for _ in range(1000):
             if zone.last_uj == energy_uj:
                 break
