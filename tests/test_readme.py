@@ -92,7 +92,7 @@ def test_the_commands_about_a_hub_of_your_own_run_one_after_the_other(tmp_path, 
 
 
 @pytest.mark.slow
-def test_the_commands_about_fine_tuning_run_one_after_the_other(tmp_path, tiny_model, tiny_tokenizer):
+def test_the_commands_about_fine_tuning_and_evaluation_run_one_after_the_other(tmp_path, tiny_model, tiny_tokenizer):
     demo, recipes = tmp_path / "runs" / "demo", tmp_path / "evals" / "recipes"
     tiny_model.save_pretrained(demo / "model")
     tiny_tokenizer.save_pretrained(demo / "model")
@@ -107,6 +107,10 @@ def test_the_commands_about_fine_tuning_run_one_after_the_other(tmp_path, tiny_m
         _run(["bash", "-euc", content] if language == "bash" else [sys.executable, "-c", content], tmp_path)
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert (tmp_path / "experts.png").read_bytes().startswith(b"\x89PNG")
+    for _, content in read_blocks(read_section(README, "Evaluate, and let others check")):
+        printed = _run(["bash", "-euc", content], tmp_path)
+    assert "within tolerance" in printed or "bit-equal" in printed
+    assert "95 % interval" in (tmp_path / "runs" / "experts" / "patch" / "README.md").read_text("utf-8")
 
 
 def test_the_fixture_hub_works_in_the_tests_of_another_project(tmp_path):

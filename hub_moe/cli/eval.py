@@ -146,6 +146,10 @@ def print_record(record: "Record") -> None:
     for entry in record.entries:
         if entry.num_unparsable:
             print_text(f"{entry.name}: {entry.num_unparsable} answers held nothing to score, and count as wrong.")
+        if entry.num_truncated:
+            print_text(
+                f"{entry.name}: {entry.num_truncated} prompts were too long for the model and lost their beginning."
+            )
     if record.noise_floor:
         for name, found in record.noise_floor.variations.items():
             print_text(

@@ -7,7 +7,8 @@ def lm_eval(context: typer.Context) -> None:
     """Pass every argument on to lm_eval's command, with our models known to it.
 
     `--model hf` loads HubMoe checkpoints and expert patches, and `--model hub_moe` computes what prompts share once.
-    Nothing is recorded: use `hub-moe eval` for numbers that others can check.
+    Nothing is recorded: use `hub-moe eval` for numbers that others can check. In Python, `import hub_moe.modeling` does
+    the same for `lm_eval.simple_evaluate(model="hf", ...)`.
 
     \b
     Examples:

@@ -28,9 +28,17 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
     ] = None,
     documents: Annotated[int, typer.Option(min=0, help="How many to ask again; 59 find 5 % of fabrication.")] = 59,
     nonce: Annotated[str | None, typer.Option(help="Chooses the documents.", show_default="drawn now")] = None,
+    suite_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with the tasks of the author's own suite; may run code.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:0.", show_default="a GPU if there is one")] = None,
+    attention: Annotated[str | None, typer.Option(help="Where the record's cannot run here, such as sdpa.")] = None,
+    experts: Annotated[str | None, typer.Option(help="Likewise, such as grouped_mm.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that lies beside the weights.")
+    ] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let suites that need it run code that the model wrote, here.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
@@ -38,7 +46,8 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
 
     Record and answers must have the hashes they claim, the model the files, the suite the prompts, built again here.
     The numbers are computed again from the answers, and some documents, which the author could not foresee, are asked
-    again. Verdicts: bit-equal, within tolerance (rounding of another machine), failed (exit code 1).
+    again. Verdicts on these: bit-equal, within tolerance (rounding of another machine), not replayed, failed (exit
+    code 1). Below each stands what it does not vouch for.
 
     \b
     Examples:
@@ -58,16 +67,20 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
         raise EvaluationError(f"{claim} has no record whose name begins with {record}.")
     found = {}
     for each in claims:
-        say(f"Checking {each.path.name}")
+        say(f"Checking {_plain(each.path.name)}")
         reviewer = Reviewer(
             model=model or each.model,
-            revision=None if model else each.revision,
-            subfolder=None if model else each.subfolder,
+            revision=each.revision if each.model and not model else revision,
+            subfolder=each.subfolder if each.model and not model else subfolder,
             base=base,
             data_dir=data_dir,
             num_documents=documents,
             nonce=nonce,
+            suite_dir=suite_dir,
             device=device,
+            attention=attention,
+            experts=experts,
+            run_code=run_code,
             trust_remote_code=trust_remote_code,
         )
         found[each.path.name] = verify_record(each.path, reviewer, say=say)
@@ -81,14 +94,21 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
 
 
 def _print(name: str, verification: "Verification") -> None:
-    rows = [(finding.check, "ok" if finding.passed else "FAILED") for finding in verification.findings]
-    details = [finding.detail for finding in verification.findings]
-    print_text(f"{name}: {verification.outcome}")
-    for (check, passed), detail in zip(rows, details, strict=True):
-        print_text(f"  {passed:6}  {check}: {detail}")
-    for document in verification.failed_documents:
-        print_text(f"          {document}")
+    lines = [f"{name}: {verification.outcome}"]
+    for finding in verification.findings:
+        lines.append(f"  {'ok' if finding.passed else 'FAILED':6}  {finding.check}: {finding.detail}")
+    lines += [f"          {document}" for document in verification.failed_documents]
     if verification.catch_probabilities:
         chances = ", ".join(f"{share}: {chance:.0%}" for share, chance in verification.catch_probabilities.items())
-        print_text(f"  The {verification.num_replayed} documents asked again would have met fabricated ones, had there")
-        print_text(f"  been a share of them, with probability {chances}. Nonce {verification.nonce}.")
+        lines.append(
+            f"  Had a share of all documents been fabricated, the {verification.num_replayed} asked again would"
+        )
+        lines.append(f"  have met one with probability {chances}. Nonce {verification.nonce}.")
+    lines += [f"  Note: {each}" for each in verification.reservations]
+    for line in lines:
+        print_text(_plain(line))
+
+
+def _plain(text: str) -> str:
+    """Without what would move a terminal's cursor: records are strangers', and could paint over a verdict."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)

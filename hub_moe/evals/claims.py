@@ -73,4 +73,4 @@ def _in_folder(folder: Path, model: str, commit: str | None) -> list[Claim]:
 
 
 def _records(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*-*.json") if is_record_name(path.name))
+    return sorted(path for path in folder.glob("*-*.json") if is_record_name(path.name) and path.is_file())

@@ -58,7 +58,8 @@ def compare_records(
         seed: Of permutation tests.
 
     Raises:
-        EvaluationError: If the records have no entry in common, or their documents or prompts differ.
+        EvaluationError: If the records have no entry in common, or not one that `metrics` names, or their documents or
+            prompts differ.
     """
     names = [entry.name for entry in base.record.entries]
     others = [entry.name for entry in candidate.record.entries]
@@ -68,6 +69,8 @@ def compare_records(
             f"The records have no entry in common: {', '.join(names)} against {', '.join(others)}; run both models on "
             "the same suite."
         )
+    if unknown := sorted(set(metrics or {}) - set(shared)):
+        raise EvaluationError(f"The records do not share an entry {unknown[0]!r}; they share {', '.join(shared)}.")
     chosen = {name: _choose_metric(base.record.entry(name), metrics or {}) for name in shared}
     pairs = _pair(base, candidate, chosen)
     costs = [name for name in shared if _is_cost(base.record.entry(name), chosen[name])]

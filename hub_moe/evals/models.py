@@ -1,8 +1,9 @@
 """A model, wherever it is, as lm_eval asks it questions, with what it is and how it runs written down."""
 
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import modeling  # noqa: F401  teaches transformers our models and patches
-from ..errors import CheckpointError, ConfigError, MissingExtraError, UnsupportedModelError
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    EvaluationError,
+    HubMoeError,
+    MissingExtraError,
+    UnsupportedModelError,
+)
 from .model_source import LocatedModel, locate_model
 from .records import Execution, ModelSource
 from .task_files import hush_lm_eval
@@ -23,6 +31,8 @@ except ImportError as error:
 
 Endpoint = Literal["completions", "chat"]
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class ModelRequest:
@@ -30,7 +40,7 @@ class ModelRequest:
 
     Attributes:
         reference: A folder or OWNER/NAME; for an endpoint the name it serves the model by.
-        dtype: "auto" for that of the stored weights, or torch's name for another.
+        dtype: "auto" for that of the stored weights, or torch's name for another floating-point one.
         attention: transformers' `attn_implementation`; None for its choice.
         experts: transformers' `experts_implementation`; None for its choice.
         device: Such as `cpu` or `cuda:0`; None for the GPU if there is one.
@@ -60,8 +70,12 @@ class ModelRequest:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ConfigError(f"The batch size is {self.batch_size}; it must be at least 1.")
-        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ConfigError(f"The dtype {self.dtype!r} is unknown; expected auto, float32, bfloat16 or float16.")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"The dtype {self.dtype!r} is unknown; expected one of {', '.join(_DTYPES)}.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"The longest sequence is {self.max_length} tokens; it must be at least 1.")
+        if self.device is not None:
+            _check_device(self.device)
 
 
 @dataclass
@@ -86,8 +100,12 @@ def load_tokenizer(located: LocatedModel, *, trust_remote_code: bool = False) ->
     return AutoTokenizer.from_pretrained(located.tokenizer_folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(request: ModelRequest, located: LocatedModel | None = None) -> LoadedModel:
+def load_model(
+    request: ModelRequest, located: LocatedModel | None = None, *, say: Callable[[str], None] = lambda text: None
+) -> LoadedModel:
     """Load what `request` names; `located` saves looking for its files again.
+
+    `say` is told if prefixes cannot be reused, and why.
 
     Raises:
         CheckpointError, PatchError: If it is no model, damaged, or a patch for another base.
@@ -109,6 +127,7 @@ def load_model(request: ModelRequest, located: LocatedModel | None = None) -> Lo
             max_length=request.max_length,
             reuse_prefix=request.reuse_prefix,
             trust_remote_code=request.trust_remote_code,
+            say=say if request.reuse_prefix else None,
         )
     return LoadedModel(lm, tokenizer, located.source, describe_execution(lm, request), request)
 
@@ -129,6 +148,12 @@ def describe_execution(lm: Any, request: ModelRequest) -> Execution:
         num_threads=torch.get_num_threads() if is_cpu else None,
         reuses_prefix=lm.reuse_reason is None,
     )
+
+
+def check_endpoint(request: ModelRequest, *, writes_chats: bool) -> None:
+    """Raises ConfigError where a chat endpoint is to be asked in plain text, which it does not take."""
+    if request.endpoint is not None and request.endpoint_kind == "chat" and not writes_chats:
+        raise ConfigError("A chat endpoint takes chats; choose a suite with chat_template = true, or completions.")
 
 
 @contextmanager
@@ -163,12 +188,24 @@ def _load_weights(request: ModelRequest, located: LocatedModel) -> PreTrainedMod
     options: dict[str, Any] = {"dtype": request.dtype, "trust_remote_code": request.trust_remote_code}
     if request.attention is not None:
         options["attn_implementation"] = request.attention
-    if request.base is not None:
+    if request.base is not None and located.source.kind == "expert_patch":
         options["base"] = request.base
     if located.source.kind == "adapter":
         return _place(_load_adapter(located, options), request)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(located.folder), **options)
+    with _explained(located):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(located.folder), **options)
     return _place(model, request)
+
+
+@contextmanager
+def _explained(located: LocatedModel) -> Iterator[None]:
+    """Says in a sentence of ours what transformers says of a model or setting that it does not know."""
+    try:
+        yield
+    except HubMoeError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{located.source} cannot be loaded so: {str(error).strip().splitlines()[0]}") from error
 
 
 def _load_adapter(located: LocatedModel, options: dict[str, Any]) -> PreTrainedModel:
@@ -179,7 +216,8 @@ def _load_adapter(located: LocatedModel, options: dict[str, Any]) -> PreTrainedM
         raise MissingExtraError("Evaluating an adapter needs peft: pip install 'hub_moe[train]'.") from error
     assert located.base is not None
     options.pop("base", None)
-    base = AutoModelForCausalLM.from_pretrained(str(located.base.folder), **options)
+    with _explained(located.base):
+        base = AutoModelForCausalLM.from_pretrained(str(located.base.folder), **options)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         adapted = PeftModel.from_pretrained(base, str(located.folder))
@@ -197,6 +235,14 @@ def _place(model: PreTrainedModel, request: ModelRequest) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(f"The device {device!r} cannot be used here: {reason}.") from error
+
+
 def _set_experts(model: PreTrainedModel, implementation: str) -> None:
     if not _has_experts(model):
         raise UnsupportedModelError(
@@ -210,6 +256,30 @@ def _set_experts(model: PreTrainedModel, implementation: str) -> None:
 
 def _has_experts(model: PreTrainedModel) -> bool:
     return bool(model._can_set_experts_implementation())
+
+
+def _explaining(ask: Callable[..., Any], url: str) -> Callable[..., Any]:
+    """`ask` with a sentence of ours for what goes wrong between here and the server at `url`."""
+    import requests
+
+    @functools.wraps(ask)
+    def explained(*arguments: Any, **settings: Any) -> Any:
+        try:
+            return ask(*arguments, **settings)
+        except requests.HTTPError as error:
+            said = "" if error.response is None else " ".join(error.response.text.split())[:200]
+            raise EvaluationError(f"The endpoint {url} refused: {error}. {said}") from error
+        except requests.RequestException as error:
+            raise EvaluationError(f"The endpoint {url} cannot be reached: {type(error).__name__}.") from error
+        except NotImplementedError as error:
+            raise EvaluationError(f"The endpoint {url} gives no log-likelihoods, which this suite needs.") from error
+        except (KeyError, TypeError, IndexError) as error:
+            raise EvaluationError(
+                f"The endpoint {url} answers in another form than a server with log-probabilities of the prompt (echo) "
+                f"does: {type(error).__name__} {error}."
+            ) from error
+
+    return explained
 
 
 def _reach_endpoint(request: ModelRequest) -> LoadedModel:
@@ -233,6 +303,8 @@ def _reach_endpoint(request: ModelRequest) -> LoadedModel:
     if key := os.environ.get("OPENAI_API_KEY"):
         options["auth_token"] = key
     lm = (LocalChatCompletion if is_chat else LocalCompletionsAPI)(**options)
+    for method in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, method, _explaining(getattr(lm, method), url))
     engine = "local-chat-completions" if is_chat else "local-completions"
     execution = Execution(
         engine=engine, batch_size=options["batch_size"], max_length=options["max_length"], device="endpoint"

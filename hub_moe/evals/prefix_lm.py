@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import MissingExtraError
+from ..errors import EvaluationError, MissingExtraError
 from ..modeling import HubMoeConfig  # noqa: F401  (lm_eval loads HubMoe checkpoints once it is registered)
 from .prefix_cache import REHEARSAL_COST, StemCache, find_obstacle, measure_difference, run_step
 from .prefix_reuse import Budget, Plan, Scored, Step, plan_requests
@@ -89,6 +89,7 @@ class HubMoeLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
+        self._check_lengths(requests)
         self.num_prompt_tokens += sum(len(context) + len(continuation) for _, context, continuation in requests)
         plan = self._plan(requests) if override_bs is None else Plan((), tuple(range(len(requests))))
         answers: dict[int, Answer] = {}
@@ -98,6 +99,14 @@ class HubMoeLM(HFLM):
                 answers[index] = answer
                 bar.update()
         return [answers[index] for index in range(len(requests))]
+
+    def _check_lengths(self, requests: list[Request]) -> None:
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            raise EvaluationError(
+                f"An answer to score has {longest} tokens, and the model takes {self.max_length} at most; give a "
+                "larger max_length if the model allows one, or leave the task out."
+            )
 
     def _run_all(self, requests: list[Request], plan: Plan, override_bs: int | None) -> Iterator[tuple[int, Answer]]:
         for index, answer in self._run_steps(requests, plan.steps):

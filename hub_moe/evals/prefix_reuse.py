@@ -111,30 +111,25 @@ def plan_requests(
         hidden_size: Of the model; attention over `6 * hidden_size` tokens costs about as much as all else.
         cost_before: What must be paid before the first step, in tokens.
     """
-    chosen = _find_sharing(_gather_paths(inputs))
-    if not chosen:
-        return Plan((), tuple(range(len(inputs))))
+    paths = _find_sharing(_gather_paths(inputs))
+    everything = range(len(inputs))
+    if not paths:
+        return Plan((), tuple(everything))
+    tree = _Tree(_join_prefixes(paths))
     budgets = [Budget(budget.tokens, budget.cells, max(budget.tokens // part, 1)) for part in (1, 2, 4, 8)]
-    plans = [tuple(plan_steps([inputs[i] for i in chosen], budget=smaller)) for smaller in budgets]
-    steps = min(plans, key=lambda steps: _cost_steps(steps, hidden_size))
-    plain_cost = _cost_plain({inputs[i].tokens for i in chosen}, batch_size=batch_size, hidden_size=hidden_size)
-    if cost_before + _cost_steps(steps, hidden_size) > WORTHWHILE * plain_cost:
-        return Plan((), tuple(range(len(inputs))))
-    renamed = tuple(_rename(step, chosen) for step in steps)
-    return Plan(renamed, tuple(sorted(set(range(len(inputs))) - set(chosen))))
+    plans = [tuple(tree.plan(smaller, FORWARD_COST)) for smaller in budgets]
+    costs = [cost_before + _cost_steps(steps, hidden_size) for steps in plans]
+    plain_cost = _cost_plain([len(path.tokens) for path in paths], batch_size=batch_size, hidden_size=hidden_size)
+    if min(costs) > WORTHWHILE * plain_cost:
+        return Plan((), tuple(everything))
+    planned = {span.request for path in paths for span in path.requests}
+    return Plan(plans[costs.index(min(costs))], tuple(index for index in everything if index not in planned))
 
 
 def plan_steps(inputs: Sequence[Scored], *, budget: Budget, forward_cost: int = FORWARD_COST) -> Iterator[Step]:
     """The steps that predict every scored token of every request once; `Score.request` is an index into `inputs`."""
-    if not inputs:
-        return
-    tree = _Tree(_join_prefixes(_gather_paths(inputs)), budget, forward_cost)
-    groups = [(range(len(tree.paths)), 0)]
-    while groups:
-        group, num_cached = groups.pop()
-        step, rest = tree.grow(group, num_cached)
-        yield from step
-        groups.extend(reversed(rest))  # the last in is the first out: a kept stem stays while its branches run
+    paths = _join_prefixes(_gather_paths(inputs))
+    return _Tree(paths).plan(budget, forward_cost) if paths else iter(())
 
 
 @dataclass(frozen=True)
@@ -159,15 +154,26 @@ _Group = tuple[range, int]  # neighbouring paths, and the cached tokens that the
 class _Tree:
     """Sorted paths and how much each shares with the one before it."""
 
-    def __init__(self, paths: Sequence[_Path], budget: Budget, forward_cost: int):
-        self.paths, self._budget, self._forward_cost = paths, budget, forward_cost
+    def __init__(self, paths: Sequence[_Path]):
+        self.paths = paths
         self._shared = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths))]
         own = (len(path.tokens) - shared for path, shared in zip(paths, self._shared, strict=True))
         self._own_before = [0, *accumulate(own)]
 
-    def grow(self, group: range, num_cached: int) -> tuple[list[Step], list[_Group]]:
+    def plan(self, budget: Budget, forward_cost: int) -> Iterator[Step]:
+        """All steps, in the order in which they must run."""
+        groups = [(range(len(self.paths)), 0)]
+        while groups:
+            group, num_cached = groups.pop()
+            steps, rest = self._grow(group, num_cached, budget, forward_cost)
+            yield from steps
+            groups.extend(reversed(rest))  # the last in is the first out: a kept stem stays while its branches run
+
+    def _grow(
+        self, group: range, num_cached: int, budget: Budget, forward_cost: int
+    ) -> tuple[list[Step], list[_Group]]:
         """Steps that are ready, and groups that remain and must run in their order."""
-        room = self._budget.count_bush_room(num_cached)
+        room = budget.count_bush_room(num_cached)
         size = self._count_tokens(group, num_cached)
         if size <= room:
             return self._bush([group], num_cached, num_cached), []
@@ -175,19 +181,18 @@ class _Tree:
         stem = common - num_cached
         # a stem that is not kept is run again by every bush on top of it
         num_bushes = -(-(size - stem) // room)
-        if len(group) == 1 or 2 * stem > room or stem * (num_bushes - 1) >= max(self._forward_cost, 1):
-            end = num_cached + min(stem, self._budget.count_stem_room(num_cached))
+        if len(group) == 1 or 2 * stem > room or stem * (num_bushes - 1) >= max(forward_cost, 1):
+            end = num_cached + min(stem, budget.count_stem_room(num_cached))
             return [self._stem(group, num_cached, end)], [(group, end)]
-        return self._pack(self._split(group, common), num_cached, common)
+        return self._pack(group, num_cached, common, room - stem)
 
-    def _pack(self, children: Iterable[range], num_cached: int, common: int) -> tuple[list[Step], list[_Group]]:
-        """Bushes of children that fit, as many in each as its room allows; those too big for a bush are left."""
-        room = self._budget.count_bush_room(num_cached) - (common - num_cached)
+    def _pack(self, group: range, num_cached: int, common: int, room: int) -> tuple[list[Step], list[_Group]]:
+        """Bushes of branches after `common`, as many in each as `room` allows; those too big for a bush are left."""
         steps: list[Step] = []
         bush: list[range] = []
         rest: list[_Group] = []
         used = 0
-        for child in children:
+        for child in self._split(group, common):
             size = self._count_tokens(child, common)
             if size > room:
                 rest.append((child, num_cached))
@@ -303,15 +308,12 @@ def _join_prefixes(paths: Sequence[_Path]) -> list[_Path]:
     return joined[::-1]
 
 
-def _find_sharing(paths: Sequence[_Path]) -> list[int]:
-    """Requests whose input shares enough with another's; in sorted order the nearest is a neighbour."""
-    sharing: set[int] = set()
-    for path, other in pairwise(paths):
-        common = _count_common(path.tokens, other.tokens)
-        for one in (path, other):
-            if common >= LEAST_SHARED * len(one.tokens):
-                sharing.update(span.request for span in one.requests)
-    return sorted(sharing)
+def _find_sharing(paths: Sequence[_Path]) -> list[_Path]:
+    """Those that share enough with another; in sorted order the nearest is a neighbour."""
+    common = [0, *(_count_common(a.tokens, b.tokens) for a, b in pairwise(paths)), 0]
+    return [
+        path for index, path in enumerate(paths) if max(common[index : index + 2]) >= LEAST_SHARED * len(path.tokens)
+    ]
 
 
 def _count_common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
@@ -334,16 +336,11 @@ def _cost_steps(steps: Iterable[Step], hidden_size: int) -> float:
     )
 
 
-def _cost_plain(inputs: Iterable[tuple[int, ...]], *, batch_size: int, hidden_size: int) -> float:
+def _cost_plain(lengths: Sequence[int], *, batch_size: int, hidden_size: int) -> float:
     """Cost in tokens of the padded batches, longest first; a causal kernel skips half of the cells."""
-    lengths = sorted((len(tokens) for tokens in inputs), reverse=True)
+    lengths = sorted(lengths, reverse=True)
     return sum(
         FORWARD_COST
         + lengths[start] * len(lengths[start : start + batch_size]) * (1 + lengths[start] / (12 * hidden_size))
         for start in range(0, len(lengths), batch_size)
     )
-
-
-def _rename(step: Step, requests: Sequence[int]) -> Step:
-    scores = tuple(score._replace(request=requests[score.request]) for score in step.scores)
-    return Step(step.num_cached, step.tokens, step.depths, step.ends, step.is_kept, scores)

@@ -254,4 +254,6 @@ def _entry_line(check: EntryCheck) -> str:
         line += f", at most {check.generated_tokens} generated"
     if check.detectable_difference is None:
         return f"{line}; the smallest difference it can show in {check.main_metric} is not known before a run"
+    if check.detectable_difference >= 1:
+        return f"{line}; too few documents to count on showing any difference in {check.main_metric}"
     return f"{line}; can show a difference of {100 * check.detectable_difference:.1f} points in {check.main_metric}"

@@ -64,13 +64,14 @@ def evaluate_suite(
             answer_instances(loaded.lm, built.requests, journal, on_progress=on_progress)
             energy = meter.stop()
         tokens = _count_tokens(loaded.lm)
-        scored = [score_task(each) for each in built.tasks]
+        tokenizer, max_length = loaded.tokenizer, loaded.execution.max_length
+        scored = [score_task(each, tokenizer=tokenizer, max_length=max_length) for each in built.tasks]
         samples = [sample for each in scored for sample in each.samples]
         record = Record(
             suite=built.suite.source,
             model=loaded.source,
             execution=complete_execution(loaded, built),
-            entries=_summarise_entries(built, scored),
+            entries=summarise_entries(built, scored),
             samples=SampleFile("none", "", 0),
             created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             command=tuple(facts.command),
@@ -89,7 +90,9 @@ def evaluate_suite(
 
 def journal_key(loaded: LoadedModel) -> dict[str, Any]:
     """What makes answers comparable; equal keys share a journal."""
-    return {"model": loaded.source.sha256, "execution": asdict(loaded.execution)}
+    execution = asdict(loaded.execution)
+    del execution["reuses_prefix"]  # scores are the same with and without
+    return {"model": loaded.source.sha256, "execution": execution}
 
 
 def answer_instances(
@@ -175,7 +178,8 @@ class _Watch:
                 self._journal.add_partial(kind, arguments, answer)
 
 
-def _summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[EntryResult, ...]:
+def summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple[EntryResult, ...]:
+    """The results of all entries of the suite."""
     by_entry = defaultdict(list)
     for each in scored:
         by_entry[each.built.entry.name].append(each)
@@ -186,10 +190,12 @@ def _summarise_entries(built: BuiltSuite, scored: Sequence[ScoredTask]) -> tuple
 
 
 def complete_execution(loaded: LoadedModel, built: BuiltSuite) -> Execution:
-    """The execution with what the suite adds: its system prompt and the chat template that it applies."""
-    template = getattr(loaded.tokenizer, "chat_template", None) if built.suite.chat_template else None
+    """The execution with what the suite adds, its system prompt and chat template, and how prefixes fared so far."""
+    is_here = built.suite.chat_template and loaded.execution.engine != "local-chat-completions"
+    template = getattr(loaded.tokenizer, "chat_template", None) if is_here else None
     return replace(
         loaded.execution,
+        reuses_prefix=getattr(loaded.lm, "reuse_reason", "an endpoint") is None,
         chat_template_sha256=None if template is None else hash_json(template),
         system_prompt=built.suite.system_prompt,
     )

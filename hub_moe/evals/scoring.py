@@ -14,6 +14,7 @@ from .statistics.estimates import is_binary
 from .task_files import hush_lm_eval
 from .tasks import BuiltTask
 
+_DEFAULT_GENERATED_TOKENS = 256  # lm_eval's, where a task sets none
 UNPARSABLE = "[invalid]"  # what lm_eval's filters put where a pattern finds nothing
 
 _LOG_LIKELIHOOD_KINDS = ("loglikelihood", "multiple_choice")
@@ -25,15 +26,17 @@ class ScoredTask:
 
     Attributes:
         items: By metric, what the task's aggregation takes, in the order of `samples`.
+        num_truncated: Documents whose prompts lose their beginning; see `count_truncated`.
     """
 
     built: BuiltTask
     samples: list[Sample]
     items: Mapping[str, list[Any]] = field(default_factory=dict)
+    num_truncated: int = 0
 
 
-def score_task(built: BuiltTask) -> ScoredTask:
-    """Let the task judge the answers in its instances' `resps`.
+def score_task(built: BuiltTask, *, tokenizer: Any = None, max_length: int | None = None) -> ScoredTask:
+    """Let the task judge the answers in its instances' `resps`; with a tokenizer, count what was too long for a model.
 
     Raises:
         EvaluationError: If the task gives no score for a document.
@@ -47,7 +50,38 @@ def score_task(built: BuiltTask) -> ScoredTask:
         for name, item in found.items():
             items[name].append(item)
         samples.append(_make_sample(built, document, instances, found))
-    return ScoredTask(built, samples, dict(items))
+    num_truncated = count_truncated(built, tokenizer, max_length) if tokenizer and max_length else 0
+    return ScoredTask(built, samples, dict(items), num_truncated)
+
+
+def count_truncated(built: BuiltTask, tokenizer: Any, max_length: int) -> int:
+    """Documents of which a prompt has more tokens than a model of `max_length` reads; lm_eval cuts its beginning.
+
+    Running text is read in windows, and nothing of it is lost.
+    """
+    room = max_length - (
+        int(built.source.generation.get("max_gen_toks", _DEFAULT_GENERATED_TOKENS)) if _generates(built) else 0
+    )
+    return sum(
+        any(_is_longer("".join(filter(_is_text, instance.args)), room, tokenizer) for instance in instances)
+        for instances in built.instances_by_document()
+        if instances[0].request_type != "loglikelihood_rolling"
+    )
+
+
+def _generates(built: BuiltTask) -> bool:
+    return built.source.output_type == "generate_until"
+
+
+def _is_text(argument: Any) -> bool:
+    return isinstance(argument, str)
+
+
+def _is_longer(text: str, num_tokens: int, tokenizer: Any) -> bool:
+    """Most texts need no tokenizer: a token is at least a byte."""
+    if len(text.encode()) <= num_tokens:
+        return False
+    return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) > num_tokens
 
 
 def summarise(name: str, scored: Sequence[ScoredTask], *, main_metric: str, **facts: Any) -> EntryResult:
@@ -68,6 +102,7 @@ def summarise(name: str, scored: Sequence[ScoredTask], *, main_metric: str, **fa
         metrics=tuple(metrics),
         main_metric=main_metric,
         num_unparsable=sum(sample.is_unparsable for each in scored for sample in each.samples),
+        num_truncated=sum(each.num_truncated for each in scored),
         **facts,
     )
 

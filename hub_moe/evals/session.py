@@ -7,7 +7,7 @@ from typing import Any
 
 from .compare import RecordComparison, compare_records
 from .model_source import LocatedModel, locate_model
-from .models import LoadedModel, ModelRequest, load_model, load_tokenizer
+from .models import LoadedModel, ModelRequest, check_endpoint, load_model, load_tokenizer
 from .noise_floor import measure_noise_floor
 from .preflight import Preflight, check_suite
 from .records import StoredRecord, find_records
@@ -51,7 +51,7 @@ def preview(plan: Plan, request: ModelRequest) -> Preflight:
     Raises:
         DatasetError, ConfigError: If a dataset cannot be had, or the tokenizer lacks what the suite wants.
     """
-    return _check(plan, load_tokenizer(_locate(request), trust_remote_code=request.trust_remote_code))
+    return _check(plan, _find_writer(request, plan, _locate(request)))
 
 
 def evaluate(
@@ -84,7 +84,7 @@ def _evaluate_one(
     on_progress: OnProgress,
 ) -> StoredRecord:
     located = _locate(request)
-    tokenizer = load_tokenizer(located, trust_remote_code=request.trust_remote_code)
+    tokenizer = _find_writer(request, plan, located)
     say(f"Preparing the suite {plan.suite.name} for {located.source}")
     preflight = _check(plan, tokenizer)
     preflight.raise_if_blocked()
@@ -92,7 +92,7 @@ def _evaluate_one(
     built = preflight.built
     for line in preflight.to_lines() if is_first else ():
         say(f"  {line}")
-    loaded = load_model(request, located)
+    loaded = load_model(request, located, say=say)
     known = _find_known(plan, loaded, built) if is_base else None
     if known is not None:
         say(f"{known.path} has this evaluation of {located.source} already.")
@@ -112,6 +112,14 @@ def _locate(request: ModelRequest) -> LocatedModel:
     return located if request.name is None else replace(located, source=replace(located.source, name=request.name))
 
 
+def _find_writer(request: ModelRequest, plan: Plan, located: LocatedModel) -> Any:
+    """What writes prompts: the tokenizer, or where a server applies the template the client that sends it chats."""
+    check_endpoint(request, writes_chats=plan.suite.chat_template)
+    if request.endpoint is not None and request.endpoint_kind == "chat":
+        return load_model(request, located).lm
+    return load_tokenizer(located, trust_remote_code=request.trust_remote_code)
+
+
 def _check(plan: Plan, tokenizer: Any) -> Preflight:
     return check_suite(plan.suite, tokenizer=tokenizer, data_dir=plan.data_dir, run_code=plan.run_code)
 
@@ -125,7 +133,8 @@ def _find_known(plan: Plan, loaded: LoadedModel, built: BuiltSuite) -> StoredRec
     for stored in reversed(find_records(plan.folder)):
         record = stored.record
         asked = [task.prompts_sha256 for entry in record.entries for task in entry.tasks]
-        is_same_run = (record.model.sha256, record.execution, asked) == (loaded.source.sha256, execution, prompts)
+        ran = replace(record.execution, reuses_prefix=execution.reuses_prefix)  # scores are the same with and without
+        is_same_run = (record.model.sha256, ran, asked) == (loaded.source.sha256, execution, prompts)
         if is_same_run and (record.noise_floor is not None) >= plan.noise_floor:
             return stored
     return None

@@ -19,6 +19,8 @@ DECLARATIONS = next(
 
 LM_EVAL, OWN = "lm_eval", "hub_moe"
 
+_MAX_DOCUMENTS = 10**9
+
 
 @dataclass(frozen=True)
 class SuiteEntry:
@@ -59,6 +61,8 @@ class SuiteEntry:
             raise ConfigError(f"The entry {self.name} names no tasks.")
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit={self.limit} asks no documents of {self.name}; give 1 or more, or leave it out.")
+        if max(self.limit or 0, self.num_fewshot or 0) > _MAX_DOCUMENTS:
+            raise ConfigError(f"{self.name} asks for more than {_MAX_DOCUMENTS:,} documents or examples.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise ConfigError(f"num_fewshot={self.num_fewshot} of {self.name} must be 0 or more.")
         if self.source.split("/")[0] not in (LM_EVAL, OWN, "."):

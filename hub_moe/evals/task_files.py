@@ -169,7 +169,7 @@ def _find_folder(suite: Suite, entry: SuiteEntry) -> Path:
     roots = {LM_EVAL: Path(lm_eval.tasks.__file__).parent, OWN: DECLARATIONS / "tasks", ".": Path(suite.folder)}
     root, _, inner = entry.source.partition("/")
     folder = roots[root] / inner
-    if not folder.is_dir() or ".." in Path(inner).parts:
+    if not folder.is_dir() or ".." in Path(inner).parts or Path(inner).is_absolute():
         known = [path.name for path in roots[root].iterdir() if path.is_dir()] if roots[root].is_dir() else []
         near = name_nearest(inner, known, what="folders")
         raise ConfigError(f"The source {entry.source!r} of {entry.name} is no folder of tasks; {near}")

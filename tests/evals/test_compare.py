@@ -101,6 +101,12 @@ def test_an_unknown_metric_is_refused_with_those_there_are(tmp_path):
         compare_records(base, candidate, metrics={"cloze": "acc_norm"})
 
 
+def test_a_metric_of_an_entry_that_is_not_shared_is_refused(tmp_path):
+    base, candidate = (store(tmp_path, name, [RIGHT, WRONG]) for name in ("base", "candidate"))
+    with pytest.raises(EvaluationError, match="do not share an entry 'clothe'; they share cloze"):
+        compare_records(base, candidate, metrics={"clothe": "acc"})
+
+
 def test_other_rounding_is_named(tmp_path):
     base = store(tmp_path, "base", [RIGHT, WRONG])
     execution = Execution(engine="hub_moe", dtype="bfloat16", experts="grouped_mm", batch_size=8, num_threads=3)

@@ -192,6 +192,11 @@ def test_what_is_not_known_is_said():
     found.raise_if_blocked()
 
 
+def test_a_difference_of_more_than_all_documents_is_not_promised():
+    found = check_suite(load_suite("offline", tasks=["cloze"], limit=2))
+    assert "too few documents to count on showing any difference in acc" in found.to_lines()[1]
+
+
 def test_a_suite_that_cannot_run_is_refused_before_any_dataset_is_looked_at(tmp_path):
     with pytest.raises(ConfigError, match="runs code that the model writes"):
         check_suite(load_suite("code-running"))

@@ -210,3 +210,15 @@ def test_the_id_of_a_record_covers_its_samples(model, tmp_path):
     assert data["id"].startswith(stored.path.stem.rpartition("-")[2])
     assert read_record(stored.path).record.samples == stored.record.samples
     assert replace(stored.record, samples=replace(stored.record.samples, sha256="0" * 64)).id != stored.record.id
+
+
+def test_prompts_that_are_too_long_for_the_model_are_counted(model, tmp_path):
+    record = evaluate(model, tmp_path / "long", max_length=40, tasks=("cloze", "running_text")).record
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [
+        max(len(tokenizer("".join(i.args))["input_ids"]) for i in instances)
+        for instances in build(tokenizer, tasks=("cloze",)).tasks[0].instances_by_document()
+    ]
+    assert 0 < record.entry("cloze").num_truncated == sum(length > 40 for length in lengths)
+    assert record.entry("running_text").num_truncated == 0  # read in windows
+    assert evaluate(model, tmp_path / "short", tasks=("cloze",)).record.entry("cloze").num_truncated == 0

@@ -173,7 +173,7 @@ class SuiteSource:
     declaration: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.declaration and hash_json(self.declaration) != self.sha256:
+        if self.declaration and _hash_read(self.declaration) != self.sha256:
             raise EvaluationError(f"The declaration of the suite {self.name} does not have the sha256 {self.sha256}.")
 
 
@@ -190,7 +190,8 @@ class SampleFile:
     num_rows: int
 
     def __post_init__(self) -> None:
-        if self.name.startswith(".") or not set(self.name).isdisjoint("/\\:"):
+        is_plain = self.name.isprintable() and set(self.name).isdisjoint("/\\:")
+        if not self.name or self.name.startswith(".") or not is_plain:
             raise ConfigError(f"{self.name!r} is no name of a table of samples beside a record.")
 
 
@@ -268,7 +269,8 @@ class Record:
 
         Raises:
             ConfigError: If a field is missing, unknown or of another type, or the format is of a later version.
-            EvaluationError: If the content does not have the hash that `id` claims: it was edited.
+            EvaluationError: If the content does not have the hash that `id` claims: it was edited; or if it holds what
+                no record can, such as NaN.
         """
         fields = dict(data)
         claimed = fields.pop("id", None)
@@ -276,9 +278,13 @@ class Record:
             raise ConfigError(
                 f"{where} is of format version {fields.get('format_version')!r}; this hub_moe reads {FORMAT_VERSION}."
             )
-        record: Self = read_table(cls, fields, where=where)
-        if claimed != record.id:
-            raise EvaluationError(f"{where} was edited: its content has the hash {record.id}, but its id is {claimed}.")
+        try:
+            record: Self = read_table(cls, fields, where=where)
+            found = _hash_read(record._plain())
+        except RecursionError as error:
+            raise EvaluationError(f"{where} is nested too deep to be a record.") from error
+        if claimed != found:
+            raise EvaluationError(f"{where} was edited: its content has the hash {found}, but its id is {claimed}.")
         return record
 
 
@@ -290,3 +296,11 @@ def canonical_json(data: Any) -> str:
 def hash_json(data: Any) -> str:
     """sha256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+def _hash_read(data: Any) -> str:
+    """The same of what was read from a stranger's file: numbers that are not finite, broken text."""
+    try:
+        return hash_json(data)
+    except ValueError as error:
+        raise EvaluationError(f"A record holds finite numbers and whole characters only: {error}.") from error

@@ -42,6 +42,9 @@ class Sample:
     is_unparsable: bool = False
 
 
+# of a stranger's table; MMLU has 14,042 documents with 4 answers each
+_MAX_VALUES, _MAX_BYTES, _ROWS_AT_ONCE = 20_000_000, 2**31, 1000
+
 _NUMBERS = pa.map_(pa.string(), pa.float64())
 _SCHEMA = pa.schema(
     {
@@ -68,20 +71,54 @@ def write_samples(path: Path, samples: Iterable[Sample]) -> int:
     return len(rows)
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """The rows of a table that `write_samples` wrote.
+def read_samples(path: Path, *, num_rows: int | None = None) -> list[Sample]:
+    """The rows of a table that `write_samples` wrote; `num_rows` is how many are expected.
 
     Raises:
-        EvaluationError: If it is damaged, or has other columns.
+        EvaluationError: If it is damaged, has other columns or another number of rows, or would fill the memory:
+            strangers' tables are small files that may claim to hold anything.
         OSError: If it cannot be read.
     """
     try:
-        table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+        with pq.ParquetFile(path) as file:
+            if not file.schema_arrow.equals(_SCHEMA):
+                names = ", ".join(file.schema_arrow.names)
+                raise EvaluationError(f"{path} is no table of samples: its columns are {names}.")
+            if num_rows is not None and file.metadata.num_rows != num_rows:
+                raise EvaluationError(f"{path} has {file.metadata.num_rows:,} rows; {num_rows:,} were expected.")
+            _refuse_bomb(path, file.metadata)
+            return _read_rows(path, file)
+    except pa.ArrowException as error:
         raise EvaluationError(f"{path} is no table of samples: {error}.") from error
-    if not table.schema.equals(_SCHEMA):
-        raise EvaluationError(f"{path} is no table of samples: its columns are {', '.join(table.schema.names)}.")
-    return [_from_row(row) for row in table.to_pylist()]
+
+
+def _refuse_bomb(path: Path, metadata: pq.FileMetaData) -> None:
+    """Runs of one value take no space in a file, so sizes say little and numbers of values say more."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    num_values = max((g.column(c).num_values for g in groups for c in range(g.num_columns)), default=0)
+    if num_values > _MAX_VALUES:
+        raise EvaluationError(f"{path} has {num_values:,} values in a column, more than the answers of any suite.")
+
+
+def _read_rows(path: Path, file: pq.ParquetFile) -> list[Sample]:
+    samples, size_bytes = [], 0
+    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+        size_bytes += batch.nbytes
+        if size_bytes > _MAX_BYTES:
+            raise EvaluationError(f"{path} unpacks to more than {_MAX_BYTES:,} bytes; no table of samples is so large.")
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name != "group" and _has_gap(column):
+                raise EvaluationError(f"{path} has a gap in its column {name}.")
+        samples += [_from_row(row) for row in batch.to_pylist()]
+    return samples
+
+
+def _has_gap(column: pa.Array) -> bool:
+    if column.null_count:
+        return True
+    if pa.types.is_map(column.type):
+        return _has_gap(column.keys) or _has_gap(column.items)
+    return pa.types.is_list(column.type) and _has_gap(column.flatten())
 
 
 def _to_row(sample: Sample) -> dict[str, object]:

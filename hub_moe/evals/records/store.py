@@ -41,7 +41,7 @@ class StoredRecord:
             raise EvaluationError(
                 f"{self.samples_path} was edited: it has the hash {found}, but the record says {expected.sha256}."
             )
-        return read_samples(self.samples_path)
+        return read_samples(self.samples_path, num_rows=expected.num_rows)
 
 
 def write_record(folder: Path, record: Record, samples: Sequence[Sample]) -> StoredRecord:
