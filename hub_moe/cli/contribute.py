@@ -108,8 +108,9 @@ def contribute(  # noqa: PLR0913 (a parameter is a flag)
             return
         confirm(yes=yes)
         done = run_contribution(api, made, advance=show_sent)
+        found = made.to_dict()  # sizes are those of files that are gone behind this block
     if as_json:
-        print_json({**made.to_dict(), "pull_request": done.number, "url": done.url, "state": done.state})
+        print_json({**found, "pull_request": done.number, "url": done.url, "state": done.state})
         return
     print_text(done.url)
     say(f"The pull request {repo}#{done.number}: {done.state}.")

@@ -95,8 +95,9 @@ def publish(  # noqa: PLR0913 (a parameter is a flag)
             return
         confirm(yes=yes)
         done = run_publication(api, made, advance=show_sent)
+        found = made.to_dict()  # sizes are those of files that are gone behind this block
     if as_json:
-        print_json({**made.to_dict(), **vars(done)})
+        print_json({**found, **vars(done)})
         return
     print_text(done.url)
     state = "Published" if done.is_changed else "Nothing had changed"

@@ -57,8 +57,9 @@ def test_a_changed_patch_updates_the_open_pull_request_and_leaves_nothing_old_be
     repo, commit, folder = made
     assert run("contribute", folder, repo, "--as", "law", "--yes")[0] == 0
     other = world.make_patch(repo, commit, "law-2", {1: [4]}, with_records=False)
-    code, _, err = run("contribute", other, repo, "--as", "law", "--yes")
+    code, out, err = run("contribute", other, repo, "--as", "law", "--yes", "--json")
     assert code == 0, err
+    assert json.loads(out)["pull_request"] == 1
     assert "updated" in err
     found = fetch_pull_request(world.alice, repo, 1)
     assert list_open(world.alice, repo) == [1]
