@@ -60,7 +60,7 @@ def test_a_changed_patch_updates_the_open_pull_request_and_leaves_nothing_old_be
     code, out, err = run("contribute", other, repo, "--as", "law", "--yes", "--json")
     assert code == 0, err
     assert json.loads(out)["pull_request"] == 1
-    assert "updated" in err
+    assert json.loads(out)["state"] == "updated"
     found = fetch_pull_request(world.alice, repo, 1)
     assert list_open(world.alice, repo) == [1]
     contribution, faults = open_contribution(world.alice, found, read_proposal(world.alice, found))
