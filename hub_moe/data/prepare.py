@@ -29,7 +29,7 @@ class PreparedData:
     pad_token_id: int | None
 
     def collator(self) -> PackedCollator | PaddingCollator:
-        """Makes batches of rows: packed rows end to end in one of shape (1, total), others padded.
+        """Makes batches of rows: packed rows without padding, others padded.
 
         Raises:
             DatasetError: If rows need padding and the tokenizer has no `pad_token`.

@@ -96,15 +96,18 @@ def concatenate_and_cut(documents: Sequence[Span], *, max_length: int) -> list[l
 
 @dataclass(frozen=True)
 class PackedCollator:
-    """Rows end to end as one of shape (1, total): no padding and no attention mask.
+    """Rows without padding and attention mask: (B, L) where all are equally long, else end to end as (1, total).
 
-    `use_cache` is False because transformers looks for packed documents only where there is no cache, and attends
-    across them otherwise (`masking_utils._preprocess_mask_arguments`, 5.23).
+    Attention over one long row computes, and masks away, what no document attends to. `use_cache` is False because
+    transformers looks for packed documents only where there is no cache, and attends across them otherwise
+    (`masking_utils._preprocess_mask_arguments`, 5.23).
     """
 
     def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         names = ("input_ids", "labels", "position_ids")
-        return {**{name: torch.cat([row[name] for row in rows])[None] for name in names}, "use_cache": False}
+        is_even = len({len(row["input_ids"]) for row in rows}) == 1
+        join = torch.stack if is_even else lambda parts: torch.cat(parts)[None]
+        return {**{name: join([row[name] for row in rows]) for name in names}, "use_cache": False}
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ def check_documents_apart(model: Any, tokens_L: Tensor) -> None:
     """
     wanted = 2 * _DOCUMENT_TOKENS
     tokens_L = tokens_L.repeat(-(-wanted // len(tokens_L)))[:wanted]
-    documents = [{"input_ids": ids, "labels": ids, "position_ids": torch.arange(len(ids))} for ids in tokens_L.chunk(2)]
-    gradient_BLD = _gradient_of_second(model, PackedCollator()(documents))
+    positions_L = torch.arange(_DOCUMENT_TOKENS).repeat(2)
+    row = {"input_ids": tokens_L, "labels": tokens_L, "position_ids": positions_L}
+    gradient_BLD = _gradient_of_second(model, PackedCollator()([row]))
     # a masked key has a weight of exactly 0, so no tolerance is needed; what is not finite stops the training itself
     if (gradient_BLD[:, :_DOCUMENT_TOKENS].abs() > 0).any():
         raise DatasetError(

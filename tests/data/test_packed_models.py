@@ -1,11 +1,14 @@
 """Packed documents do not see each other: shown on real models, whose cache is on by default."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hub_moe.modeling  # noqa: F401  (registers hub_moe)
 from hub_moe.data import LoadedRows, check_packing, prepare
+from hub_moe.data.token_rows import PackedCollator
 from hub_moe.errors import DatasetError
 
 from ..anatomy.families import tiny_config
@@ -127,3 +130,27 @@ def test_models_that_carry_a_state_are_not_packed():
         check_packing(tiny_config("qwen3_next"))
     for model_type in ("hub_moe", "deepseek_v3", "qwen3_moe"):
         check_packing(tiny_config(model_type))
+
+
+def test_rows_of_one_length_side_by_side_give_the_logits_and_gradients_that_they_give_end_to_end(tiny_model):
+    torch.manual_seed(0)
+    rows = []
+    for lengths in ((9, 7), (16,), (1, 15)):
+        ids = torch.randint(2, 128, (sum(lengths),))
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        rows.append({"input_ids": ids, "labels": ids, "position_ids": positions})
+    beside = PackedCollator()(rows)
+    behind = {name: value.view(1, -1) if torch.is_tensor(value) else value for name, value in beside.items()}
+    assert beside["input_ids"].shape == (3, 16)
+    assert PackedCollator()([*rows, {name: value[:5] for name, value in rows[0].items()}])["labels"].shape == (1, 53)
+    results = []
+    for batch in (beside, behind):
+        model = copy.deepcopy(tiny_model)
+        output = model(**{**batch, "labels": None})
+        output.logits.square().mean().backward()
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        results.append((output.logits.view(-1, output.logits.shape[-1]), gradients))
+    torch.testing.assert_close(*[logits for logits, _ in results], rtol=1e-5, atol=1e-6)
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-4, atol=1e-7, msg=name)
