@@ -1,0 +1,78 @@
+"""The demo's commands one after the other: each is printed, run once, and remembered."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .folder import RunFolder
+from .local_hub import LocalHub
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that came to its end: who gave it, what it said on stdout, and how long it took."""
+
+    who: str
+    command: str
+    output: str
+    seconds: float
+
+    @property
+    def data(self) -> Any:
+        """What a command with `--json` said."""
+        return json.loads(self.output)
+
+
+class Steps:
+    """Runs commands in their order; those that an earlier call finished are not run again."""
+
+    def __init__(self, hub: LocalHub, folder: RunFolder) -> None:
+        self._hub, self._folder = hub, folder
+        self._done: dict[str, Done] = {}
+        self._count = 0
+        if folder.steps.exists():
+            stored = json.loads(folder.steps.read_text("utf-8"))
+            self._done = {name: Done(**fields) for name, fields in stored.items()}
+        folder.logs.mkdir(exist_ok=True)
+
+    @property
+    def done(self) -> list[Done]:
+        """All, in their order."""
+        return list(self._done.values())
+
+    def run(
+        self, name: str, who: str | None, title: str, command: list[str], *, expected: Collection[int] = (0,)
+    ) -> Done:
+        """Print and run a command as `who` (None: somebody without a token), unless `name` is done already.
+
+        Raises:
+            HubError: If it ends with an exit code that was not expected.
+            KeyboardInterrupt: After Ctrl-C; the same call runs it again.
+        """
+        self._count += 1
+        person = who or "anybody"
+        _say(f"\n[{self._count}] {person}: {title}\n  $ {shlex.join(command)}")
+        if name in self._done:
+            _say("  done before")
+            return self._done[name]
+        log = self._folder.logs / f"{self._count:02}-{name}.log"
+        started_s = time.monotonic()
+        output = self._hub.run(command, user=who, log=log, expected=expected, hear=_tell_progress)
+        done = Done(person, shlex.join(command), output, round(time.monotonic() - started_s, 1))
+        self._done[name] = done
+        stored = json.dumps({key: asdict(each) for key, each in self._done.items()}, indent=1, ensure_ascii=False)
+        self._folder.write_atomically(self._folder.steps, lambda path: path.write_text(stored, "utf-8"))
+        return done
+
+
+def _tell_progress(line: str) -> None:
+    if line.startswith("step ") and line.endswith("\n"):
+        _say(f"  {line.rstrip()}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
