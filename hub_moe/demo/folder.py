@@ -106,6 +106,10 @@ class RunFolder:
         """A contributor's training run."""
         return self.path / name
 
+    def inside(self, path: Path) -> str:
+        """As it is called by commands, which run in this folder."""
+        return path.relative_to(self.path).as_posix()
+
     @property
     def is_finished(self) -> bool:
         """Whether the run came to its end."""

@@ -41,7 +41,7 @@ class LocalHub:
         expected: Collection[int] = (0,),
         hear: Callable[[str], None] = lambda line: None,
     ) -> str:
-        """What a command (`hub-moe`, `hf` or `python` with arguments) says on stdout; None as `user` has no token.
+        """What a command (`hub-moe`, `hf` or `python` with arguments) says on stdout, run in the folder; None as `user` has no token.
 
         All that it says goes to `log`; `hear` is told each line of stderr.
 
@@ -49,12 +49,13 @@ class LocalHub:
             HubError: If it ends with an exit code that was not expected, with the last thing it said.
             KeyboardInterrupt: After Ctrl-C, once it has come to its own end.
         """
-        environment = self.hub.environment(user, xet=True, home=self.folder.home) | _QUIET
+        environment = self.hub.environment(user, xet=True, home=self.folder.home.resolve()) | _QUIET
         program, *arguments = command
         # a session of its own: Ctrl-C reaches it once, from here
         process = subprocess.Popen(
             [*_PROGRAMS[program], *arguments],
             env=environment,
+            cwd=self.folder.path,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -69,20 +69,31 @@ class Loop:
     def build_base(self, *, num_threads: int) -> dict[str, Any]:
         """Publish the text, train the base on it, evaluate and publish that; the report of its training."""
         run, folder = self.steps.run, self._folder
-        upload = ["hf", "upload", DATASET, str(folder.corpus), ".", "--repo-type", "dataset"]
+        upload = ["hf", "upload", DATASET, folder.inside(folder.corpus), ".", "--repo-type", "dataset"]
         run("dataset", OWNER, "shares a text, Python's own standard library", upload)
         settings = folder.run_settings("base")
         if not settings.exists():
             revision = str(self._api.dataset_info(DATASET).sha)
             config = configure_base(self._plan, folder, data_revision=revision, num_threads=num_threads)
             folder.write_atomically(settings, lambda path: write_settings(path, config))
-        train = ["hub-moe", "train", str(settings), "--json"]
+        train = ["hub-moe", "train", folder.inside(settings), "--json"]
         trained = run("base", OWNER, "trains a model of many small experts on it", train)
-        suite, model = str(folder.suite(GENERAL)), str(folder.base / "model")
-        asked = ["hub-moe", "eval", model, "--as", MODEL, "--suite", suite, "--out", str(folder.evals), "--json"]
+        suite, model = folder.inside(folder.suite(GENERAL)), folder.inside(folder.base / "model")
+        asked = [
+            "hub-moe",
+            "eval",
+            model,
+            "--as",
+            MODEL,
+            "--suite",
+            suite,
+            "--out",
+            folder.inside(folder.evals),
+            "--json",
+        ]
         run("base-eval", OWNER, "evaluates it", asked)
-        publish = ["hub-moe", "publish", str(folder.base), MODEL, "--license", "apache-2.0"]
-        publish += ["--records", str(folder.evals), "--yes", "--json"]
+        publish = ["hub-moe", "publish", folder.inside(folder.base), MODEL, "--license", "apache-2.0"]
+        publish += ["--records", folder.inside(folder.evals), "--yes", "--json"]
         run("publish", OWNER, "publishes it with its card and the evidence", publish)
         report: dict[str, Any] = trained.data
         return report
@@ -110,18 +121,19 @@ class Loop:
     def use(self) -> str:
         """What anybody gets who knows the model's name: its text; its claims are checked and its lineage is shown."""
         run, folder = self.steps.run, self._folder
-        text = run("use", None, "loads the merged model by its name", ["python", str(folder.script)]).output
+        text = run("use", None, "loads the merged model by its name", ["python", folder.inside(folder.script)]).output
         check = ["hub-moe", "verify", MODEL, "--documents", str(self._plan.reviewed_documents), "--json"]
         run("verify", None, "checks its claims", check)
-        lineage = ["hub-moe", "lineage", MODEL, "--plot", str(folder.lineage)]
+        lineage = ["hub-moe", "lineage", MODEL, "--plot", folder.inside(folder.lineage)]
         run("lineage", None, "sees who made what of what", lineage)
         run("find", None, "ranks what was made of it by reproduced results", ["hub-moe", "find", "--base", MODEL])
         return text
 
     def _propose(self, who: str, domain: Domain) -> Proposal:
+        folder = self._folder
         self._train(who, domain, domain.steps, f"trains the experts that {domain.about} use most")
-        suites = [str(self._folder.suite(name)) for name in (domain.name, GENERAL)]
-        command = ["hub-moe", "contribute", str(self._folder.person(who)), MODEL, "--as", domain.name]
+        suites = [folder.inside(folder.suite(name)) for name in (domain.name, GENERAL)]
+        command = ["hub-moe", "contribute", folder.inside(folder.person(who)), MODEL, "--as", domain.name]
         command += [word for suite in suites for word in ("--evaluate", suite)]
         command += ["--general", GENERAL, "--yes", "--json"]
         done = self.steps.run(f"{who}-pr", who, "evaluates and proposes them to the owner", command)
@@ -132,13 +144,16 @@ class Loop:
         folder, run = self._folder, self.steps.run
         self._train(who, domain, 1, "trains for one step only")
         patch, evals = folder.person(who) / "patch", folder.person(who) / "patch" / "evals"
-        suite, base = str(folder.suite(domain.name)), f"{MODEL}@{self._base_commit()}"
-        ask = ["hub-moe", "eval", str(patch), "--suite", suite, "--base", base, "--out", str(evals), "--json"]
+        suite, base = folder.inside(folder.suite(domain.name)), f"{MODEL}@{self._base_commit()}"
+        ask = ["hub-moe", "eval", folder.inside(patch), "--suite", suite, "--base", base]
+        ask += ["--out", folder.inside(evals), "--json"]
         record = run(f"{who}-eval", who, "evaluates that", ask).data["record"]
         path = evals / f"{record['suite']['name']}-{record['id'][:16]}.json"
-        run(f"{who}-forge", who, "makes every answer right", ["python", "-m", "hub_moe.demo.forge", str(path)])
+        run(
+            f"{who}-forge", who, "makes every answer right", ["python", "-m", "hub_moe.demo.forge", folder.inside(path)]
+        )
         name = f"{domain.name}-pro"
-        command = ["hub-moe", "contribute", str(folder.person(who)), MODEL, "--as", name]
+        command = ["hub-moe", "contribute", folder.inside(folder.person(who)), MODEL, "--as", name]
         command += ["--general", GENERAL, "--yes", "--json"]
         return _read_proposal(run(f"{who}-pr", who, "proposes it as the better one", command), domain, is_honest=False)
 
@@ -149,7 +164,7 @@ class Loop:
                 self._plan, self._folder, who, domain, base_revision=self._base_commit(), steps=steps
             )
             self._folder.write_atomically(settings, lambda path: write_settings(path, config))
-        self.steps.run(f"{who}-train", who, title, ["hub-moe", "train", str(settings), "--json"])
+        self.steps.run(f"{who}-train", who, title, ["hub-moe", "train", self._folder.inside(settings), "--json"])
 
     def _base_commit(self) -> str:
         published = next(each for each in self.steps.done if each.command.startswith("hub-moe publish"))

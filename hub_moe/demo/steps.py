@@ -38,6 +38,7 @@ class Steps:
             stored = json.loads(folder.steps.read_text("utf-8"))
             self._done = {name: Done(**fields) for name, fields in stored.items()}
         folder.logs.mkdir(exist_ok=True)
+        _say(f"The commands run in this folder, each person's own Hub token in HF_TOKEN:\n  $ cd {folder.path}")
 
     @property
     def done(self) -> list[Done]:

@@ -130,7 +130,7 @@ def configure_base(plan: DemoPlan, folder: RunFolder, *, data_revision: str, num
             "num_threads": num_threads,
         },
         "balancing": {"speed": 0.001, "stop_at": 0.97},
-        "output": {"folder": str(folder.base)},
+        "output": {"folder": folder.inside(folder.base)},
     }
 
 
@@ -141,7 +141,7 @@ def configure_patch(
     return {
         "model": {"name": MODEL, "revision": base_revision},
         "data": {
-            "source": str(folder.rows(domain.name)),
+            "source": folder.inside(folder.rows(domain.name)),
             "format": "text",
             "max_length": plan.block_length,
             "held_out": 0.1,
@@ -156,7 +156,7 @@ def configure_patch(
             "seed": plan.seed,
             "num_threads": 1,
         },
-        "output": {"folder": str(folder.person(who))},
+        "output": {"folder": folder.inside(folder.person(who))},
     }
 
 

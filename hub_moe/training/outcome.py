@@ -17,6 +17,7 @@ from .folder import write_atomically
 from .non_finite import find_non_finite
 from .run_config import RunConfig
 from .run_folder import TrainingFolder
+from .tokenizer_files import keep_files_of_base
 
 
 def check_finite(model: nn.Module) -> None:
@@ -52,8 +53,12 @@ def save_patch(
         selection=Selection("esft", score=method.score, top_p=method.top_p) if is_selected else None,
         training={"method": "experts", **figures},
     )
-    target = folder.result("experts")
-    write_atomically(target, lambda path: patch.save(path, tokenizer=tokenizer))
+
+    def save(path: Path) -> None:
+        patch.save(path, tokenizer=tokenizer)
+        keep_files_of_base(path, tokenizer, config.model)
+
+    write_atomically(folder.result("experts"), save)
 
 
 def save_adapter(model: Any, folder: TrainingFolder, config: RunConfig) -> None:
