@@ -60,7 +60,7 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
 
     claims = [
         each
-        for each in find_claims(claim, revision=revision, subfolder=subfolder)
+        for each in find_claims(claim, revision=revision, subfolder=subfolder, say=say)
         if record is None or each.path.name.startswith(record)
     ]
     if not claims:

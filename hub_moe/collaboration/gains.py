@@ -12,16 +12,24 @@ from ..evals.records import StoredRecord, read_record
 from ..evals.session import Plan, evaluate
 from ..evals.statistics.comparison import Verdict
 from ..evals.suites import Suite
+from .costs import share_lost
 from .review import suites_of
 from .safety import Contribution
+
+OF_THE_BASE = "(the base's own)"
+"""In the place of a patch's name, where nobody's patch brought a suite."""
+
+_KEPT, _LEAST_KEPT = 0.95, 0.5
 
 
 @dataclass(frozen=True)
 class Gain:
     """One task of a contributor's suite: base, the contributor's patch alone, and all patches merged.
 
-    The verdicts are of paired comparisons: of patch and merged model with the base, and of the merged model with the
-    patch.
+    The verdicts are of paired comparisons of patch and merged model with the base.
+
+    Attributes:
+        tolerance: By what share of the base's value the merged model may be worse than the base.
     """
 
     patch: str
@@ -33,24 +41,40 @@ class Gain:
     merged: float
     own_verdict: Verdict
     merged_verdict: Verdict
-    against_own: Verdict
+    lower_is_better: bool = False
+    tolerance: float = 0.0
+
+    @property
+    def kept_share(self) -> float | None:
+        """Of what the patch alone gains, the share that the merged model has; None where it gains nothing."""
+        if self.own_verdict != "better":
+            return None
+        return (self.merged - self.base) / (self.own - self.base)
+
+    @property
+    def cost(self) -> float:
+        """By what share of its value the base got worse by the merge; negative where it got better."""
+        return share_lost(self.base, self.merged, lower_is_better=self.lower_is_better)
 
     @property
     def is_lost(self) -> bool:
-        """Whether merging took away what the patch gains, or made the model worse than the base."""
-        has_gone = self.own_verdict == "better" and self.merged_verdict != "better"
-        return has_gone or "worse" in (self.merged_verdict, self.against_own)
+        """Whether the merge takes away more than half of a gain, or makes the model worse than is put up with."""
+        kept = self.kept_share
+        has_gone = kept is not None and (self.merged_verdict != "better" or kept < _LEAST_KEPT)
+        return has_gone or (self.merged_verdict == "worse" and self.cost > self.tolerance)
 
     @property
     def outcome(self) -> str:
         """In a word or two."""
         if self.is_lost:
             return "lost"
-        return "kept" if self.own_verdict == "better" else "no gain shown"
+        if self.kept_share is not None:
+            return "kept" if self.kept_share > _KEPT else f"kept in part ({self.kept_share:.0%})"
+        return f"costs {self.cost:.1%}" if self.merged_verdict == "worse" else "no gain shown"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {**asdict(self), "outcome": self.outcome}
+        return {**asdict(self), "kept_share": self.kept_share, "outcome": self.outcome}
 
 
 @dataclass(frozen=True)
@@ -72,10 +96,11 @@ class Examiner:
     data_dir: Path | None = None
     device: str | None = None
     batch_size: int = 16
+    tolerance: float = 0.0
     say: Callable[[str], None] = lambda text: None
 
-    def examine(self, contributions: Sequence[Contribution]) -> Iterator[Gain]:
-        """Every task of every contributor's suites.
+    def examine(self, contributions: Sequence[Contribution], own_suites: Sequence[Suite] = ()) -> Iterator[Gain]:
+        """Every task of every contributor's suites, then of those of the base's that none of them brought.
 
         Raises:
             HubMoeError: If a suite cannot be asked, such as for want of its data.
@@ -87,6 +112,9 @@ class Examiner:
                     asked[suite.source.sha256] = self._ask_both(suite)
                 base, merged = asked[suite.source.sha256]
                 yield from self._compare(contribution.name, suite, base, merged)
+        for suite in own_suites:
+            if suite.source.sha256 not in asked:
+                yield from self._compare(OF_THE_BASE, suite, *self._ask_both(suite))
 
     def merged_records(self) -> list[StoredRecord]:
         """The evidence of the merged model, which goes into its repo."""
@@ -99,11 +127,7 @@ class Examiner:
         return base, self._ask(suite, replace(self._request(str(self.merged)), name=self.base), "merged")
 
     def _compare(self, name: str, suite: Suite, base: StoredRecord, merged: StoredRecord) -> Iterator[Gain]:
-        if name in self.alone:
-            own = self._ask(suite, self._request(str(self.alone[name])), name)
-            against_own = _by_task(compare_records(own, merged))
-        else:
-            own, against_own = merged, {}
+        own = self._ask(suite, self._request(str(self.alone[name])), name) if name in self.alone else merged
         merged_by_task = _by_task(compare_records(base, merged))
         of_own = compare_records(base, own)
         for task, compared in _by_task(of_own).items():
@@ -117,7 +141,8 @@ class Examiner:
                 merged=merged_by_task[task].candidate.value,
                 own_verdict=compared.verdict,
                 merged_verdict=merged_by_task[task].verdict,
-                against_own=against_own[task].verdict if against_own else "tied",
+                lower_is_better=compared.lower_is_better,
+                tolerance=self.tolerance,
             )
 
     def _request(self, reference: str, *, revision: str | None = None) -> ModelRequest:

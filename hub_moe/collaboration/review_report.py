@@ -30,7 +30,8 @@ def render_review(review: Review) -> str:
     for comparison in review.regressions:
         lines += ["", "#### What it costs elsewhere, measured by the reviewer", "", *render_comparison(comparison)]
     lines += ["", *(f"- {escape(each)}" for each in review.notes)]
-    lines += ["", f"Checked by `hub-moe review` {__version__}, nonce {code(review.nonce)}."]
+    allowed = f", tolerance {review.tolerance:.1%}" if review.tolerance else ""
+    lines += ["", f"Checked by `hub-moe review` {__version__}, nonce {code(review.nonce)}{allowed}."]
     text = "\n".join(lines)
     if len(text) > _MOST_CHARACTERS:
         text = text[:_MOST_CHARACTERS].rpartition("\n")[0] + "\n\nThe rest is in the JSON report."

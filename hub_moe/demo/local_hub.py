@@ -41,9 +41,9 @@ class LocalHub:
         expected: Collection[int] = (0,),
         hear: Callable[[str], None] = lambda line: None,
     ) -> str:
-        """What a command (`hub-moe`, `hf` or `python` with arguments) says on stdout, run in the folder; None as `user` has no token.
+        """Run a command (`hub-moe`, `hf` or `python` with arguments) in the folder; what it says on stdout.
 
-        All that it says goes to `log`; `hear` is told each line of stderr.
+        Without a `user` it has no token. All that it says goes to `log`; `hear` is told each line of stderr.
 
         Raises:
             HubError: If it ends with an exit code that was not expected, with the last thing it said.

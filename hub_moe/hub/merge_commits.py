@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HubError
@@ -78,16 +78,24 @@ def find_merge(api: HfApi, repo: str, number: int) -> tuple[str, MergedPatch] | 
 
 
 def commit_files(
-    api: HfApi, repo: str, files: Sequence[tuple[str, Path]], *, message: str, description: str, parent: str
+    api: HfApi,
+    repo: str,
+    files: Sequence[tuple[str, Path]],
+    *,
+    message: str,
+    description: str,
+    parent: str,
+    deleted: Sequence[str] = (),
 ) -> str:
-    """One commit on main of `(path in the repo, file)`; the new commit.
+    """One commit on main that adds `(path in the repo, file)` and deletes; the new commit.
 
     Either main is still at `parent` and gets all of it, or nothing happens.
 
     Raises:
         HubError: If somebody committed in the meantime, the Hub refuses, or the connection breaks.
     """
-    operations = [CommitOperationAdd(path, file) for path, file in files]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in deleted]
+    operations += [CommitOperationAdd(path, file) for path, file in files]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tables of samples belong to a model's evidence
         try:

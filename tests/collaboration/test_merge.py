@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from safetensors.torch import load_file
 
 from hub_moe.collaboration.gains import Gain
@@ -115,11 +115,11 @@ def test_disjoint_patches_merge_exactly_by_one_commit(repo, run):
     files = list_files(repo.api, repo.name, "main")
     assert "patches/law/expert_patch.json" in files
     assert "patches/law/expert_patch.safetensors" not in files
-    assert len([path for path in files if path.startswith("evals/") and path.endswith(".json")]) == 2
     old = list_files(repo.api, repo.name, repo.commit)
     assert all(files[name] == old[name] for name in ("config.json", "tokenizer.json"))
     card = Path(hf_hub_download(repo.name, "README.md")).read_text("utf-8")
-    assert card.startswith("---\nlicense: mit\n---\n# Base\n\nWords.\n")
+    assert card.startswith("---\nlicense: mit\n")
+    assert "\n# Base\n\nWords.\n" in card
     assert f"| `tax` | bob | #{second} | `{repo.commit[:12]}` |" in card
     for number in (first, second):
         pull_request = fetch_pull_request(repo.api, repo.name, number)
@@ -129,6 +129,35 @@ def test_disjoint_patches_merge_exactly_by_one_commit(repo, run):
     code, _, err = run("merge", f"{repo.name}#{first}", *FAST)
     assert code == 1
     assert "was merged already, by commit" in err
+
+
+def test_after_a_merge_the_repo_says_what_is_true_of_the_merged_weights(repo, run):
+    code, _, err = run("merge", f"{repo.name}#{repo.propose('law')}", *FAST)
+    assert code == 0, err
+    old, new = (list_files(repo.api, repo.name, commit) for commit in (repo.commit, "main"))
+    records = [{name for name in files if name.startswith("evals/") and name.endswith(".json")} for files in (old, new)]
+    assert (len(records[0]), len(records[1]), len(records[0] & records[1])) == (1, 1, 0)
+    assert len([name for name in new if name.startswith("evals/")]) == 2  # the record and its answers
+    code, out, err = run("verify", repo.name, "--documents", "3", "--json")
+    assert code == 0, out + err
+    assert {each["outcome"] for each in json.loads(out).values()} <= {"bit-equal", "within tolerance"}
+    snapshot = snapshot_download(repo.name)
+    code, out, err = run("card", "lint", snapshot)
+    assert code == 0, out + err
+    facts = json.loads((Path(snapshot) / "model_card.json").read_text("utf-8"))
+    assert facts["weights"] == {"model.safetensors": new["model.safetensors"].sha256}
+    assert [evaluation["suite"] for evaluation in facts["evaluations"]] == ["offline"]
+
+
+def test_a_second_merge_adds_its_row_and_replaces_the_records_again(repo, run):
+    for name in ("law", "tax"):
+        code, _, err = run("merge", f"{repo.name}#{repo.propose(name)}", *FAST)
+        assert code == 0, err
+    files = list_files(repo.api, repo.name, "main")
+    assert len([name for name in files if name.startswith("evals/") and name.endswith(".json")]) == 1
+    card = Path(hf_hub_download(repo.name, "README.md")).read_text("utf-8")
+    assert card.count("## Merged contributions") == 1
+    assert card.index("| `law` | bob |") < card.index("| `tax` | bob |")
 
 
 def test_overlapping_patches_are_refused_with_a_table_and_merge_by_a_method_that_is_named(repo, run):
@@ -275,16 +304,25 @@ def test_a_patch_without_records_merges_only_if_that_is_accepted(repo, run):
 
 
 def test_a_gain_is_lost_when_the_merged_model_does_not_show_it_or_is_worse():
-    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.5, "better", "better", "tied")
-    assert (gain.is_lost, gain.outcome) == (False, "kept")
+    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.5, "better", "better")
+    assert (gain.is_lost, gain.kept_share, gain.outcome) == (False, 1.0, "kept")
     assert replace(gain, merged_verdict="tied").is_lost
-    assert replace(gain, against_own="worse").outcome == "lost"
-    assert replace(gain, own_verdict="tied", merged_verdict="worse").is_lost
+    assert (replace(gain, merged=0.4).is_lost, replace(gain, merged=0.4).outcome) == (False, "kept in part (75%)")
+    assert replace(gain, merged=0.29).outcome == "lost"
+    assert replace(gain, own_verdict="tied", merged_verdict="worse", merged=0.09).is_lost
     assert replace(gain, own_verdict="tied", merged_verdict="tied").outcome == "no gain shown"
 
 
+def test_what_gets_worse_within_the_tolerance_is_no_loss_and_is_told():
+    gain = Gain("law", "s", "t", "bits_per_byte", 2.0, 2.1, 2.05, "worse", "worse", lower_is_better=True)
+    assert (gain.is_lost, gain.outcome) == (True, "lost")
+    assert (replace(gain, tolerance=0.03).is_lost, replace(gain, tolerance=0.03).outcome) == (False, "costs 2.5%")
+    assert replace(gain, tolerance=0.02).is_lost
+    assert replace(gain, base=0.0, merged=0.1, tolerance=0.9).is_lost
+
+
 def test_a_lost_gain_refuses_the_merge(repo):
-    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.1, "better", "tied", "worse")
+    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.1, "better", "tied")
     plan = MergePlan(repo.name, repo.commit, (), "exact", (), gains=(gain,))
     with pytest.raises(EvaluationError, match=r"loses a gain: law on t \(0.500 -> 0.100\); --accept-losses"):
         refuse_losses(plan)
