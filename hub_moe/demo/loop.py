@@ -114,7 +114,8 @@ class Loop:
     def merge(self, reviews: list[Reviewed]) -> dict[str, Any]:
         """Merge what was accepted; the merge as JSON."""
         accepted = [f"{MODEL}#{each.proposal.number}" for each in reviews if each.verdict == "accept"]
-        command = ["hub-moe", "merge", *accepted, "--method", self._plan.method, "--yes", "--json"]
+        command = ["hub-moe", "merge", *accepted, "--method", self._plan.method]
+        command += ["--tolerance", str(self._plan.tolerance), "--yes", "--json"]
         merged: dict[str, Any] = self.steps.run("merge", OWNER, "merges what was accepted", command).data
         return merged
 
@@ -126,7 +127,6 @@ class Loop:
         run("verify", None, "checks its claims", check)
         lineage = ["hub-moe", "lineage", MODEL, "--plot", folder.inside(folder.lineage)]
         run("lineage", None, "sees who made what of what", lineage)
-        run("find", None, "ranks what was made of it by reproduced results", ["hub-moe", "find", "--base", MODEL])
         return text
 
     def _propose(self, who: str, domain: Domain) -> Proposal:
@@ -173,6 +173,12 @@ class Loop:
     def _review(self, proposal: Proposal) -> Reviewed:
         plan, number = self._plan, proposal.number
         command = ["hub-moe", "review", f"{MODEL}#{number}", "--documents", str(plan.reviewed_documents)]
+        command += [
+            "--tolerance",
+            str(plan.tolerance),
+            "--out",
+            self._folder.inside(self._folder.reviews / f"{number}.json"),
+        ]
         title = f"reviews {proposal.name} of {proposal.author}"
         done = self.steps.run(f"review-{number}", OWNER, title, [*command, "--yes", "--json"], expected=(0, 1, 3))
         found = done.data
