@@ -13,7 +13,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything.")] = Path("runs/demo"),
     minutes: Annotated[
         float, typer.Option(min=0.1, help="Training time of the base; the rest takes three more.")
-    ] = 2.5,
+    ] = 2.0,
     seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the batches.")] = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of resuming.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -47,8 +47,8 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
     Patches of different experts merge exactly, byte for byte; where they change the same experts METHOD decides, after
     a table of the conflicts. A patch for an older commit is rebased if nothing that it changes has changed since.
     Before anything is written the merged model is asked every contributor's suite and the base's own, and compared
-    with the base and with each patch alone: a gain of which less than half is kept refuses the merge, and so does a
-    task that gets worse by more than --tolerance.
+    with the base and with each patch alone: a gain that is gone, or of which less than half is kept, refuses the merge,
+    and so does a task that gets worse by more than --tolerance.
 
     Then one commit, if main is still what was checked, with the changed weights, their records in place of the old
     ones, the card and patches/NAME; a tag merge-1, merge-2, ...; and every pull request is told and closed. After an

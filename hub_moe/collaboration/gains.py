@@ -26,7 +26,8 @@ _KEPT, _LEAST_KEPT = 0.95, 0.5
 class Gain:
     """One task of a contributor's suite: base, the contributor's patch alone, and all patches merged.
 
-    The verdicts are of paired comparisons of patch and merged model with the base.
+    The verdicts are of paired comparisons: of patch and merged model with the base, and of the merged model with the
+    patch.
 
     Attributes:
         tolerance: By what share of the base's value the merged model may be worse than the base.
@@ -41,6 +42,7 @@ class Gain:
     merged: float
     own_verdict: Verdict
     merged_verdict: Verdict
+    against_own: Verdict = "tied"
     lower_is_better: bool = False
     tolerance: float = 0.0
 
@@ -58,9 +60,14 @@ class Gain:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the merge takes away more than half of a gain, or makes the model worse than is put up with."""
+        """Whether the merge takes away a gain, or makes the model worse than is put up with.
+
+        A gain is taken away when less than half of it is kept, or when the merged model is shown to be worse than the
+        patch alone and not shown to be better than the base.
+        """
         kept = self.kept_share
-        has_gone = kept is not None and (self.merged_verdict != "better" or kept < _LEAST_KEPT)
+        is_unseen = self.merged_verdict != "better" and self.against_own == "worse"
+        has_gone = kept is not None and (kept < _LEAST_KEPT or is_unseen)
         return has_gone or (self.merged_verdict == "worse" and self.cost > self.tolerance)
 
     @property
@@ -127,7 +134,10 @@ class Examiner:
         return base, self._ask(suite, replace(self._request(str(self.merged)), name=self.base), "merged")
 
     def _compare(self, name: str, suite: Suite, base: StoredRecord, merged: StoredRecord) -> Iterator[Gain]:
-        own = self._ask(suite, self._request(str(self.alone[name])), name) if name in self.alone else merged
+        own, against_own = merged, {}
+        if name in self.alone:
+            own = self._ask(suite, self._request(str(self.alone[name])), name)
+            against_own = _by_task(compare_records(own, merged))
         merged_by_task = _by_task(compare_records(base, merged))
         of_own = compare_records(base, own)
         for task, compared in _by_task(of_own).items():
@@ -141,6 +151,7 @@ class Examiner:
                 merged=merged_by_task[task].candidate.value,
                 own_verdict=compared.verdict,
                 merged_verdict=merged_by_task[task].verdict,
+                against_own=against_own[task].verdict if against_own else "tied",
                 lower_is_better=compared.lower_is_better,
                 tolerance=self.tolerance,
             )

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CheckpointError, HubError
@@ -31,6 +31,12 @@ class LocalHub:
 
     hub: Hub
     folder: RunFolder
+    _running: "list[subprocess.Popen[str]]" = field(default_factory=list)
+
+    def interrupt(self) -> None:
+        """Let every command that runs come to its own end, as Ctrl-C does."""
+        for process in list(self._running):
+            process.send_signal(signal.SIGINT)
 
     def run(
         self,
@@ -47,7 +53,7 @@ class LocalHub:
 
         Raises:
             HubError: If it ends with an exit code that was not expected, with the last thing it said.
-            KeyboardInterrupt: After Ctrl-C, once it has come to its own end.
+            KeyboardInterrupt: After Ctrl-C in the main thread, once it has come to its own end.
         """
         environment = self.hub.environment(user, xet=True, home=self.folder.home.resolve()) | _QUIET
         program, *arguments = command
@@ -62,6 +68,7 @@ class LocalHub:
             errors="replace",
             start_new_session=True,
         )
+        self._running.append(process)
         heard: list[str] = []
         listener = threading.Thread(target=_listen, args=(process, heard, hear))
         listener.start()
@@ -74,6 +81,7 @@ class LocalHub:
             process.wait()
             raise
         finally:
+            self._running.remove(process)
             listener.join()
         log.write_text(f"$ {shlex.join(command)}\n{''.join(heard)}{output}", "utf-8")
         if process.returncode not in expected:

@@ -1,6 +1,7 @@
 """The whole loop as commands: a base is published, patches are proposed, reviewed, merged, and the result is used."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -99,9 +100,14 @@ class Loop:
         return report
 
     def contribute(self) -> list[Proposal]:
-        """Two honest patches and a dishonest one, each as a pull request."""
+        """Two honest patches and a dishonest one, each as a pull request, by their numbers."""
         first, second = self._plan.domains
-        return [self._propose(ALICE, first), self._propose(BOB, second), self._propose_forged(MALLORY, second)]
+        proposals = self.steps.run_together(
+            lambda: self._propose(ALICE, first),
+            lambda: self._propose(BOB, second),
+            lambda: self._propose_forged(MALLORY, second),
+        )
+        return sorted(proposals, key=lambda each: each.number)
 
     def review(self, proposals: list[Proposal]) -> list[Reviewed]:
         """The owner's reviews.
@@ -109,7 +115,7 @@ class Loop:
         Raises:
             EvaluationError: If one comes to another verdict than it should.
         """
-        return [self._review(each) for each in proposals]
+        return self.steps.run_together(*(partial(self._review, each) for each in proposals))
 
     def merge(self, reviews: list[Reviewed]) -> dict[str, Any]:
         """Merge what was accepted; the merge as JSON."""

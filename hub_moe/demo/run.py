@@ -24,7 +24,7 @@ from .scoring import score_held_out
 
 
 def run_demo(
-    output_dir: str | Path, *, minutes: float = 2.5, seed: int = 0, fresh: bool = False, plan: DemoPlan | None = None
+    output_dir: str | Path, *, minutes: float = 2.0, seed: int = 0, fresh: bool = False, plan: DemoPlan | None = None
 ) -> DemoReport:
     """A base is trained and published; two patches are proposed, reviewed and merged, a forged one is turned down.
 
@@ -59,8 +59,8 @@ def _run(output_dir: Path, plan: DemoPlan, *, fresh: bool) -> DemoReport:
         print(f"{folder.path} holds this run, finished; --fresh starts it anew.", file=sys.stderr)
         return DemoReport.read(folder.report)
     with explain_failed_writes(folder.path), open_local_hub(folder) as hub:
-        found = _go_through(hub, plan, corpus, folder)
         hub.write_people()
+        found = _go_through(hub, plan, corpus, folder)
     report = DemoReport(**found, seed=plan.seed, wall_s=round(time.monotonic() - started_s, 1))
     with explain_failed_writes(folder.path):
         folder.write_atomically(folder.report, report.write)

@@ -306,7 +306,8 @@ def test_a_patch_without_records_merges_only_if_that_is_accepted(repo, run):
 def test_a_gain_is_lost_when_the_merged_model_does_not_show_it_or_is_worse():
     gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.5, "better", "better")
     assert (gain.is_lost, gain.kept_share, gain.outcome) == (False, 1.0, "kept")
-    assert replace(gain, merged_verdict="tied").is_lost
+    assert replace(gain, merged=0.4, merged_verdict="tied", against_own="worse").is_lost
+    assert not replace(gain, merged=0.4, merged_verdict="tied").is_lost  # too few documents to tell
     assert (replace(gain, merged=0.4).is_lost, replace(gain, merged=0.4).outcome) == (False, "kept in part (75%)")
     assert replace(gain, merged=0.29).outcome == "lost"
     assert replace(gain, own_verdict="tied", merged_verdict="worse", merged=0.09).is_lost
