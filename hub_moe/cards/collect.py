@@ -101,14 +101,14 @@ def open_model(reference: str) -> ModelFolder:
     except httpx2.TransportError as error:
         raise HubError(f"Cannot reach {constants.ENDPOINT} for {name}: {error}.") from error
     files = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
-    return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if _is_weight(file)}, info.sha)
+    return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if is_weight(file)}, info.sha)
 
 
 def hash_weights(folder: Path) -> dict[str, str]:
     """sha256 of every file of weights in a folder, by name."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and _is_weight(path.name):
+        if path.is_file() and is_weight(path.name):
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -140,8 +140,13 @@ def find_evidence(folder: Path, extra: Sequence[Path] = ()) -> list[StoredRecord
 
 def is_of(record: Record, weights: Mapping[str, str]) -> bool:
     """Whether a record was made with exactly these files of weights."""
-    claimed = {name: sha256 for name, sha256 in record.model.files.items() if _is_weight(name)}
+    claimed = {name: sha256 for name, sha256 in record.model.files.items() if is_weight(name)}
     return bool(weights) and claimed == dict(weights)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a file is one of weights, by its name."""
+    return _WEIGHTS.fullmatch(name) is not None
 
 
 def find_base(model: ModelFolder, run: TrainingRun | None = None) -> Ancestor | None:
@@ -382,7 +387,3 @@ def _find_energy(evidence: Evidence, earlier: Facts, evaluations: Sequence[Evalu
 def _hide_folders(word: str) -> str:
     option, equals, value = word.partition("=")
     return f"{option}={hide_folder(value)}" if equals and word.startswith("-") else hide_folder(word)
-
-
-def _is_weight(name: str) -> bool:
-    return _WEIGHTS.fullmatch(name) is not None
