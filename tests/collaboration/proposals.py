@@ -1,5 +1,6 @@
 """A base on a Hub with its record, and contributions to it as people would propose them."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hub_moe.evals.models import ModelRequest, load_model
+from hub_moe.evals.run import RunFacts, evaluate_suite
+from hub_moe.evals.suites import load_suite
+from hub_moe.evals.tasks import build_suite
 from hub_moe.hub.marks import ContributionMark, ReviewMark, write_mark
 from hub_moe.hub.pull_requests import fetch_pull_request
 from hub_moe.patches import Base
@@ -17,6 +22,7 @@ from tests.patches.patching import patch_experts
 
 CARD = b"---\nlicense: mit\n---\n# Base\n\nWords.\n"
 EXPERTS = {"law": {1: [0, 3]}, "tax": {1: [1], 2: [2]}, "rival": {1: [3, 5]}}
+SPOILING = {1: list(range(8)), 2: list(range(8))}
 FEW = {"tasks": ("brackets", "copying"), "limit": 4}
 
 
@@ -109,6 +115,21 @@ class Repo:
 
     def status(self, number):
         return fetch_pull_request(self.api, self.name, number).status
+
+
+def fill_with_text(folder):
+    """The record of a suite that needs a folder of data, which is `data` beside the base's."""
+    (folder.parent / "data" / "text").mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"text": f"Line {n} of a text about {n * n} things."}) for n in range(12)]
+    (folder.parent / "data" / "text" / "test.jsonl").write_text("\n".join(rows), "utf-8")
+    loaded = load_model(ModelRequest(str(folder), batch_size=4))
+    built = build_suite(load_suite("text"), tokenizer=loaded.tokenizer, data_dir=folder.parent / "data")
+    evaluate_suite(loaded, built, folder / "evals", RunFacts(["test"]))
+
+
+def fill_spoilable(folder, tokenizer):
+    """Likewise, of another model, which the experts `SPOILING` make about 1 % worse by size 3 and seed 1."""
+    fill_with_text(save_model(folder, tiny_config("hub_moe"), tokenizer, seed=8))
 
 
 def copy(folder, target):
