@@ -77,7 +77,7 @@ def inspect(
     Examples:
       hub-moe inspect deepseek-v3
       hub-moe inspect Qwen/Qwen3-30B-A3B --memory 24GB
-      hub-moe inspect runs/demo/model --context 2048 --json
+      hub-moe inspect runs/demo/base/model --context 2048 --json
     """
     config, footprint = measure_model(model, revision)
     context = context or min(4096, footprint.max_context or 4096)
