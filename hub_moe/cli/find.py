@@ -75,15 +75,13 @@ def _rows(fine_tune: "FineTune") -> Iterator[Row]:
 
 
 def _cells(result: "Result") -> Row:
-    from ..hub.contributions import one_line
-
-    value = f"{result.value:.3f} {one_line(result.metric)}{'' if result.higher_is_better else ' ↓'}"
+    value = f"{result.value:.3f} {result.metric}{'' if result.higher_is_better else ' ↓'}"
     difference = "" if result.difference is None else f"{result.difference:+.3f}"
     if result.interval is not None:
         difference += f" ({result.interval[0]:+.3f} to {result.interval[1]:+.3f})"
     if result.verdict is not None:
         difference += f" {result.verdict}"
-    return one_line(result.task), value, difference, str(result.num_documents), str(result.standing)
+    return result.task, value, difference, str(result.num_documents), str(result.standing)
 
 
 def _notes(found: "FoundFineTunes") -> Iterator[str]:
@@ -94,7 +92,7 @@ def _notes(found: "FoundFineTunes") -> Iterator[str]:
             yield f"{each.name} was {each.standing}: {each.standing.reason}"
     if found.num_found > len(found.fine_tunes):
         yield f"Showing {len(found.fine_tunes)} of {found.num_found} fine-tunes; --limit shows more."
-    if found.task is None and found.tasks:
+    if found.fine_tunes and found.task is None and found.tasks:
         yield f"--task ranks by one of {', '.join(found.tasks[:10])}{'...' if len(found.tasks) > 10 else ''}"
     yield from found.notes[:_MOST_NOTES]
     if len(found.notes) > _MOST_NOTES:

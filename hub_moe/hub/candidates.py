@@ -1,6 +1,6 @@
 """The fine-tunes of a base that a Hub knows, each with its files, its weights, its records and who reviewed them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
@@ -8,7 +8,7 @@ from typing import TypeVar
 from huggingface_hub import HfApi, ModelInfo
 
 from ..cards.collect import is_of, is_weight
-from ..errors import CheckpointError, HubError
+from ..errors import CheckpointError, ConfigError, HubError
 from ..evals.records import StoredRecord
 from ..patches.metadata import METADATA_FILE, WEIGHTS_FILE
 from .contributions import (
@@ -25,6 +25,7 @@ from .contributions import (
 )
 from .found_records import RECORDS_FOLDER, RecordReader
 from .lineage import MergedPatch, is_expert_patch, list_children, read_merges
+from .proposals import check_name
 from .pull_requests import Listed, describing, list_files
 from .ranking import FineTune, Kind
 
@@ -63,8 +64,18 @@ def weights_of(files: Mapping[str, Listed]) -> dict[str, str]:
 class CandidateReader:
     """Finds the fine-tunes of `base`, whose files at the commit are `files`. `notes` say what was left out and why."""
 
-    def __init__(self, api: HfApi, base: str, *, commit: str, files: Mapping[str, Listed], records: RecordReader):
-        self._api, self._base, self._commit, self._files, self._records = api, base, commit, files, records
+    def __init__(
+        self,
+        api: HfApi,
+        base: str,
+        *,
+        commit: str,
+        files: Mapping[str, Listed],
+        records: RecordReader,
+        say: Callable[[str], None],
+    ) -> None:
+        self._api, self._base, self._commit, self._files = api, base, commit, files
+        self._records, self._say = records, say
         self._maintainers = Maintainers(api, base)
         self.notes: list[str] = []
 
@@ -82,9 +93,11 @@ class CandidateReader:
         merges, _ = read_merges(self._api, self._base, self._maintainers)
         merged = {patch.name: patch for merge in reversed(merges) for patch in merge.patches}
         for name in self._cut(list_patches(self._api, self._base, self._commit), "patches"):
+            if not self._may_read(name):
+                continue
             patch = merged.get(name)
             fine_tune = FineTune(
-                name=one_line(name),
+                name=name,
                 kind="merged patch" if patch else "patch",
                 author=patch.contributor if patch and patch.contributor else self._base.partition("/")[0],
                 repo=self._base,
@@ -110,8 +123,10 @@ class CandidateReader:
             if proposed is None:
                 continue
             pull_request, mark = proposed.pull_request, proposed.mark
+            if not self._may_read(mark.name):
+                continue
             fine_tune = FineTune(
-                name=one_line(mark.name),
+                name=mark.name,
                 kind="proposed patch",
                 author=one_line(pull_request.author),
                 repo=self._base,
@@ -137,6 +152,8 @@ class CandidateReader:
     def _read_models(self) -> Iterator[Candidate]:
         with describing(self._api, self._base):
             found = list(islice(list_children(self._api, self._base, limit=MAX_OF_A_KIND + 1), MAX_OF_A_KIND + 1))
+        if found:
+            self._say(f"Looking at {min(len(found), MAX_OF_A_KIND)} models whose cards name {self._base}")
         seen = {self._base.lower()}
         for info, relation in self._cut(found, "models"):
             if info.id.lower() not in seen:  # a card may name itself
@@ -182,6 +199,15 @@ class CandidateReader:
         own = tuple(each for each in found if is_of(each.record, weights))
         beside = tuple(each for each in found if not is_of(each.record, weights))
         return replace(candidate, own=own, beside=beside)
+
+    def _may_read(self, name: str) -> bool:
+        """Whether it is a name for a patch, which goes into addresses on the Hub."""
+        try:
+            check_name(name)
+        except ConfigError:
+            self.notes.append(f"A patch called {one_line(name[:40])!r} was left out: that is no name.")
+            return False
+        return True
 
     def _note(self, candidate: Candidate, reason: str) -> Candidate:
         fine_tune = candidate.fine_tune

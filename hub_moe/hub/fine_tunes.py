@@ -17,7 +17,6 @@ from ..errors import ConfigError
 from ..evals.records import EntryResult, StoredRecord
 from .base_records import BaseRecords
 from .candidates import Candidate, CandidateReader
-from .contributions import one_line
 from .differences import Compare, Differences
 from .found_records import RecordReader
 from .lineage import fetch_info
@@ -92,40 +91,42 @@ def find_fine_tunes(
         HubError: If there is no such model, or it cannot be read.
     """
     info = fetch_info(api, base)
-    return _Finder(api, info.id, str(info.sha), compare, scratch, task).find(limit, say)
+    files = list_files(api, info.id, str(info.sha))
+    records = RecordReader(api, scratch)
+    candidates = CandidateReader(api, info.id, commit=str(info.sha), files=files, records=records, say=say)
+    bases = BaseRecords(api, info.id, commit=str(info.sha), files=files, records=records)
+    finder = _Finder(candidates, bases, Differences(compare, records), task)
+    found, tasks = finder.find()
+    ranked = finder.rank(found, tasks, base=info.id, limit=limit) if found else []
+    parts = (candidates, records, bases, finder.differences)
+    return FoundFineTunes(
+        base=info.id,
+        commit=str(info.sha),
+        task=task,
+        tasks=tuple(tasks),
+        num_found=len(found),
+        fine_tunes=tuple(ranked),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
 
 
 class _Finder:
-    def __init__(self, api: HfApi, base: str, commit: str, compare: Compare, scratch: Path, task: str | None) -> None:
-        files = list_files(api, base, commit)
-        self._base, self._commit, self._task = base, commit, task
-        self._records = RecordReader(api, scratch)
-        self._bases = BaseRecords(api, base, commit=commit, files=files, records=self._records)
-        self._candidates = CandidateReader(api, base, commit=commit, files=files, records=self._records)
-        self._differences = Differences(compare, self._records)
+    """Judges the candidates, and compares those that are shown by document."""
+
+    def __init__(
+        self, candidates: CandidateReader, bases: BaseRecords, differences: Differences, task: str | None
+    ) -> None:
+        self._candidates, self._bases, self.differences, self._task = candidates, bases, differences, task
         self._stored: dict[str, StoredRecord] = {}
 
-    def find(self, limit: int, say: Callable[[str], None]) -> FoundFineTunes:
-        say(f"Looking at what was made of {self._base}")
-        candidates = list(self._candidates.read())
-        failures = _find_failures(candidates)
-        found = [self._judge(each, failures) for each in candidates]
-        tasks = sorted({result.task for each in found for result in each.results} | self._bases.tasks.keys())
-        ranked = self._rank(found, tasks, limit) if found else []
-        parts = (self._candidates, self._records, self._bases, self._differences)
-        return FoundFineTunes(
-            base=self._base,
-            commit=self._commit,
-            task=self._task,
-            tasks=tuple(map(one_line, tasks)),
-            num_found=len(found),
-            fine_tunes=tuple(ranked),
-            notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        )
+    def find(self) -> tuple[list[FineTune], list[str]]:
+        """Every fine-tune, and the names of all tasks."""
+        found = [self._judge(each) for each in self._candidates.read()]
+        return found, sorted({result.task for each in found for result in each.results} | self._bases.tasks.keys())
 
-    def _judge(self, candidate: Candidate, failures: Mapping[str, Standing]) -> FineTune:
+    def _judge(self, candidate: Candidate) -> FineTune:
         rejection = judge_contribution(candidate.reviews)
-        standings = {**failures, **judge_records(candidate.reviews)}
+        standings = judge_records(candidate.reviews)
         results = choose_results(
             self._make_result(candidate, stored, entry, standings)
             for stored in candidate.own
@@ -159,12 +160,12 @@ class _Finder:
             base_record=found[0].record.id if found else None,
         )
 
-    def _rank(self, found: Sequence[FineTune], tasks: Sequence[str], limit: int) -> list[FineTune]:
-        """The first `limit`, each compared by document; who loses the gain by that goes down, and the next is compared."""
+    def rank(self, found: Sequence[FineTune], tasks: Sequence[str], *, base: str, limit: int) -> list[FineTune]:
+        """The first `limit`, each compared by document; who loses a gain by that goes down and the next comes."""
         if self._task is not None:
             found = [self._keep_task(each, self._task) for each in found]
             if self._task not in tasks:
-                raise ConfigError(_describe_unknown(self._base, self._task, tasks))
+                raise ConfigError(_describe_unknown(base, self._task, tasks))
         of_base = self._bases.tasks.get(self._task or "")
         metric = find_metric(self._task, found, of_base) if self._task else None
         ranked, measured = list(found), set[FineTune]()
@@ -193,18 +194,9 @@ class _Finder:
                 yield each
                 continue
             base, candidate = self._stored[each.base_record], self._stored[each.record]
-            yield self._differences.measure(
+            yield self.differences.measure(
                 each, base=base, candidate=candidate, whose=fine_tune.name, alone=self._task is not None
             )
-
-
-def _find_failures(candidates: Sequence[Candidate]) -> dict[str, Standing]:
-    """The records that somebody who counts could not reproduce: they are no better in a repo of their own."""
-    found: dict[str, Standing] = {}
-    for candidate in candidates:
-        standings = judge_records(candidate.reviews)
-        found |= {record: each for record, each in standings.items() if each.word == "rejected"}
-    return found
 
 
 def _rank_of(standing: Standing) -> int:
@@ -224,8 +216,8 @@ def _describe_unknown(base: str, task: str, tasks: Sequence[str]) -> str:
         return f"Neither {base} nor a fine-tune of it has a record, so none can be ranked by {task!r}."
     near = difflib.get_close_matches(task, tasks, n=3, cutoff=0.5)
     if near:
-        advice = f"did you mean {' or '.join(map(one_line, near))}?"
+        advice = f"did you mean {' or '.join(near)}?"
     else:
         more = f" and {len(tasks) - _MOST_NAMED} more" if len(tasks) > _MOST_NAMED else ""
-        advice = f"there are {', '.join(map(one_line, tasks[:_MOST_NAMED]))}{more}."
+        advice = f"there are {', '.join(tasks[:_MOST_NAMED])}{more}."
     return f"No record of {base} or its fine-tunes is about the task {task!r}; {advice}"

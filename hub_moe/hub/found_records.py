@@ -4,6 +4,7 @@ What is damaged, edited or too large is left out and named; nothing of it is bel
 """
 
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _MAX_TABLE_ROWS = 200_000
 _MAX_TABLE_VALUES = 4_000_000  # of a column; MMLU has 14,042 documents with 4 answers each
 _MAX_ENTRIES = 200
 _MAX_NUMBER = 1e15
+_CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,11 @@ def _require_sound(record: Record) -> None:
     names = [entry.name for entry in record.entries]
     if len(set(names)) < len(names):
         raise EvaluationError("it has an entry twice.")
+    if not _CREATED.fullmatch(record.created):
+        raise EvaluationError("it does not say when it was made.")
     for entry in record.entries:
+        if any(not name or one_line(name) != name for name in (entry.name, entry.main_metric)):
+            raise EvaluationError("it has an entry or a metric whose name nobody could read.")
         if sum(metric.name == entry.main_metric for metric in entry.metrics) != 1:
             raise EvaluationError(f"its entry {entry.name!r} lacks its main metric.")
         value = entry.main.value

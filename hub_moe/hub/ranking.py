@@ -134,14 +134,15 @@ def judge_contribution(reviews: Sequence[FoundReview]) -> Standing | None:
 
 
 def judge_records(reviews: Sequence[FoundReview]) -> dict[str, Standing]:
-    """What the reviews that count found of each record, by its id; the last one that says something stands.
+    """What the reviews that count found of each record at the head, by its id; the last that says something stands.
 
-    That a record failed holds for later heads too, since its id is that of its content and of the weights in it.
+    It holds in this pull request only: anybody can put a copy of somebody else's record beside other weights, where it
+    fails, or a copy of a sound patch beside another tokenizer.
     """
     found: dict[str, Standing] = {}
     for review in reversed(reviews):
-        for record, outcome in review.mark.records.items() if review.counts else ():
-            if outcome in REPRODUCED and review.is_current:
+        for record, outcome in review.mark.records.items() if review.counts and review.is_current else ():
+            if outcome in REPRODUCED:
                 found.setdefault(record, Standing("reproduced", review.reviewer))
             elif outcome == "failed":
                 found.setdefault(record, Standing("rejected", review.reviewer, "its record could not be reproduced"))
