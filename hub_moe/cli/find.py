@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..hub.fine_tunes import FoundFineTunes
     from ..hub.ranking import FineTune, Result
 
-_COLUMNS = ("Fine-tune", "what", "by", "task", "value", "difference to base", "n", "standing")
+_COLUMNS = ("Fine-tune", "what", "task", "value", "over base ±95 %", "n", "standing")
 _MOST_NOTES = 20
 
 
@@ -66,22 +66,23 @@ def find(
 
 def _rows(fine_tune: "FineTune") -> Iterator[Row]:
     number = f" #{fine_tune.pull_request}" if fine_tune.pull_request else ""
-    shown = (fine_tune.name, f"{fine_tune.kind}{number}", fine_tune.author)
+    by = f" by {fine_tune.author}" if fine_tune.subfolder else ""  # else its name says it
+    shown = (f"{fine_tune.name}{number}", f"{fine_tune.kind}{by}")
     if not fine_tune.results:
         yield (*shown, "", "", "", "", str(fine_tune.standing))
     for result in fine_tune.results:
         yield (*shown, *_cells(result))
-        shown = ("", "", "")
+        shown = ("", "")
 
 
 def _cells(result: "Result") -> Row:
-    value = f"{result.value:.3f} {result.metric}{'' if result.higher_is_better else ' ↓'}"
+    task = f"{result.task} {result.metric}{'' if result.higher_is_better else ' ↓'}"
     difference = "" if result.difference is None else f"{result.difference:+.3f}"
     if result.interval is not None:
-        difference += f" ({result.interval[0]:+.3f} to {result.interval[1]:+.3f})"
+        difference += f" ±{(result.interval[1] - result.interval[0]) / 2:.3f}"
     if result.verdict is not None:
         difference += f" {result.verdict}"
-    return result.task, value, difference, str(result.num_documents), str(result.standing)
+    return task, f"{result.value:.3f}", difference, str(result.num_documents), str(result.standing)
 
 
 def _notes(found: "FoundFineTunes") -> Iterator[str]:

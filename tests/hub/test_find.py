@@ -390,11 +390,10 @@ def test_the_command_prints_a_table_or_json_and_its_notes_beside(fair, hub):
     done = run_command(hub, "--base", fair.repo, "--task", "cloze")
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[-2:]
-    assert first.split()[:5] == ["honest", "proposed", "patch", f"#{number}", "bob"]
-    assert "0.750 acc" in first
-    assert "+0.250 (" in first
+    assert first.split()[:9] == ["honest", f"#{number}", "proposed", "patch", "by", "bob", "cloze", "acc", "0.750"]
+    assert "+0.250 ±0." in first
     assert first.split()[-4:] == ["8", "reproduced", "by", "alice"]
-    assert second.split()[:3] == ["bob/of-the-command", "quantized", "bob"]
+    assert second.split()[:5] == ["bob/of-the-command", "quantized", "cloze", "acc", "1.000"]
     assert "Looking at 1 models" in done.stderr
     done = run_command(hub, "--base", fair.repo, "--json", "--limit", 1)
     found = json.loads(done.stdout)
