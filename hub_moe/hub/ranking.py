@@ -125,9 +125,9 @@ class FineTune:
 
 
 def judge_contribution(reviews: Sequence[FoundReview]) -> Standing | None:
-    """The rejection, if the last review of the head by somebody who counts is one."""
+    """The rejection, if the last review of the head by somebody who counts is one; incomplete ones say nothing."""
     for review in reversed(reviews):
-        if review.counts and review.is_current:
+        if review.counts and review.is_current and review.mark.verdict != "incomplete":
             reason = one_line(review.mark.reasons[0]) if review.mark.reasons else None
             return Standing("rejected", review.reviewer, reason) if review.mark.verdict == "reject" else None
     return None
