@@ -8,14 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hub_moe.errors import ConfigError, HubError
 from hub_moe.evals.compare import compare_records
 from hub_moe.hub.fine_tunes import find_fine_tunes
 from hub_moe.hub.marks import ContributionMark, write_mark
-from hub_moe.hub.ranking import Result, Standing
 
 from .fair import BEFORE, BEST, BETTER, build_fair, commit, make_evidence, make_source, sha256
 
@@ -349,31 +346,6 @@ def test_what_cannot_be_ranked_is_one_sentence(fair, find):
     fair.repo = "base"
     with pytest.raises(ConfigError, match="'base' is no id of a model"):
         find(fair)
-
-
-results = st.builds(
-    Result,
-    task=st.just("cloze"),
-    metric=st.sampled_from(["acc", "bits_per_byte"]),
-    value=st.floats(-10, 10),
-    higher_is_better=st.booleans(),
-    num_documents=st.integers(1, 9),
-    record=st.just("1"),
-    created=st.just("2026"),
-    standing=st.sampled_from([Standing(word) for word in ("reproduced", "self-reported", "none", "rejected")]),
-    base_value=st.none() | st.floats(-10, 10),
-)
-
-
-@given(st.lists(results, max_size=8))
-def test_trust_goes_before_every_gain_and_a_gain_before_none(found):
-    ordered = sorted(found, key=lambda each: each.order("acc"))
-    ranks = [each.standing.rank for each in ordered]
-    assert ranks == sorted(ranks)
-    for one, other in zip(ordered, ordered[1:], strict=False):
-        if (one.standing, one.metric) == (other.standing, other.metric) and other.gain is not None:
-            assert one.gain is not None
-            assert one.gain >= other.gain
 
 
 def run_command(hub, *arguments, user="alice"):

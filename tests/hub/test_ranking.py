@@ -3,6 +3,8 @@
 import itertools
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hub_moe.hub.contributions import FoundReview
 from hub_moe.hub.marks import ReviewMark
@@ -62,3 +64,28 @@ def test_of_several_records_the_trusted_one_counts_then_the_longer_then_the_newe
     newer = make_result(SELF_REPORTED, value=0.1, created="2026-02-01T00:00:00Z")
     older = make_result(SELF_REPORTED, value=1.0)
     assert choose_results([newer, older]) == (newer,)
+
+
+results = st.builds(
+    Result,
+    task=st.just("cloze"),
+    metric=st.sampled_from(["acc", "bits_per_byte"]),
+    value=st.floats(-10, 10),
+    higher_is_better=st.booleans(),
+    num_documents=st.integers(1, 9),
+    record=st.just("1"),
+    created=st.just("2026"),
+    standing=st.sampled_from([Standing(word) for word in ("reproduced", "self-reported", "none", "rejected")]),
+    base_value=st.none() | st.floats(-10, 10),
+)
+
+
+@given(st.lists(results, max_size=8))
+def test_trust_goes_before_every_gain_and_a_gain_before_none(found):
+    ordered = sorted(found, key=lambda each: each.order("acc"))
+    ranks = [each.standing.rank for each in ordered]
+    assert ranks == sorted(ranks)
+    for one, other in zip(ordered, ordered[1:], strict=False):
+        if (one.standing, one.metric) == (other.standing, other.metric) and other.gain is not None:
+            assert one.gain is not None
+            assert one.gain >= other.gain
