@@ -40,7 +40,7 @@ from .readme import read_readme
 from .training_run import TrainingRun, describe_energy, describe_profile, hide_folder
 
 RECORDS_FOLDER = "evals"
-_WEIGHTS = re.compile(r"(.*\.(safetensors|gguf)|(pytorch|adapter)_model.*\.bin)")
+_WEIGHTS = re.compile(r"([^/]*\.(safetensors|gguf)|(pytorch|adapter)_model[^/]*\.bin)")
 _SMALL_FILES = ["README.md", FACTS_FILE, "*.json", f"{RECORDS_FOLDER}/*", ".eval_results/*.yaml", "card/*.png"]
 _LOAD_SOURCES = ("expert profile", "training run")
 Say = Callable[[str], None]
@@ -142,11 +142,6 @@ def is_of(record: Record, weights: Mapping[str, str]) -> bool:
     """Whether a record was made with exactly these files of weights."""
     claimed = {name: sha256 for name, sha256 in record.model.files.items() if is_weight(name)}
     return bool(weights) and claimed == dict(weights)
-
-
-def is_weight(name: str) -> bool:
-    """Whether a file is one of weights, by its name."""
-    return _WEIGHTS.fullmatch(name) is not None
 
 
 def find_base(model: ModelFolder, run: TrainingRun | None = None) -> Ancestor | None:
@@ -387,3 +382,8 @@ def _find_energy(evidence: Evidence, earlier: Facts, evaluations: Sequence[Evalu
 def _hide_folders(word: str) -> str:
     option, equals, value = word.partition("=")
     return f"{option}={hide_folder(value)}" if equals and word.startswith("-") else hide_folder(word)
+
+
+def is_weight(name: str) -> bool:
+    """Whether a file is one of a model's weights, by its name in the model's folder; those of patches lie deeper."""
+    return _WEIGHTS.fullmatch(name) is not None

@@ -16,6 +16,7 @@ from .demo import demo
 from .eval import evaluate, suites
 from .experts import experts
 from .export import export
+from .find import find
 from .hub import hub
 from .inspect import inspect
 from .lineage import lineage
@@ -45,6 +46,7 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command()(lineage)
+app.command()(find)
 app.command()(contribute)
 app.command()(publish)
 app.command()(review)

@@ -53,7 +53,7 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
     Examples:
       hub-moe verify alice/law-experts
       hub-moe verify alice/base#3 --documents 299          # finds 1 % of fabrication with 95 %
-      hub-moe verify evals/offline-0a1b2c3d4e5f6071.json --model runs/demo/model
+      hub-moe verify evals/offline-0a1b2c3d4e5f6071.json --model runs/demo/base/model
     """
     from ..evals.claims import find_claims
     from ..evals.verify import Reviewer, verify_record

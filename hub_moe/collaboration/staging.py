@@ -192,8 +192,9 @@ def _put_base_of_adapter(path: Path, base: str, *, api: HfApi) -> None:
 
 
 def _pair(own: Sequence[StoredRecord], known: Sequence[StoredRecord]) -> Iterator[tuple[StoredRecord, StoredRecord]]:
-    """Each record with the newest of the model below it on the same suite: (base's, own)."""
-    for candidate in own:
+    """The newest record of each suite with the newest of the model below it on that suite: (base's, own)."""
+    newest = {each.record.suite.sha256: each for each in sorted(own, key=lambda each: each.record.created)}
+    for candidate in newest.values():
         below = candidate.record.model.base
         fitting = [
             each

@@ -95,13 +95,16 @@ class Steps:
         """
         with ThreadPoolExecutor(_PEOPLE_AT_ONCE) as pool:
             running = [pool.submit(lane) for lane in lanes]
+            is_done = False
             try:
-                return [each.result() for each in running]
-            except BaseException:
-                with self._lock:
-                    self._is_stopped = True
-                self._hub.interrupt()
-                raise
+                results = [each.result() for each in running]
+                is_done = True
+            finally:
+                if not is_done:
+                    with self._lock:
+                        self._is_stopped = True
+                    self._hub.interrupt()
+        return results
 
 
 def _say(text: str) -> None:

@@ -107,7 +107,7 @@ def read_value(hint: Any, value: Any, *, where: str) -> Any:
         return {key: read_value(inner, item, where=f"{where} {key!r}") for key, item in value.items()}
     if get_origin(hint) in _ARRAYS:
         return tuple(read_value(get_args(hint)[0], item, where=f"{where}, item {i},") for i, item in enumerate(value))
-    return float(value) if hint is float else value
+    return _to_float(value, where) if hint is float else value
 
 
 def write_toml(tables: Mapping[str, Any]) -> str:
@@ -146,6 +146,13 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         table.pop(keys[-1], None)
     else:
         table[keys[-1]] = value
+
+
+def _to_float(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where} is too large for a number.") from None
 
 
 def _is_of(hint: Any, value: Any) -> bool:
