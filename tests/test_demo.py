@@ -112,7 +112,7 @@ def test_two_honest_patches_are_merged_and_a_forged_one_is_rejected_for_its_numb
 def test_every_step_was_a_command_that_somebody_can_repeat(finished, report):
     said = [each["command"] for each in report.steps]
     words = {" ".join(command.split()[:2]) for command in said}
-    verbs = ("train", "eval", "publish", "contribute", "review", "merge", "verify", "lineage")
+    verbs = ("train", "eval", "publish", "contribute", "review", "merge", "verify", "lineage", "find")
     assert {f"hub-moe {verb}" for verb in verbs} <= words
     assert not any(str(finished) in command for command in said)
     assert {each["who"] for each in report.steps} == {"demo", "alice", "bob", "mallory", "anybody"}

@@ -133,6 +133,7 @@ class Loop:
         run("verify", None, "checks its claims", check)
         lineage = ["hub-moe", "lineage", MODEL, "--plot", folder.inside(folder.lineage)]
         run("lineage", None, "sees who made what of what", lineage)
+        run("find", None, "ranks what was made of it by reproduced results", ["hub-moe", "find", "--base", MODEL])
         return text
 
     def _propose(self, who: str, domain: Domain) -> Proposal:
