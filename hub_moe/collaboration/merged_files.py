@@ -158,7 +158,8 @@ def _stale_files(base: BaseCard, weights: Mapping[str, str]) -> Iterator[str]:
             yield f"{RECORDS_FOLDER}/{stored.samples_path.name}"
     left = read_eval_results(base.folder)
     yield from (name for name in base.listed if _is_result(name) and Path(name).name not in left)
-    yield from (each.file for each in (base.facts.pictures if base.facts else ()) if each.about != "training")
+    pictures = base.facts.pictures if base.facts else ()
+    yield from (each.file for each in pictures if each.about != "training" and each.file.startswith("card/"))
 
 
 def _is_result(name: str) -> bool:
