@@ -134,5 +134,7 @@ def _print_plan(plan: "MergePlan") -> None:
             for each in plan.gains
         ]
         print_table(("Patch", "task", "base", "patch", "merged", "gain"), gains)
+        for note in plan.notes:
+            print_text(note)
     print_text()
     print_text(f"Into {plan.repo} at {plan.parent[:12]}, {plan.method}: {len(plan.files)} files")

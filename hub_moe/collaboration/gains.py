@@ -5,16 +5,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import EvaluationError
+from ..errors import EvaluationError, HubMoeError
 from ..evals.compare import RecordComparison, compare_records
 from ..evals.models import ModelRequest
 from ..evals.records import StoredRecord, read_record
 from ..evals.session import Plan, evaluate
 from ..evals.statistics.comparison import Verdict
 from ..evals.suites import Suite
-from .costs import share_lost
+from .costs import describe_cost, percent, share_lost
 from .review import suites_of
-from .safety import Contribution
+from .safety import Contribution, shown
 
 OF_THE_BASE = "(the base's own)"
 """In the place of a patch's name, where nobody's patch brought a suite."""
@@ -56,7 +56,7 @@ class Gain:
     @property
     def cost(self) -> float:
         """By what share of its value the base got worse by the merge; negative where it got better."""
-        return share_lost(self.base, self.merged, lower_is_better=self.lower_is_better)
+        return share_lost(self.metric, self.base, self.merged, lower_is_better=self.lower_is_better)
 
     @property
     def is_lost(self) -> bool:
@@ -76,8 +76,23 @@ class Gain:
         if self.is_lost:
             return "lost"
         if self.kept_share is not None:
-            return "kept" if self.kept_share > _KEPT else f"kept in part ({self.kept_share:.0%})"
-        return f"costs {self.cost:.1%}" if self.merged_verdict == "worse" else "no gain shown"
+            return "kept" if self.kept_share > _KEPT else f"kept in part ({100 * self.kept_share:.0f} %)"
+        return f"costs {percent(self.cost)}" if self.merged_verdict == "worse" else "no gain shown"
+
+    @property
+    def loss(self) -> str:
+        """What is taken away, in words, where something is."""
+        if self.kept_share is not None:
+            figures = f"base {self.base:.3f}, alone {self.own:.3f}, merged {self.merged:.3f}"
+            return f"the gain of {self.patch} on {self.task} is lost ({figures})"
+        return f"{self.task} gets worse (base {self.base:.3f}, merged {self.merged:.3f})"
+
+    @property
+    def note(self) -> str | None:
+        """What is put up with, in words, where something is."""
+        if self.is_lost or self.merged_verdict != "worse":
+            return None
+        return f"Merging {describe_cost(self.task, self.cost, tolerance=self.tolerance)}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -93,6 +108,7 @@ class Examiner:
         merged: The folder of the merged model.
         alone: The folder of each patch by its name, for this base; empty where the merged model is the patch alone.
         folder: Where the records go.
+        may_skip: Whether a suite of the base's own that cannot be asked is left out, and told to `say`.
     """
 
     base: str
@@ -104,6 +120,7 @@ class Examiner:
     device: str | None = None
     batch_size: int = 16
     tolerance: float = 0.0
+    may_skip: bool = False
     say: Callable[[str], None] = lambda text: None
 
     def examine(self, contributions: Sequence[Contribution], own_suites: Sequence[Suite] = ()) -> Iterator[Gain]:
@@ -120,8 +137,15 @@ class Examiner:
                 base, merged = asked[suite.source.sha256]
                 yield from self._compare(contribution.name, suite, base, merged)
         for suite in own_suites:
-            if suite.source.sha256 not in asked:
+            if suite.source.sha256 in asked:
+                continue
+            try:
                 yield from self._compare(OF_THE_BASE, suite, *self._ask_both(suite))
+            except (HubMoeError, OSError) as error:
+                if not self.may_skip:
+                    raise
+                why = str(error).strip().partition("\n")[0]
+                self.say(f"The base's suite {shown(suite.name)} was not asked, so its results leave the card: {why}")
 
     def merged_records(self) -> list[StoredRecord]:
         """The evidence of the merged model, which goes into its repo."""

@@ -25,8 +25,8 @@ from ..patches.merging import merge_into_base
 from ..patches.rebasing import rebase_patch
 from .gains import Examiner, Gain
 from .merge_plan import Candidate, Merged, MergeOptions, MergePlan
-from .merged_files import gather_files
-from .review import find_review, read_suites, require_open
+from .merged_files import BaseCard, complete_model, gather_files, open_card
+from .review import find_review, require_open, suites_of
 from .safety import list_faults, open_contribution
 
 Say = Callable[[str], None]
@@ -66,7 +66,8 @@ def prepare_merge(
         HubError: If a pull request is not open, was not reviewed, holds what it may not, or the Hub refuses.
         ConflictError: If main changed what a patch changes, or patches change the same and the method is "refuse".
         PatchError: If a patch is for another base.
-        EvaluationError: If a gain is lost and that was not accepted.
+        ConfigError: If the base's card, its facts or the records beside it are damaged.
+        EvaluationError: If a record was edited, or a suite cannot be asked.
     """
     repo, numbers = _parse(references)
     with describing(api, repo):
@@ -87,24 +88,25 @@ def prepare_merge(
             patch = rebase_patch(patch, f"{repo}@{parent}", token=api.token)
         candidates.append(Candidate(each, contribution, patch, reviewer))
     _require_different_names(candidates)
-    plan = MergePlan(repo, parent, tuple(candidates), "side-by-side", ())
+    base = open_card(api, repo, parent, work / "card")
+    plan = MergePlan(repo, parent, tuple(candidates), "side-by-side", (), tolerance=options.tolerance)
     if not options.side_by_side:
-        plan = _merge_models(api, plan, options, work, say=say, show=show)
+        plan = _merge_models(api, plan, options, work, base=base, say=say, show=show)
         if plan.losses and not options.accept_losses:
             return plan  # whoever shows it refuses it: see `refuse_losses`
-    files, deleted = gather_files(api, plan, work, say=say)
+    files, deleted = gather_files(base, plan, work, say=say)
     return replace(plan, files=tuple(files), deleted=tuple(deleted))
 
 
 def refuse_losses(plan: MergePlan) -> None:
-    """Refuse a merge that takes away what somebody gained.
+    """Refuse a merge that takes away what somebody gained, or makes the base worse than is put up with.
 
     Raises:
         EvaluationError: Naming each.
     """
     if plan.losses:
-        told = ", ".join(f"{each.patch} on {each.task} ({each.own:.3f} -> {each.merged:.3f})" for each in plan.losses)
-        raise EvaluationError(f"Merging loses a gain: {told}; --accept-losses merges all the same.")
+        told = ", ".join(dict.fromkeys(each.loss for each in plan.losses))
+        raise EvaluationError(f"Merged, {told}; --accept-losses merges all the same.")
 
 
 def apply_merge(api: HfApi, plan: MergePlan, *, say: Say) -> Merged:
@@ -178,14 +180,21 @@ def _require_different_names(candidates: Sequence[Candidate]) -> None:
 
 
 def _merge_models(
-    api: HfApi, plan: MergePlan, options: MergeOptions, work: Path, *, say: Say, show: Callable[[Any], None]
+    api: HfApi,
+    plan: MergePlan,
+    options: MergeOptions,
+    work: Path,
+    *,
+    base: BaseCard,
+    say: Say,
+    show: Callable[[Any], None],
 ) -> MergePlan:
-    """The merged model, its changed files, and what became of everybody's gains."""
-    base = f"{plan.repo}@{plan.parent}"
+    """The merged model, and what became of everybody's gains."""
+    place = f"{plan.repo}@{plan.parent}"
     patches = [each.patch for each in plan.candidates]
     patch, table = patches[0], None
     if len(patches) > 1:
-        table = find_conflicts(patches, base=base, method=options.method)
+        table = find_conflicts(patches, base=place, method=options.method)
         show(table)
         if table.conflicts and options.method.name == "refuse":
             holders = {each.tensor or "": each.patches for each in table.conflicts}
@@ -194,13 +203,13 @@ def _merge_models(
                 "(--method mean, ties, dare or slerp), or keep them apart (--side-by-side).",
                 tuple(holders),
             )
-        patch = combine_patches(patches, base=base, method=options.method).patch
-    own_suites = [] if options.accept_losses else read_suites(api, plan.repo, plan.parent)
+        patch = combine_patches(patches, base=place, method=options.method).patch
     say("Writing the merged model, and comparing every byte outside of the patch with the base")
     patch.save(work / "combined")
-    merge_into_base(work / "combined", work / "model", base=base)
+    merge_into_base(work / "combined", work / "model", base=place)
+    complete_model(api, base, plan.parent, work / "model")
     plan = replace(plan, table=table, method=options.method.name if table and table.conflicts else "exact")
-    return replace(plan, gains=_examine(plan, options, work, own_suites=own_suites, say=say))
+    return replace(plan, gains=_examine(plan, options, work, own_suites=suites_of(base.records), say=say))
 
 
 def _examine(
@@ -220,6 +229,7 @@ def _examine(
         device=options.device,
         batch_size=options.batch_size,
         tolerance=options.tolerance,
+        may_skip=options.accept_losses,
         say=say,
     )
     contributions = [each.contribution for each in plan.candidates]
@@ -253,6 +263,8 @@ def _describe_outcome(plan: MergePlan) -> str:
             f"{each.outcome} |"
             for each in plan.gains
         ]
+    if plan.notes:
+        lines += ["", *(f"- {escape(each)}" for each in plan.notes)]
     return "\n".join(lines)
 
 

@@ -64,6 +64,7 @@ class MergePlan:
     Attributes:
         method: As the trailers say it.
         deleted: Records, and what belongs to them, of the weights that the merge replaces.
+        tolerance: By what share of the base's value a task may get worse.
     """
 
     repo: str
@@ -74,10 +75,16 @@ class MergePlan:
     table: ConflictTable | None = None
     gains: tuple[Gain, ...] = ()
     deleted: tuple[str, ...] = ()
+    tolerance: float = 0.0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What merging costs and the tolerance allows, each once."""
+        return tuple(dict.fromkeys(each.note for each in self.gains if each.note is not None))
 
     @property
     def losses(self) -> tuple[Gain, ...]:
-        """The gains that merging takes away."""
+        """The gains that merging takes away, and the tasks that it makes worse than the tolerance allows."""
         return tuple(each for each in self.gains if each.is_lost)
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +105,8 @@ class MergePlan:
             ],
             "conflicts": self.table.to_dict() if self.table else None,
             "gains": [each.to_dict() for each in self.gains],
+            "tolerance": self.tolerance,
+            "notes": list(self.notes),
             "files": [path for path, _ in self.files],
             "deleted": list(self.deleted),
         }

@@ -114,8 +114,9 @@ class Review:
                 task.task
                 for each in self.regressions
                 for task in each.comparison.tasks
-                if task.verdict == "worse" and share_of(task) > self.tolerance
+                if task.verdict == "worse" and share_of(task, each) > self.tolerance
             ],
+            tolerance=self.tolerance,
         )
 
     def to_dict(self) -> dict[str, Any]:

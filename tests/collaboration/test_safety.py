@@ -278,6 +278,15 @@ def test_marks_are_read_as_written_and_nothing_else_is():
     assert read_mark(ContributionMark, text) is None
 
 
+def test_a_mark_from_before_there_was_a_tolerance_is_read_and_one_without_reads_there():
+    assert "tolerance" not in write_mark(ReviewMark("0" * 40, "accept"))
+    assert read_mark(ReviewMark, write_mark(ReviewMark("0" * 40, "accept"))).tolerance == 0
+    text = write_mark(ReviewMark("0" * 40, "accept", tolerance=0.02))
+    assert read_mark(ReviewMark, text).tolerance == 0.02
+    for hostile in ('"much"', "1" + "0" * 400, "null", "[0.02]"):
+        assert read_mark(ReviewMark, text.replace("0.02", hostile)) is None
+
+
 @pytest.mark.parametrize("reference", ["alice/base", "alice/base#0", "alice/base#x", "alice#3", "../x#1", "a/b#1#2"])
 def test_what_is_no_pull_request_is_told(reference):
     with pytest.raises(ValueError, match="expected OWNER/NAME#NUMBER"):
