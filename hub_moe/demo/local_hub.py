@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import CheckpointError, HubError
 from ..hubserver.process import Hub
 from .folder import RunFolder
-from .names import PEOPLE
+from .plan import PEOPLE
 
 _PROGRAMS = {
     "hub-moe": [sys.executable, "-P", "-m", "hub_moe"],

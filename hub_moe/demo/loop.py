@@ -10,8 +10,7 @@ from ..data import Corpus
 from ..errors import EvaluationError
 from .folder import RunFolder
 from .local_hub import LocalHub
-from .names import ALICE, BOB, DATASET, MALLORY, MODEL, OWNER
-from .plan import DemoPlan, Domain
+from .plan import ALICE, BOB, DATASET, MALLORY, MODEL, OWNER, DemoPlan, Domain
 from .steps import Done, Steps
 from .texts import (
     GENERAL,

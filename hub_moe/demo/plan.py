@@ -1,7 +1,12 @@
-"""Every number of the demo."""
+"""Every number of the demo, and who is who."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+OWNER, ALICE, BOB, MALLORY = "demo", "alice", "bob", "mallory"
+PEOPLE = (OWNER, ALICE, BOB, MALLORY)
+DATASET = f"{OWNER}/python-stdlib"
+MODEL = f"{OWNER}/nano"
 
 # Steps are fixed, so that a run can be repeated exactly. Two cores of a 2021 server make about this many in a minute.
 _STEPS_PER_MINUTE = 500

@@ -17,8 +17,7 @@ from ..training.threads import choose_num_threads
 from .folder import RunFolder, open_run_folder
 from .local_hub import LocalHub, open_local_hub
 from .loop import Loop
-from .names import MODEL
-from .plan import DemoPlan, plan_demo
+from .plan import MODEL, DemoPlan, plan_demo
 from .report import DemoReport
 from .scoring import score_held_out
 

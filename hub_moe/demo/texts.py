@@ -11,8 +11,7 @@ from ..evals.offline_documents import make_rows
 from ..evals.suites import load_suite
 from ..training.run_config import parse_run_config
 from .folder import RunFolder
-from .names import DATASET, MODEL
-from .plan import DemoPlan, Domain
+from .plan import DATASET, MODEL, DemoPlan, Domain
 
 GENERAL = "general"
 _PIECE_CHARS = 4000

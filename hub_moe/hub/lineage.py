@@ -148,8 +148,8 @@ def parse_merge(commit: GitCommitInfo) -> Merge | None:
             MergedPatch(match[1], match[2], int(number) if number else None, person)
             for match, number, person in zip(merged, numbers, people, strict=True)
         ),
-        base_commit=_values_for(1, found, "Base-Commit")[0],
-        method=_values_for(1, found, "Merge-Method")[0],
+        base_commit=_common_value(found, "Base-Commit"),
+        method=_common_value(found, "Merge-Method"),
     )
 
 
@@ -176,6 +176,12 @@ def list_children(api: HfApi, base: str, *, limit: int) -> Iterator[tuple[ModelI
     for info in found:
         relations = {name.lower(): relation for name, relation in _read_relations(info).items()}
         yield info, relations.get(base.lower(), "finetune")
+
+
+def _common_value(found: Mapping[str, Sequence[str]], name: str) -> str | None:
+    """What all trailers of a name say, one for each patch; None where they differ, as the commits of some bases do."""
+    values = set(_values_for(len(found.get(name, [])), found, name))
+    return values.pop() if len(values) == 1 else None
 
 
 def fetch_info(api: HfApi, repo: str) -> ModelInfo:

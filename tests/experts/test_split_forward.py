@@ -85,7 +85,8 @@ def compare(layout, expert_TK, expert_ids, **tolerance):
     out, dx, dweight, gradients = run(lambda module, *inputs: module(*inputs), whole, expert_TK)
     split_out, split_dx, split_dweight, split_gradients = run(split_experts_forward, parted, expert_TK)
 
-    assert torch.equal(split_out, out)
+    # the same products, but MKL rounds by where matrices lie in memory on some processors, seen on AMD's
+    torch.testing.assert_close(split_out, out, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(split_dx, dx, **tolerance)
     torch.testing.assert_close(split_dweight, dweight, **tolerance)
     for name, stack_gradient in gradients.items():

@@ -174,6 +174,10 @@ def test_a_merge_of_several_patches_pairs_them_with_people_and_pull_requests():
     merge = parse_merge(make_commit("\n".join(["Merge", "", *lines])))
     assert [(each.pull_request, each.contributor) for each in merge.patches] == [(1, "bob"), (2, "carol")]
     assert merge.method == "ties"
+    each_with_its_own = parse_merge(make_commit("\n".join(["Merge", "", *lines, "Merge-Method: ties"])))
+    assert each_with_its_own.method == "ties"
+    mixed = parse_merge(make_commit("\n".join(["Merge", "", *lines, "Merge-Method: mean"])))
+    assert mixed.method is None
     unpaired = parse_merge(make_commit("\n".join(["Merge", "", *lines[:3]])))
     assert [each.pull_request for each in unpaired.patches] == [None, None]
 
