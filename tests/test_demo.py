@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,16 @@ def test_the_hub_of_a_run_holds_the_merged_model_its_history_and_the_pull_reques
         rejected = next(each["number"] for each in report.pull_requests if each["verdict"] == "reject")
         assert {number for number, status in statuses.items() if status == "open"} == {rejected}
         assert api.dataset_info("demo/python-stdlib").card_data.license == "other"
+
+
+def test_a_run_that_was_killed_behind_its_merge_goes_on(finished, report, tmp_path):
+    output = Path(shutil.copytree(finished, tmp_path / "run"))
+    (output / "report.json").unlink()
+    steps = json.loads((output / "steps.json").read_text("utf-8"))
+    (output / "steps.json").write_text(json.dumps({name: done for name, done in steps.items() if name != "merge"}))
+    again = run_demo(output, plan=PLAN)
+    assert (again.model, again.completion, again.gains) == (report.model, report.completion, None)
+    assert again.gain_rows() == []
 
 
 def test_a_finished_run_is_only_read(finished, report, capsys):

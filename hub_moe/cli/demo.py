@@ -23,7 +23,7 @@ def demo(
     Takes minutes on two cores. A small model is trained on the running Python's own standard library and published.
     Alice and Bob train the few experts that their domains use and propose them; Mallory proposes a forged result. The
     owner reviews all three, merges the two that hold, and anybody loads the model by its name. Every step is a command
-    that is shown, as who gave it. Ctrl-C loses nothing: the same command goes on.
+    that is shown, with who gives it. Ctrl-C loses nothing: the same command goes on.
 
     \b
     Examples:

@@ -147,12 +147,6 @@ class Examiner:
                 why = str(error).strip().partition("\n")[0]
                 self.say(f"The base's suite {shown(suite.name)} was not asked, so its results leave the card: {why}")
 
-    def merged_records(self) -> list[StoredRecord]:
-        """The evidence of the merged model, which goes into its repo."""
-        return [
-            each for each in map(read_record, sorted(self.folder.glob("merged/*.json"))) if each.samples_path.is_file()
-        ]
-
     def _ask_both(self, suite: Suite) -> tuple[StoredRecord, StoredRecord]:
         base = self._ask(suite, self._request(self.base, revision=self.revision), "base")
         return base, self._ask(suite, replace(self._request(str(self.merged)), name=self.base), "merged")

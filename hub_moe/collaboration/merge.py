@@ -33,24 +33,29 @@ Say = Callable[[str], None]
 
 
 def finish_merge(api: HfApi, references: Sequence[str], *, say: Say) -> Merged | None:
-    """Tag and close what an interrupted merge committed already; None if these pull requests are not merged yet.
+    """Tag and close what an interrupted merge of these very pull requests left; None if they are not merged yet.
+
+    Nothing changes where it had come to its end.
 
     Raises:
-        HubError: If they were merged and closed, or only some of them are merged.
+        HubError: If only some of them are merged, or together with others.
     """
     repo, numbers = _parse(references)
     found = {number: find_merge(api, repo, number) for number in numbers}
-    commits = {each[0] for each in found.values() if each is not None}
-    if not commits:
+    merges = {each for each in found.values() if each is not None}
+    if not merges:
         return None
-    open_ones = [
-        each for each in (fetch_pull_request(api, repo, n) for n in numbers) if each.status in ("open", "draft")
-    ]
+    pull_requests = [fetch_pull_request(api, repo, number) for number in numbers]
+    open_ones = [each for each in pull_requests if each.status in ("open", "draft")]
     merged = [number for number, each in found.items() if each is not None]
-    if len(commits) > 1 or len(merged) < len(numbers) or not open_ones:
+    commit, together = min(merges)
+    is_one = len(merges) == 1 and len(merged) == len(numbers)
+    if not is_one or (not open_ones and together != set(numbers)):
         names = ", ".join(f"#{number}" for number in merged)
-        raise HubError(f"{repo}: {names} was merged already, by commit {', '.join(sorted(commits))[:90]}.")
-    commit = commits.pop()
+        raise HubError(f"{repo}: {names} was merged already, by commit {', '.join(sorted(m[0] for m in merges))[:90]}.")
+    if not open_ones:
+        say(f"{repo} has these patches already, by commit {commit[:12]}.")
+        return Merged(commit, tag_merge(api, repo, commit))
     say(f"{repo} has these patches already, by commit {commit[:12]}; tagging it and closing what is open.")
     return _announce(api, open_ones, commit, "Merged")
 

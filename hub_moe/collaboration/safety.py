@@ -22,7 +22,7 @@ from ..evals.records import Record, is_record_name, read_record
 from ..hub.marks import ContributionMark, read_mark
 from ..hub.pull_requests import MAX_LISTED, Listed, Proposal, PullRequest, describing, list_history, read_bytes
 from ..patches.expert_patch import ExpertPatch, check_places, describe_config
-from ..patches.metadata import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, PatchMetadata
+from ..patches.metadata import CONFIG_FILE, METADATA_FILE, TOKENIZER_FILES, WEIGHTS_FILE, PatchMetadata
 from ..patches.verification import verify_patch
 
 MAX_FILES = 200
@@ -43,10 +43,7 @@ _ALLOWED: tuple[tuple[str, int | None], ...] = (
     (r"([\w-]+/)?[\w.-]+\.(png|jpe?g|webp)", 10 * _MB),
     (r"\.eval_results/[\w.-]+\.yaml", _MB),
 )
-_OF_THE_BASE = re.compile(  # a patch saved with its base's tokenizer holds these, which must be the base's
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|generation_config)\.json|merges\.txt"
-    r"|tokenizer\.model|chat_template\.jinja"
-)
+_OF_THE_BASE = {*TOKENIZER_FILES, "generation_config.json"}
 _PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".h5", ".keras"}
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".ps1", ".js", ".ipynb", ".exe", ".jar", ".rb"}
 _SCRIPTS = re.compile(
@@ -188,7 +185,7 @@ def _find_file_fault(file: Listed) -> str | None:
         return "may be a pickle, which can run code when it is read; only safetensors are taken"
     if suffix in _CODE:
         return "is code, and a patch needs none"
-    if _OF_THE_BASE.fullmatch(relative):
+    if relative in _OF_THE_BASE:
         return None if file.size_bytes <= 100 * _MB else "is larger than any tokenizer"
     for pattern, limit in _ALLOWED:
         if re.fullmatch(pattern, relative):
@@ -226,7 +223,7 @@ class _Reader:
         faults += [
             Fault("is not the base's, and decides what the model is asked", self._path(name))
             for name in self._files
-            if _OF_THE_BASE.fullmatch(name) and not self._is_of_base(name)
+            if name in _OF_THE_BASE and not self._is_of_base(name)
         ]
         return metadata, faults
 

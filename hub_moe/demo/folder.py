@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.folder import claim_folder, write_atomically
+from .plan import CONTRIBUTORS
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,9 @@ def open_run_folder(path: Path, settings: dict[str, Any], *, fresh: bool) -> Run
 
 def _made(folder: RunFolder, settings: dict[str, Any]) -> list[Path]:
     """What a run writes beside its settings, the report first."""
-    names = ("base", *_CONTRIBUTORS)
-    runs = [folder.base, *(folder.person(name) for name in _CONTRIBUTORS), *map(folder.run_settings, names)]
+    names = ("base", *CONTRIBUTORS)
+    runs = [folder.base, *(folder.person(name) for name in CONTRIBUTORS), *map(folder.run_settings, names)]
     rows = [folder.rows(domain["name"]) for domain in settings["plan"]["domains"]]
     folders = [folder.hub, folder.home, folder.people, folder.corpus, folder.suites, folder.evals, folder.reviews]
     return [folder.report, folder.steps, folder.logs, *folders, *runs, *rows, folder.reference, folder.script,
             folder.lineage]  # fmt: skip
-
-
-_CONTRIBUTORS = ("alice", "bob", "mallory")

@@ -57,8 +57,9 @@ class LocalHub:
         """
         environment = self.hub.environment(user, xet=True, home=self.folder.home.resolve()) | _QUIET
         program, *arguments = command
+        heard: list[str] = []
         # a session of its own: Ctrl-C reaches it once, from here
-        process = subprocess.Popen(
+        with subprocess.Popen(
             [*_PROGRAMS[program], *arguments],
             env=environment,
             cwd=self.folder.path,
@@ -67,22 +68,20 @@ class LocalHub:
             text=True,
             errors="replace",
             start_new_session=True,
-        )
-        self._running.append(process)
-        heard: list[str] = []
-        listener = threading.Thread(target=_listen, args=(process, heard, hear))
-        listener.start()
-        try:
-            assert process.stdout is not None
-            output = process.stdout.read()
-            process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        finally:
-            self._running.remove(process)
-            listener.join()
+        ) as process:
+            self._running.append(process)
+            listener = threading.Thread(target=_listen, args=(process, heard, hear))
+            listener.start()
+            try:
+                assert process.stdout is not None
+                output = process.stdout.read()
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)
+                raise
+            finally:
+                process.wait()
+                self._running.remove(process)
+                listener.join()
         log.write_text(f"$ {shlex.join(command)}\n{''.join(heard)}{output}", "utf-8")
         if process.returncode not in expected:
             said = [line.strip() for line in "".join(heard).replace("\r", "\n").splitlines() if line.strip()]

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 
 from ..data import Corpus
 from ..errors import EvaluationError
+from ..modeling import HubMoeConfig, HubMoeForCausalLM
+from ..training.threads import choose_num_threads
 from .folder import RunFolder
 from .local_hub import LocalHub
 from .plan import ALICE, BOB, DATASET, MALLORY, MODEL, OWNER, DemoPlan, Domain
@@ -51,7 +54,7 @@ class Loop:
     """The acts of the demo, in this order: `build_base`, `contribute`, `review`, `merge`, `use`."""
 
     def __init__(self, hub: LocalHub, plan: DemoPlan, folder: RunFolder) -> None:
-        self._hub, self._plan, self._folder = hub, plan, folder
+        self._plan, self._folder = plan, folder
         self.steps = Steps(hub, folder)
         self._api = HfApi(endpoint=hub.hub.url, token=False)
 
@@ -66,7 +69,7 @@ class Loop:
             write_rows(folder.rows(domain.name), make_domain_rows(domain, plan, corpus))
         folder.reviews.mkdir(exist_ok=True)
 
-    def build_base(self, *, num_threads: int) -> dict[str, Any]:
+    def build_base(self) -> dict[str, Any]:
         """Publish the text, train the base on it, evaluate and publish that; the report of its training."""
         run, folder = self.steps.run, self._folder
         upload = ["hf", "upload", DATASET, folder.inside(folder.corpus), ".", "--repo-type", "dataset"]
@@ -74,24 +77,15 @@ class Loop:
         settings = folder.run_settings("base")
         if not settings.exists():
             revision = str(self._api.dataset_info(DATASET).sha)
-            config = configure_base(self._plan, folder, data_revision=revision, num_threads=num_threads)
+            threads = _fastest_threads(self._plan)
+            config = configure_base(self._plan, folder, data_revision=revision, num_threads=threads)
             folder.write_atomically(settings, lambda path: write_settings(path, config))
         train = ["hub-moe", "train", folder.inside(settings), "--json"]
         trained = run("base", OWNER, "trains a model of many small experts on it", train)
         suite, model = folder.inside(folder.suite(GENERAL)), folder.inside(folder.base / "model")
-        asked = [
-            "hub-moe",
-            "eval",
-            model,
-            "--as",
-            MODEL,
-            "--suite",
-            suite,
-            "--out",
-            folder.inside(folder.evals),
-            "--json",
-        ]
-        run("base-eval", OWNER, "evaluates it", asked)
+        ask = ["hub-moe", "eval", model, "--as", MODEL, "--suite", suite]
+        ask += ["--out", folder.inside(folder.evals), "--json"]
+        run("base-eval", OWNER, "evaluates it", ask)
         publish = ["hub-moe", "publish", folder.inside(folder.base), MODEL, "--license", "apache-2.0"]
         publish += ["--records", folder.inside(folder.evals), "--yes", "--json"]
         run("publish", OWNER, "publishes it with its card and the evidence", publish)
@@ -155,9 +149,8 @@ class Loop:
         ask += ["--out", folder.inside(evals), "--json"]
         record = run(f"{who}-eval", who, "evaluates that", ask).data["record"]
         path = evals / f"{record['suite']['name']}-{record['id'][:16]}.json"
-        run(
-            f"{who}-forge", who, "makes every answer right", ["python", "-m", "hub_moe.demo.forge", folder.inside(path)]
-        )
+        forge = ["python", "-m", "hub_moe.demo.forge", folder.inside(path)]
+        run(f"{who}-forge", who, "makes every answer right", forge)
         name = f"{domain.name}-pro"
         command = ["hub-moe", "contribute", folder.inside(folder.person(who)), MODEL, "--as", name]
         command += ["--general", GENERAL, "--yes", "--json"]
@@ -173,18 +166,13 @@ class Loop:
         self.steps.run(f"{who}-train", who, title, ["hub-moe", "train", self._folder.inside(settings), "--json"])
 
     def _base_commit(self) -> str:
-        published = next(each for each in self.steps.done if each.command.startswith("hub-moe publish"))
-        return str(published.data["commit"])
+        return str(self.steps["publish"].data["commit"])
 
     def _review(self, proposal: Proposal) -> Reviewed:
         plan, number = self._plan, proposal.number
+        out = self._folder.inside(self._folder.reviews / f"{number}.json")
         command = ["hub-moe", "review", f"{MODEL}#{number}", "--documents", str(plan.reviewed_documents)]
-        command += [
-            "--tolerance",
-            str(plan.tolerance),
-            "--out",
-            self._folder.inside(self._folder.reviews / f"{number}.json"),
-        ]
+        command += ["--tolerance", str(plan.tolerance), "--out", out]
         title = f"reviews {proposal.name} of {proposal.author}"
         done = self.steps.run(f"review-{number}", OWNER, title, [*command, "--yes", "--json"], expected=(0, 1, 3))
         found = done.data
@@ -193,6 +181,12 @@ class Loop:
             reasons = "; ".join([*found["rejections"], *found["gaps"]]) or "no reason"
             raise EvaluationError(f"The review of {what} says {found['verdict']}: {reasons}.")
         return Reviewed(proposal, found["verdict"], tuple(found["rejections"]), tuple(found["notes"]))
+
+
+def _fastest_threads(plan: DemoPlan) -> int:
+    """Of torch's threads, for the base; settled once, since another number rounds differently."""
+    model = HubMoeForCausalLM(HubMoeConfig.from_preset("nano", vocab_size=plan.vocab_size, **plan.model_changes))
+    return choose_num_threads(model, torch.randint(plan.vocab_size, (plan.batch_size, plan.block_length)))
 
 
 def _read_proposal(done: Done, domain: Domain, *, is_honest: bool) -> Proposal:

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 OWNER, ALICE, BOB, MALLORY = "demo", "alice", "bob", "mallory"
-PEOPLE = (OWNER, ALICE, BOB, MALLORY)
+CONTRIBUTORS = (ALICE, BOB, MALLORY)
+PEOPLE = (OWNER, *CONTRIBUTORS)
 DATASET = f"{OWNER}/python-stdlib"
 MODEL = f"{OWNER}/nano"
 

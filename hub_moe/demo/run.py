@@ -6,14 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..bars import quiet_bars
 from ..data import Corpus, read_stdlib_corpus
 from ..environment import describe_versions
-from ..modeling import HubMoeConfig, HubMoeForCausalLM
 from ..training.checkpoints import explain_failed_writes
-from ..training.threads import choose_num_threads
 from .folder import RunFolder, open_run_folder
 from .local_hub import LocalHub, open_local_hub
 from .loop import Loop
@@ -71,7 +67,7 @@ def _go_through(hub: LocalHub, plan: DemoPlan, corpus: Corpus, folder: RunFolder
     loop = Loop(hub, plan, folder)
     if not folder.reviews.exists():
         loop.write_texts(corpus)
-    training = loop.build_base(num_threads=_fastest_threads(plan, folder))
+    training = loop.build_base()
     proposals = loop.contribute()
     reviews = loop.review(proposals)
     merged = loop.merge(reviews)
@@ -85,17 +81,9 @@ def _go_through(hub: LocalHub, plan: DemoPlan, corpus: Corpus, folder: RunFolder
         "model": {"repo": MODEL, "revision": merged["commit"], "tag": merged["tag"]},
         "pull_requests": [{**asdict(each.proposal), "verdict": each.verdict, "reasons": each.reasons,
                            "notes": each.notes} for each in reviews],
-        "gains": merged["gains"],
-        "conflicts": merged["conflicts"],
+        "gains": merged.get("gains"),
+        "conflicts": merged.get("conflicts"),
         "completion": text,
         "steps": [asdict(each) for each in loop.steps.done],
         "versions": describe_versions(),
     }  # fmt: skip
-
-
-def _fastest_threads(plan: DemoPlan, folder: RunFolder) -> int:
-    """Of torch's threads, for the base; measured once, since another number rounds differently."""
-    if folder.run_settings("base").exists():
-        return 1  # those of the settings count
-    model = HubMoeForCausalLM(HubMoeConfig.from_preset("nano", vocab_size=plan.vocab_size, **plan.model_changes))
-    return choose_num_threads(model, torch.randint(plan.vocab_size, (plan.batch_size, plan.block_length)))

@@ -48,6 +48,9 @@ class Steps:
         folder.logs.mkdir(exist_ok=True)
         _say(f"The commands run in this folder, each person's own Hub token in HF_TOKEN:\n  $ cd {folder.path}")
 
+    def __getitem__(self, name: str) -> Done:
+        return self._done[name]
+
     @property
     def done(self) -> list[Done]:
         """All, in their order."""

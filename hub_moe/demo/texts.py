@@ -9,6 +9,7 @@ from typing import Any
 from ..data import Corpus, read_language_reference
 from ..evals.offline_documents import make_rows
 from ..evals.suites import load_suite
+from ..files.tables import write_toml
 from ..training.run_config import parse_run_config
 from .folder import RunFolder
 from .plan import DATASET, MODEL, DemoPlan, Domain
@@ -96,11 +97,11 @@ def write_suites(plan: DemoPlan, folder: Path) -> None:
 
 def _write_suite(folder: Path, name: str, tasks: list[str], limit: int | None) -> None:
     suite = load_suite("offline", tasks=tasks, limit=limit)
-    lines = [f"description = {json.dumps('Of the suite offline: ' + ', '.join(tasks) + '.')}"]
-    for entry in suite.source.declaration["entries"]:
-        lines += ["", "[[entries]]"]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in entry.items() if value not in (None, {}, False)]
-    (folder / f"{name}.toml").write_text("\n".join(lines) + "\n", "utf-8")
+    declaration = {
+        "description": f"Of the suite offline: {', '.join(tasks)}.",
+        "entries": suite.source.declaration["entries"],
+    }
+    (folder / f"{name}.toml").write_text(write_toml(declaration), "utf-8")
 
 
 def configure_base(plan: DemoPlan, folder: RunFolder, *, data_revision: str, num_threads: int) -> dict[str, Any]:

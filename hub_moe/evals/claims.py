@@ -50,8 +50,8 @@ def find_claims(
 ) -> list[Claim]:
     """The records that `reference` stands for: a record, a folder, OWNER/NAME, or the pull request OWNER/NAME#N.
 
-    Records of a patch that was merged are left out, unless `subfolder` names it, and told to `say`: its weights are in
-    the pull request that brought it.
+    Records of a patch whose weights are not there, as after a merge, are left out unless `subfolder` names it, and told
+    to `say`.
 
     Raises:
         CheckpointError: If it is none of these.
@@ -71,7 +71,7 @@ def find_claims(
         claims = _in_folder(snapshot, repo, snapshot.name)
     chosen = [claim for claim in claims if subfolder is None or claim.subfolder == subfolder]
     if subfolder is None and any(claim.subfolder for claim in chosen):
-        chosen = _without_merged(chosen, say)
+        chosen = _with_weights(chosen, say)
     if not chosen:
         raise EvaluationError(f"{reference} has no record in its folder {FOLDER}; `hub-moe eval` makes them.")
     return chosen
@@ -85,7 +85,7 @@ def _in_folder(folder: Path, model: str, commit: str | None) -> list[Claim]:
     return claims or [Claim(path) for path in _records(folder)]
 
 
-def _without_merged(claims: Sequence[Claim], say: Callable[[str], None]) -> list[Claim]:
+def _with_weights(claims: Sequence[Claim], say: Callable[[str], None]) -> list[Claim]:
     """Those whose weights lie where the claim says; all of one model."""
     model, commit = claims[0].model, claims[0].revision
     assert model is not None
@@ -97,7 +97,7 @@ def _without_merged(claims: Sequence[Claim], say: Callable[[str], None]) -> list
                for claim in claims}  # fmt: skip
     for subfolder, here in is_here.items():
         if not here:
-            say(f"{subfolder} was merged; its own claims are checked where its weights are, by {model}#NUMBER.")
+            say(f"{subfolder} has no weights here, as after a merge; its claims are checked by {model}#NUMBER.")
     return [claim for claim in claims if is_here[claim.subfolder]]
 
 

@@ -63,17 +63,17 @@ def _read_patch(fields: dict[str, str]) -> MergedPatch | None:
     return MergedPatch(patch["name"], patch["sha256"], int(number["number"]), *rest)
 
 
-def find_merge(api: HfApi, repo: str, number: int) -> tuple[str, MergedPatch] | None:
-    """The commit of main that merged a pull request, and what it says of its patch.
+def find_merge(api: HfApi, repo: str, number: int) -> tuple[str, frozenset[int]] | None:
+    """The commit of main that merged a pull request, and the numbers of all that it merged.
 
     Raises:
         HubError: If the Hub refuses.
     """
     with describing(api, repo):
         for commit in api.list_repo_commits(repo):
-            for patch in read_trailers(commit.message):
-                if patch.number == number:
-                    return commit.commit_id, patch
+            numbers = frozenset(patch.number for patch in read_trailers(commit.message))
+            if number in numbers:
+                return commit.commit_id, numbers
     return None
 
 

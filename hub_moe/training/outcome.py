@@ -56,7 +56,7 @@ def save_patch(
 
     def save(path: Path) -> None:
         patch.save(path, tokenizer=tokenizer)
-        keep_files_of_base(path, tokenizer, config.model)
+        keep_files_of_base(path, config.model)
 
     write_atomically(folder.result("experts"), save)
 

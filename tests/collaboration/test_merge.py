@@ -86,6 +86,9 @@ def test_disjoint_patches_merge_exactly_by_one_commit(repo, run):
     code, _, err = run("merge", f"{repo.name}#{first}", *FAST)
     assert code == 1
     assert "was merged already, by commit" in err
+    code, out, err = run("merge", f"{repo.name}#{first}", f"{repo.name}#{second}", *FAST, "--json")
+    assert (code, json.loads(out)) == (0, {"commit": report["commit"], "tag": "merge-1"}), err
+    assert repo.head() == report["commit"]
 
 
 def test_after_a_merge_the_repo_says_what_is_true_of_the_merged_weights(repo, run):
