@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.folder import claim_folder, write_atomically
+from ..training.run_folder import claim_folder, write_atomically
 from .plan import CONTRIBUTORS
 
 

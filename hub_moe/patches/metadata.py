@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CheckpointError
-from ..files.json_object import JsonObject, shorten
+from ..files.json_files import JsonObject, shorten
 from .names import check_declared
 
 METADATA_FILE = "expert_patch.json"

@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 from ..anatomy import ChangeTable, find_moe_layers, named_tensors
 from ..errors import DivergenceError
 from ..patches import Base, Selection, make_patch
-from .folder import write_atomically
 from .non_finite import find_non_finite
 from .run_config import RunConfig
-from .run_folder import TrainingFolder
+from .run_folder import TrainingFolder, write_atomically
 from .tokenizer_files import keep_files_of_base
 
 

@@ -18,13 +18,12 @@ from ..patches import hash_base
 from . import outcome
 from .checkpoints import explain_failed_writes, scratch_folder
 from .choosing import find_choice, read_choice_file
-from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
 from .methods import Prepared, make_whole, prepare_model
 from .processes import count, device, in_first, is_first, wait_for_all
 from .run_config import RunConfig
 from .run_data import check_fit, check_packed_model, find_tokenizer, prepare_rows, report_data
-from .run_folder import TrainingFolder, find_training_folder, open_training_folder
+from .run_folder import TrainingFolder, find_training_folder, open_training_folder, remove, write_atomically
 from .run_inputs import FolderLock, check_inputs
 from .run_model import Architecture, build_model, fit_vocabulary, load_base, read_architecture
 from .session import Session, find_trackers, train
