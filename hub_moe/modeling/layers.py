@@ -24,6 +24,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
+from .absorbed_attention import LatentCache, attend_to_latents, should_absorb
 from .configuration_hub_moe import HubMoeConfig
 from .routing import route_tokens
 
@@ -88,7 +89,11 @@ class HubMoeMoE(DeepseekV3MoE):
 
 
 class HubMoeAttention(DeepseekV3Attention):
-    """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`)."""
+    """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`).
+
+    Few new tokens over a long cache attend to the latents themselves (`attend_to_latents`); prompts and training expand
+    them, as the stock class always does.
+    """
 
     def forward(
         self,
@@ -114,14 +119,25 @@ class HubMoeAttention(DeepseekV3Attention):
         q_rot, k_rot = (part.to(query.dtype) for part in rotate(q_rot, k_rot, *position_embeddings))
         if past_key_values is not None:
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
-        key, value = self.expand_kv(latent, k_rot)
+        query = torch.cat((q_pass, q_rot), dim=-1)
+        if past_key_values is not None and should_absorb(self, query, latent, attention_mask):
+            output, weights = attend_to_latents(
+                query,
+                LatentCache(latent.squeeze(1), k_rot.squeeze(1)),
+                self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)),
+                mask=attention_mask,
+                scaling=self.scaling,
+                needs_weights=self.config._attn_implementation == "eager",
+            )
+            return self.o_proj(output.reshape(batch_size, seq_length, -1)), weights
 
+        key, value = self.expand_kv(latent, k_rot)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attend(
             self,
-            torch.cat((q_pass, q_rot), dim=-1),
+            query,
             key,
             value,
             attention_mask,
