@@ -58,9 +58,9 @@ def _is_plain(linear: nn.Module, like: Tensor) -> bool:
         return False
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
         return False
-    weight = linear.weight
+    weight, has_bias = linear.weight, linear._parameters["bias"] is not None
     is_tensor = type(weight) in (nn.Parameter, Tensor)
-    return linear.bias is None and is_tensor and weight.dtype == like.dtype and weight.device == like.device
+    return is_tensor and not has_bias and weight.dtype == like.dtype and weight.device == like.device
 
 
 def attend_to_latents(
