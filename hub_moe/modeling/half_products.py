@@ -13,7 +13,6 @@ _ROWS, _WIDTH, _TRIES = 64, 256, 3
 
 
 @torch.compiler.assume_constant_result  # a compiled graph holds the answer, not the stopwatch
-@functools.cache
 def has_fast_products(dtype: torch.dtype, device_type: str) -> bool:
     """Whether products in `dtype` take at most twice as long as in float32; True for everything that is no CPU.
 
@@ -22,6 +21,11 @@ def has_fast_products(dtype: torch.dtype, device_type: str) -> bool:
     """
     if device_type != "cpu" or dtype.itemsize >= 4:
         return True
+    return _is_fast_on_cpu(dtype)
+
+
+@functools.cache
+def _is_fast_on_cpu(dtype: torch.dtype) -> bool:
     return _seconds(dtype) <= 2 * _seconds(torch.float32)
 
 

@@ -119,11 +119,11 @@ def test_static_cache_equals_the_dynamic_one(tmp_path, absorbed_calls):
     absorbed_calls.clear()
     cache = StaticCache(ours.config, max_cache_len=64)
     torch.testing.assert_close(_step_by_step(ours, tokens, mask, cache=cache, **given), expected, rtol=0, atol=1e-5)
-    assert len(absorbed_calls) == 3 * 3
+    assert [shape[2] for shape in absorbed_calls[-9:]] == [1] * 3 + [3] * 3 + [1] * 3
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_compiled_steps_equal_eager_ones(cache_class, tmp_path, absorbed_calls):
+def test_compiled_steps_are_one_graph_without_the_expansion_and_equal_eager_ones(cache_class, tmp_path):
     _, ours = _models("v3", tmp_path)
     tokens, mask = _padded_batch("left")
     given = {"prompt": 30, "steps": (1, 1, 3, 1, 3)}
@@ -132,14 +132,19 @@ def test_compiled_steps_equal_eager_ones(cache_class, tmp_path, absorbed_calls):
         return StaticCache(ours.config, max_cache_len=64) if cache_class is StaticCache else DynamicCache()
 
     expected = _step_by_step(ours, tokens, mask, cache=cache(), **given)
-    attention_calls = len(absorbed_calls)
-    attentions = [layer.self_attn for layer in ours.model.layers]
-    for attention in attentions:
-        attention.forward = torch.compile(attention.forward, backend="aot_eager")
-    absorbed_calls.clear()
-    actual = _step_by_step(ours, tokens, mask, cache=cache(), **given)
-    assert attention_calls == 3 * 5
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    graphs = []
+
+    def record(graph, example_inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compiler.reset()
+    attention = ours.model.layers[1].self_attn
+    attention.forward = torch.compile(attention.forward, backend=record, fullgraph=True)
+    torch.testing.assert_close(_step_by_step(ours, tokens, mask, cache=cache(), **given), expected, rtol=0, atol=1e-5)
+    assert sum("bmm" in code for code in graphs) >= 2
+    assert all("scaled_dot_product_attention" not in code for code in graphs if "bmm" in code)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -329,9 +334,13 @@ def test_crossover_of_deepseeks_sizes_is_about_170_new_tokens(new, expected):
     assert absorbed_attention.should_absorb(attention, query, latent, mask) is expected
 
 
-def test_what_the_processor_does_with_half_precision_is_measured_once():
-    half_products.has_fast_products.cache_clear() if hasattr(half_products.has_fast_products, "cache_clear") else None
-    answers = [half_products.has_fast_products(torch.bfloat16, "cpu") for _ in range(2)]
-    assert answers[0] is answers[1]
+def test_what_the_processor_does_with_half_precision_is_measured_once(monkeypatch):
+    half_products._is_fast_on_cpu.cache_clear()
+    timed = []
+    seconds = half_products._seconds
+    monkeypatch.setattr(half_products, "_seconds", lambda dtype: timed.append(dtype) or seconds(dtype))
+    answers = {half_products.has_fast_products(torch.bfloat16, "cpu") for _ in range(3)}
+    assert len(answers) == 1
+    assert timed == [torch.bfloat16, torch.float32]
     assert half_products.has_fast_products(torch.float32, "cpu")
     assert half_products.has_fast_products(torch.bfloat16, "cuda")
