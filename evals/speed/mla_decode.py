@@ -1,0 +1,205 @@
+"""Decoding with a long context: HubMoe against transformers' deepseek_v3 with the same weights, at batch 1.
+
+    python evals/speed/mla_decode.py [--rounds 9] [--contexts 2048 8192] [--dtypes float32 bfloat16] [--tokens 2]
+
+A model of 679 M parameters (122 M active), as large as that of `loading.py`. Both classes share every weight and start
+from the same latents, random ones of unit mean square as the norm before the cache makes them; the cost of a step does
+not depend on their values. In each round the two decode the same tokens and the bytes a step has to read, active
+weights and latent cache, are read once by a plain sum or product with a vector, the faster of the two; the order is
+random. Ratios are medians of ours over theirs (`_limit`: ours over reading the bytes), so 0.1 is ten times faster.
+Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the largest and name the
+same next tokens; in bfloat16 ours may not be further from float32 than 1.25 times the stock class.
+"""
+
+import argparse
+import gc
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from loading import SHAPE
+from rounds import report
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
+from hub_moe.modeling.configuration_hub_moe import translate_native_config
+from hub_moe.modeling.half_products import has_fast_products
+
+# ours over the peer, and ours over the limit
+GOALS = {
+    "float32_2048": 1 / 10,
+    "float32_8192": 1 / 30,
+    "bfloat16_8192": 1 / 200,
+    **{f"{dtype}_{context}_limit": 2.5 for dtype in ("float32", "bfloat16") for context in (2048, 8192)},
+}
+LARGEST_DIFFERENCE = 1e-5
+LARGEST_ERROR_RATIO = 1.25
+
+
+def make_models(dtype: torch.dtype) -> dict[str, Any]:
+    """The stock model and ours, sharing every weight."""
+    torch.manual_seed(0)
+    stock = DeepseekV3ForCausalLM(DeepseekV3Config(**SHAPE)).to(dtype).eval()
+    config = HubMoeConfig(**translate_native_config(stock.config.to_dict()))
+    with torch.device("meta"):
+        ours = HubMoeForCausalLM(config).eval()
+    ours.load_state_dict(stock.state_dict(), assign=True)
+    ours.model.rotary_emb = type(ours.model.rotary_emb)(config)  # its frequencies are in no state dict
+    return {"ours": ours, "stock": stock}
+
+
+def make_cache(context: int, dtype: torch.dtype) -> DynamicCache:
+    """Random latents and rotated keys of `context` tokens, the same at every call."""
+    draw = torch.Generator().manual_seed(1)
+    cache = DynamicCache()
+    for layer in range(SHAPE["num_hidden_layers"]):
+        latent = torch.randn(1, 1, context, SHAPE["kv_lora_rank"], generator=draw)
+        rope = torch.randn(1, 1, context, SHAPE["qk_rope_head_dim"], generator=draw)
+        cache.update(latent.to(dtype), rope.to(dtype), layer)
+    return cache
+
+
+def decode(model: Any, cache: DynamicCache, first: int, count: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and the logits (count, V) they were picked from; the cache is left as it was found."""
+    tokens, logits = [first], []
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True)
+            logits.append(output.logits[0, -1])
+            tokens.append(int(logits[-1].argmax()))
+        cache.crop(-count)
+    return tokens[1:], torch.stack(logits)
+
+
+def choose_experts(model: Any, cache: DynamicCache) -> str:
+    """The fastest experts implementation for one token; leaves it set."""
+    times = {}
+    for name in ("grouped_mm", "eager", "batched_mm", *(["hub_moe"] if "hub_moe" in ALL_EXPERTS_FUNCTIONS else [])):
+        if name == "hub_moe" and not isinstance(model, HubMoeForCausalLM):
+            continue
+        model.set_experts_implementation(name)
+        times[name] = min(seconds(lambda: decode(model, cache, 5, 1)) for _ in range(3))
+    best = min(times, key=lambda name: times[name])
+    model.set_experts_implementation(best)
+    return best
+
+
+def seconds(step: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def count_bytes(model: Any, context: int) -> dict[str, int]:
+    """Bytes that one step has to read: the weights it uses, and the cache."""
+    size = model.dtype.itemsize
+    experts = [p.numel() for name, p in model.named_parameters() if ".experts." in name]
+    others = sum(p.numel() for p in model.parameters()) - sum(experts) - model.model.embed_tokens.weight.numel()
+    active = others + sum(experts) * SHAPE["num_experts_per_tok"] // SHAPE["n_routed_experts"]
+    latent = context * (SHAPE["kv_lora_rank"] + SHAPE["qk_rope_head_dim"]) * SHAPE["num_hidden_layers"]
+    return {"active_weights": active * size, "latent_cache": latent * size}
+
+
+def read_bytes(memory: torch.Tensor, vector: torch.Tensor) -> float:
+    """Seconds to read `memory` once, by the faster of two plain ways."""
+    rows = memory.view(-1, vector.numel())
+    return min(seconds(memory.sum), seconds(lambda: torch.mv(rows, vector)))
+
+
+def check(models: dict[str, Any], caches: dict[str, DynamicCache], dtype: torch.dtype, context: int) -> dict[str, Any]:
+    """Compare the logits of four tokens; an assertion fails where ours are not as good."""
+    tokens, logits = decode(models["stock"], caches["stock"], 5, 4)
+    our_tokens, our_logits = decode(models["ours"], caches["ours"], 5, 4)
+    if dtype == torch.float32:
+        difference = ((our_logits - logits).abs().max() / logits.abs().max()).item()
+        assert our_tokens == tokens, f"other greedy tokens at {context}: {our_tokens} instead of {tokens}"
+        assert difference <= LARGEST_DIFFERENCE, f"logits differ by {difference:.1e} of the largest"
+        return {"difference_of_logits": difference, "same_tokens": True}
+    exact_model = type(models["stock"])(models["stock"].config).eval()
+    exact_model.load_state_dict(models["stock"].state_dict())
+    exact_cache = make_cache(context, dtype)
+    for layer in exact_cache.layers:
+        layer.keys, layer.values = layer.keys.float(), layer.values.float()
+    _, exact = decode(exact_model, exact_cache, 5, 1)  # the first token is the same for all three
+    errors = {name: (given[:1].float() - exact).abs().mean().item() for name, given in
+              (("ours", our_logits), ("stock", logits))}  # fmt: skip
+    ratio = errors["ours"] / errors["stock"]
+    assert ratio <= LARGEST_ERROR_RATIO, f"error against float32 is {ratio:.2f} times the stock class's"
+    return {"mean_error_against_float32": errors, "same_tokens": our_tokens == tokens}
+
+
+def measure(models: dict[str, Any], dtype: torch.dtype, context: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times of all rounds, by rival, with what was checked."""
+    caches = {name: make_cache(context, dtype) for name in models}
+    checked = check(models, caches, dtype, context)
+    implementations = {name: choose_experts(model, caches[name]) for name, model in models.items()}
+    needed = count_bytes(models["stock"], context)
+    memory = torch.zeros(sum(needed.values()) // 4096 * 1024)
+    vector = torch.ones(1024)
+    rivals: dict[str, Callable[[], float]] = {
+        name: lambda name=name: (
+            seconds(lambda: decode(models[name], caches[name], 5, arguments.tokens)) / arguments.tokens
+        )
+        for name in models
+    }
+    rivals["limit"] = lambda: read_bytes(memory, vector)
+    times: dict[str, list[float]] = {name: [] for name in rivals}
+    draw = random.Random(context)
+    for index in range(arguments.rounds):
+        for name in draw.sample(sorted(rivals), len(rivals)):
+            times[name].append(rivals[name]())
+        print(f"round {index + 1}/{arguments.rounds} {dtype} {context}: "
+              f"{ {name: round(each[-1], 4) for name, each in times.items()} }", file=sys.stderr)  # fmt: skip
+    return {"times_s": times, "needed_bytes": needed, "experts": implementations, **checked}
+
+
+def ratios_of(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Median, smallest and largest of ours over each other rival, round by round."""
+    result = {}
+    for rival in ("stock", "limit"):
+        pairs = [a / b for a, b in zip(times["ours"], times[rival], strict=True)]
+        result[rival] = {"median": statistics.median(pairs), "smallest": min(pairs), "largest": max(pairs)}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    parser.add_argument("--tokens", type=int, default=2, help="tokens decoded in each round")
+    arguments = parser.parse_args()
+    load = os.getloadavg()[0]
+    ratios, details = {}, {}
+    for name in arguments.dtypes:
+        dtype = getattr(torch, name)
+        models = make_models(dtype)
+        for context in arguments.contexts:
+            key = f"{name}_{context}"
+            details[key] = measure(models, dtype, context, arguments)
+            details[key]["spread"] = spread = ratios_of(details[key]["times_s"])
+            ratios[key], ratios[f"{key}_limit"] = spread["stock"]["median"], spread["limit"]["median"]
+        del models
+        gc.collect()
+    report(
+        "mla_decode",
+        ratios,
+        {key: goal for key, goal in GOALS.items() if key in ratios},
+        load_average_before=load,
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        fast_bfloat16_products=has_fast_products(torch.bfloat16, "cpu"),
+        measurements=details,
+        options=vars(arguments),
+    )
+
+
+if __name__ == "__main__":
+    main()
