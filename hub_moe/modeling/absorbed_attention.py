@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .half_products import has_fast_products
+from .latent_cache import join
 
 # implementations whose masks and results are plain enough to be had from the latents
 _IMPLEMENTATIONS = ("sdpa", "eager")
@@ -131,7 +132,7 @@ def _attend_in_one_kernel(
 ) -> Tensor:
     """Softmax-weighted sums of latents, (B, M, C), by torch's SDPA with one head and keys that are also the values."""
     query = torch.cat((query_BMC, query_BMR), dim=-1).unsqueeze(1)
-    key = torch.cat(cache, dim=-1).unsqueeze(1)
+    key = join(*cache).unsqueeze(1)
     mask = None if mask is None else mask.unsqueeze(1)
     output = nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask, scale=scaling)
     return output.squeeze(1)[..., : query_BMC.shape[-1]]

@@ -26,6 +26,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 
 from .absorbed_attention import LatentCache, attend_to_latents, should_absorb
 from .configuration_hub_moe import HubMoeConfig
+from .latent_cache import give_room
 from .routing import route_tokens
 
 
@@ -118,6 +119,7 @@ class HubMoeAttention(DeepseekV3Attention):
         rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
         q_rot, k_rot = (part.to(query.dtype) for part in rotate(q_rot, k_rot, *position_embeddings))
         if past_key_values is not None:
+            give_room(past_key_values, self.layer_idx)
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
         query = torch.cat((q_pass, q_rot), dim=-1)
         if past_key_values is not None and should_absorb(self, query, latent, attention_mask):
