@@ -4,11 +4,12 @@
 
 A model of 679 M parameters (122 M active), as large as that of `loading.py`. Both classes share every weight and start
 from the same latents, random ones of unit mean square as the norm before the cache makes them; the cost of a step does
-not depend on their values. In each round the two decode the same tokens and the bytes a step has to read, active
-weights and latent cache, are read once by a plain sum or product with a vector, the faster of the two; the order is
-random. Ratios are medians of ours over theirs (`_limit`: ours over reading the bytes), so 0.1 is ten times faster.
-Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the largest and name the
-same next tokens; in bfloat16 ours may not be further from float32 than 1.25 times the stock class.
+not depend on their values. In each round the two decode the same tokens, so that both caches grow alike, and the bytes
+a step has to read, active weights and latent cache, are read once by a plain sum or product with a vector, the faster
+of the two; the order is random. Ratios are medians of ours over theirs (`_limit`: ours over reading the bytes), so 0.1
+is ten times faster. Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the
+largest and name the same next tokens; in bfloat16 ours may not be further from float32 than 1.25 times the stock class.
+On a machine with other busy processes set OMP_NUM_THREADS=1: torch's threads wait for each other at every product.
 """
 
 import argparse
@@ -66,14 +67,13 @@ def make_cache(context: int, dtype: torch.dtype) -> DynamicCache:
 
 
 def decode(model: Any, cache: DynamicCache, first: int, count: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and the logits (count, V) they were picked from; the cache is left as it was found."""
+    """Greedy tokens and the logits (count, V) they were picked from; the cache grows by `count` tokens."""
     tokens, logits = [first], []
     with torch.inference_mode():
         for _ in range(count):
             output = model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True)
             logits.append(output.logits[0, -1])
             tokens.append(int(logits[-1].argmax()))
-        cache.crop(-count)
     return tokens[1:], torch.stack(logits)
 
 
@@ -137,9 +137,11 @@ def check(models: dict[str, Any], caches: dict[str, DynamicCache], dtype: torch.
 
 def measure(models: dict[str, Any], dtype: torch.dtype, context: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Times of all rounds, by rival, with what was checked."""
+    checked = check(models, {name: make_cache(context, dtype) for name in models}, dtype, context)
     caches = {name: make_cache(context, dtype) for name in models}
-    checked = check(models, caches, dtype, context)
-    implementations = {name: choose_experts(model, caches[name]) for name, model in models.items()}
+    implementations = {name: choose_experts(model, make_cache(context, dtype)) for name, model in models.items()}
+    for name, model in models.items():
+        decode(model, caches[name], 5, 1)
     needed = count_bytes(models["stock"], context)
     memory = torch.zeros(sum(needed.values()) // 4096 * 1024)
     vector = torch.ones(1024)
