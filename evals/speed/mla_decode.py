@@ -7,7 +7,7 @@ from the same latents, random ones of unit mean square as the norm before the ca
 not depend on their values. In each round the two decode the same tokens, so that both caches grow alike, and the bytes
 a step has to read, active weights and latent cache, are read once by a plain sum or product with a vector, the faster
 of the two; the order is random. Ratios are medians of ours over theirs (`_limit`: ours over reading the bytes), so 0.1
-is ten times faster. Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the
+is ten times faster; `_processor` is the same in processor seconds, which a busy machine disturbs less. Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the
 largest and name the same next tokens; in bfloat16 ours may not be further from float32 than 1.25 times the stock class.
 On a machine with other busy processes set OMP_NUM_THREADS=1: torch's threads wait for each other at every product.
 """
@@ -39,6 +39,8 @@ GOALS = {
     "bfloat16_8192": 1 / 200,
     **{f"{dtype}_{context}_limit": 2.5 for dtype in ("float32", "bfloat16") for context in (2048, 8192)},
 }
+CLOCKS = ("wall", "processor")
+Times = dict[str, float]
 LARGEST_DIFFERENCE = 1e-5
 LARGEST_ERROR_RATIO = 1.25
 
@@ -77,24 +79,25 @@ def decode(model: Any, cache: DynamicCache, first: int, count: int) -> tuple[lis
     return tokens[1:], torch.stack(logits)
 
 
-def choose_experts(model: Any, cache: DynamicCache) -> str:
+def choose_experts(model: Any) -> str:
     """The fastest experts implementation for one token; leaves it set."""
-    times = {}
+    times, cache = {}, make_cache(64, model.dtype)
     for name in ("grouped_mm", "eager", "batched_mm", *(["hub_moe"] if "hub_moe" in ALL_EXPERTS_FUNCTIONS else [])):
         if name == "hub_moe" and not isinstance(model, HubMoeForCausalLM):
             continue
         model.set_experts_implementation(name)
-        times[name] = min(seconds(lambda: decode(model, cache, 5, 1)) for _ in range(3))
+        times[name] = min(seconds(lambda: decode(model, cache, 5, 1))["processor"] for _ in range(3))
     best = min(times, key=lambda name: times[name])
     model.set_experts_implementation(best)
     return best
 
 
-def seconds(step: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(step: Callable[[], Any], *, parts: int = 1) -> Times:
+    """Wall and processor time of one call, for each of its parts."""
+    start, cpu_start = time.perf_counter(), time.process_time()
     step()
-    return time.perf_counter() - start
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    return {"wall": wall / parts, "processor": cpu / parts}
 
 
 def count_bytes(model: Any, context: int) -> dict[str, int]:
@@ -107,10 +110,11 @@ def count_bytes(model: Any, context: int) -> dict[str, int]:
     return {"active_weights": active * size, "latent_cache": latent * size}
 
 
-def read_bytes(memory: torch.Tensor, vector: torch.Tensor) -> float:
-    """Seconds to read `memory` once, by the faster of two plain ways."""
+def read_bytes(memory: torch.Tensor, vector: torch.Tensor) -> Times:
+    """Time to read `memory` once, by the faster of two plain ways."""
     rows = memory.view(-1, vector.numel())
-    return min(seconds(memory.sum), seconds(lambda: torch.mv(rows, vector)))
+    ways = (seconds(memory.sum), seconds(lambda: torch.mv(rows, vector)))
+    return {clock: min(way[clock] for way in ways) for clock in CLOCKS}
 
 
 def check(models: dict[str, Any], caches: dict[str, DynamicCache], dtype: torch.dtype, context: int) -> dict[str, Any]:
@@ -139,36 +143,32 @@ def measure(models: dict[str, Any], dtype: torch.dtype, context: int, arguments:
     """Times of all rounds, by rival, with what was checked."""
     checked = check(models, {name: make_cache(context, dtype) for name in models}, dtype, context)
     caches = {name: make_cache(context, dtype) for name in models}
-    implementations = {name: choose_experts(model, make_cache(context, dtype)) for name, model in models.items()}
     for name, model in models.items():
         decode(model, caches[name], 5, 1)
     needed = count_bytes(models["stock"], context)
-    memory = torch.zeros(sum(needed.values()) // 4096 * 1024)
-    vector = torch.ones(1024)
-    rivals: dict[str, Callable[[], float]] = {
-        name: lambda name=name: (
-            seconds(lambda: decode(models[name], caches[name], 5, arguments.tokens)) / arguments.tokens
-        )
-        for name in models
+    memory, vector = torch.zeros(sum(needed.values()) // 4096 * 1024), torch.ones(1024)
+    count = arguments.tokens
+    rivals: dict[str, Callable[[], Times]] = {
+        "ours": lambda: seconds(lambda: decode(models["ours"], caches["ours"], 5, count), parts=count),
+        "stock": lambda: seconds(lambda: decode(models["stock"], caches["stock"], 5, count), parts=count),
+        "limit": lambda: read_bytes(memory, vector),
     }
-    rivals["limit"] = lambda: read_bytes(memory, vector)
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    times: dict[str, list[Times]] = {name: [] for name in rivals}
     draw = random.Random(context)
     for index in range(arguments.rounds):
         for name in draw.sample(sorted(rivals), len(rivals)):
             times[name].append(rivals[name]())
-        print(f"round {index + 1}/{arguments.rounds} {dtype} {context}: "
-              f"{ {name: round(each[-1], 4) for name, each in times.items()} }", file=sys.stderr)  # fmt: skip
-    return {"times_s": times, "needed_bytes": needed, "experts": implementations, **checked}
+        shown = ", ".join(
+            f"{name} {each[-1]['wall']:.4f} ({each[-1]['processor']:.4f})" for name, each in times.items()
+        )
+        print(f"round {index + 1}/{arguments.rounds} {dtype} {context}: {shown}", file=sys.stderr)
+    return {"times_s": times, "needed_bytes": needed, **checked}
 
 
-def ratios_of(times: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median, smallest and largest of ours over each other rival, round by round."""
-    result = {}
-    for rival in ("stock", "limit"):
-        pairs = [a / b for a, b in zip(times["ours"], times[rival], strict=True)]
-        result[rival] = {"median": statistics.median(pairs), "smallest": min(pairs), "largest": max(pairs)}
-    return result
+def compare(times: dict[str, list[Times]], rival: str, clock: str) -> dict[str, float]:
+    """Median, smallest and largest of ours over the rival, round by round."""
+    pairs = [ours[clock] / theirs[clock] for ours, theirs in zip(times["ours"], times[rival], strict=True)]
+    return {"median": statistics.median(pairs), "smallest": min(pairs), "largest": max(pairs)}
 
 
 def main() -> None:
@@ -179,15 +179,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2, help="tokens decoded in each round")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
-    ratios, details = {}, {}
+    ratios, details, implementations = {}, {}, {}
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
         models = make_models(dtype)
+        implementations[name] = {rival: choose_experts(model) for rival, model in models.items()}
         for context in arguments.contexts:
             key = f"{name}_{context}"
             details[key] = measure(models, dtype, context, arguments)
-            details[key]["spread"] = spread = ratios_of(details[key]["times_s"])
-            ratios[key], ratios[f"{key}_limit"] = spread["stock"]["median"], spread["limit"]["median"]
+            details[key]["spread"] = spread = {}
+            for suffix, rival in {"": "stock", "_limit": "limit"}.items():
+                for ending, clock in zip(("", "_processor"), CLOCKS, strict=True):
+                    spread[key + suffix + ending] = compare(details[key]["times_s"], rival, clock)
+            ratios |= {each: value["median"] for each, value in spread.items()}
         del models
         gc.collect()
     report(
@@ -198,6 +202,7 @@ def main() -> None:
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         fast_bfloat16_products=has_fast_products(torch.bfloat16, "cpu"),
+        experts=implementations,
         measurements=details,
         options=vars(arguments),
     )
