@@ -7,9 +7,11 @@ from the same latents, random ones of unit mean square as the norm before the ca
 not depend on their values. In each round the two decode the same tokens, so that both caches grow alike, and the bytes
 a step has to read, active weights and latent cache, are read once by a plain sum or product with a vector, the faster
 of the two; the order is random. Ratios are medians of ours over theirs (`_limit`: ours over reading the bytes), so 0.1
-is ten times faster; `_processor` is the same in processor seconds, which a busy machine disturbs less. Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the
-largest and name the same next tokens; in bfloat16 ours may not be further from float32 than 1.25 times the stock class.
-On a machine with other busy processes set OMP_NUM_THREADS=1: torch's threads wait for each other at every product.
+is ten times faster; `_processor` is the same in processor seconds, which a busy machine disturbs less.
+
+Before that both give logits for the same tokens: in float32 they must be equal within 1e-5 of the largest and name the
+same next tokens; in bfloat16 ours may not be further from float32 than 1.25 times the stock class. On a machine with
+other busy processes set OMP_NUM_THREADS=1: torch's threads wait for each other at every product.
 """
 
 import argparse
