@@ -36,8 +36,8 @@ def should_absorb(attention: nn.Module, query_BHLX: Tensor, latent_B1SC: Tensor,
     """Whether the absorbed form gives the same result as the expanded one of `attention`, at less cost.
 
     Counting multiplications per head, absorbed L (C X + S (2 C + R)) and expanded S C X + L S (X + R), the two meet at
-    L = C X / (C X / S + 2 C - X), 171 new tokens for DeepSeek-V2 and V3 over a long context. Measured on a CPU (8 heads,
-    512 and 4096 cached) they meet at 118 and 128 in float32, 70 and 171 in bfloat16: at about three quarters of it.
+    L = C X / (C X / S + 2 C - X), 171 new tokens for DeepSeek-V2 and V3 over a long context. Measured on a CPU with 512
+    and 4096 cached they meet at 118 and 128 in float32, 70 and 171 in bfloat16: at about three quarters of it.
 
     Not absorbed: whole prompts (they come without a mask), other attention implementations than `sdpa` and `eager`,
     dropout, autocast, and a `kv_b_proj` that is more than its weight (adapters, quantisation, sharding, hooks).
@@ -106,8 +106,7 @@ def attend_to_latents(
     if mask is not None:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)
     weights_BMS = None
-    if is_fast and dtype.itemsize < 4 and query_BHLX.device.type == "cpu" and not needs_weights:
-        # the one 16-bit product on a CPU whose scores stay in float32
+    if is_fast and not needs_weights and _suits_one_kernel(query_BMC):
         context_BMC = _attend_in_one_kernel(query_BMC, query_BMR, cache, mask, scaling)
     else:
         scores_BMS = _score(query_BMC, query_BMR, cache)
@@ -129,6 +128,19 @@ def _multiply_by_head(x_BHLA: Tensor, weight_HAB: Tensor) -> Tensor:
     rows = x_BHLA.transpose(0, 1).reshape(heads, batch * new, width)
     product: Tensor = torch.bmm(rows, weight_HAB).unflatten(1, (batch, new))
     return product.transpose(0, 1)
+
+
+def _suits_one_kernel(query_BMC: Tensor) -> bool:
+    """Whether torch's SDPA with one head is faster than two products and a softmax.
+
+    On a CPU it reads the latents once, and is the one 16-bit product whose scores stay in float32; but one sequence
+    keeps only one thread busy. So in float32 (3.2 against 5.5 ms for one token over 8192 on one thread) there must be
+    as many sequences as threads, and in 16 bits (3.2 against 5.9 ms) half as many. Its gradients are wrong in rows
+    where a mask of numbers hides everything.
+    """
+    if query_BMC.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return torch.get_num_threads() <= query_BMC.shape[0] * (1 if query_BMC.dtype.itemsize >= 4 else 2)
 
 
 def _attend_in_one_kernel(

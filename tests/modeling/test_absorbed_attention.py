@@ -27,6 +27,12 @@ def absorbed_calls(monkeypatch):
     return calls
 
 
+@pytest.fixture(params=["one kernel", "products"])
+def _way(request, monkeypatch):
+    """Both ways of attending to latents; which one a machine takes depends on its threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "one kernel" else 99)
+
+
 @pytest.fixture
 def expands(monkeypatch):
     """Call to have every later step expanded."""
@@ -69,6 +75,7 @@ def _padded_batch(side):
     return tokens, mask
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("variant", ["v2_lite", "v3", "v3_half_rotation", "v2_biases"])
@@ -147,6 +154,7 @@ def test_compiled_steps_are_one_graph_without_the_expansion_and_equal_eager_ones
     torch.compiler.reset()
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_half_precision_is_as_close_to_float32_as_the_expanded_form(dtype, is_fast, tmp_path, monkeypatch, expands):
@@ -193,6 +201,7 @@ def _mask(kind, batch, new, cached):
     return None if kind == "none" else seen
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("kind", ["none", "seen", "one per head", "numbers", "a row sees nothing"])
 @pytest.mark.parametrize(("batch", "new", "cached"), [(1, 1, 1), (1, 1, 37), (3, 5, 13), (2, 7, 7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -206,12 +215,16 @@ def test_outputs_and_gradients_equal_the_expanded_form(kind, batch, new, cached,
     expected = _expanded(*inputs, mask=mask, scaling=0.3)
     tolerance = {"rtol": 0, "atol": 1e-10 if dtype == torch.float64 else 1e-4}
     torch.testing.assert_close(actual, expected, **tolerance)
+    with torch.no_grad():
+        actual_alone, _ = attend_to_latents(query, LatentCache(latent, rope), weight, mask=mask, scaling=0.3)
+    torch.testing.assert_close(actual_alone, expected, **tolerance)
     probe = torch.randn_like(expected)
     gradients = torch.autograd.grad(actual, inputs, probe)
     for gradient, twin in zip(gradients, torch.autograd.grad(expected, inputs, probe), strict=True):
         torch.testing.assert_close(gradient, twin, **tolerance)
 
 
+@pytest.mark.usefixtures("_way")
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_half_precision_gradients_equal_those_of_the_expanded_form_in_float32(is_fast, monkeypatch):
     """Over more cached tokens than one block of casts holds."""
@@ -263,6 +276,7 @@ def test_attention_weights_of_eager_steps_equal_the_stock_class(tmp_path, absorb
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("_way")
 def test_weights_that_are_not_contiguous_and_caches_that_are_slices_are_read_right():
     query, latent, rope, weight = (tensor.detach() for tensor in _inputs(2, 2, 9))
     whole = torch.cat((latent, rope), dim=-1)
