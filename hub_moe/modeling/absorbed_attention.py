@@ -98,15 +98,15 @@ def attend_to_latents(
     rope_size = cache.rope_BSR.shape[-1]
     key_rows = query_BHLX.shape[-1] - rope_size
     dtype = query_BHLX.dtype
-    is_fast = has_fast_products(dtype, query_BHLX.device.type)
-    work = dtype if is_fast else torch.float32
+    # for these few rows a cast costs less than a 16-bit product on any CPU, and loses nothing
+    work = torch.float32 if dtype.itemsize < 4 and query_BHLX.device.type == "cpu" else dtype
     nope_BHLN, rope_BHLR = query_BHLX.split([key_rows, rope_size], dim=-1)
     latent_query_BHLC = _multiply_by_head(nope_BHLN.to(work), weight_HXC[:, :key_rows].to(work))
-    query_BMC, query_BMR = latent_query_BHLC.flatten(1, 2), rope_BHLR.to(work).flatten(1, 2)
+    query_BMC, query_BMR = latent_query_BHLC.flatten(1, 2), rope_BHLR.flatten(1, 2)
     if mask is not None:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)
     weights_BMS = None
-    if is_fast and not needs_weights and _suits_one_kernel(query_BMC):
+    if not needs_weights and _suits_one_kernel(cache.latent_BSC):
         context_BMC = _attend_in_one_kernel(query_BMC, query_BMR, cache, mask, scaling)
     else:
         scores_BMS = _score(query_BMC, query_BMR, cache)
@@ -130,7 +130,7 @@ def _multiply_by_head(x_BHLA: Tensor, weight_HAB: Tensor) -> Tensor:
     return product.transpose(0, 1)
 
 
-def _suits_one_kernel(query_BMC: Tensor) -> bool:
+def _suits_one_kernel(latent_BSC: Tensor) -> bool:
     """Whether torch's SDPA with one head is faster than two products and a softmax.
 
     On a CPU it reads the latents once, and is the one 16-bit product whose scores stay in float32; but one sequence
@@ -138,16 +138,18 @@ def _suits_one_kernel(query_BMC: Tensor) -> bool:
     as many sequences as threads, and in 16 bits (3.2 against 5.9 ms) half as many. Its gradients are wrong in rows
     where a mask of numbers hides everything.
     """
-    if query_BMC.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if latent_BSC.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return torch.get_num_threads() <= query_BMC.shape[0] * (1 if query_BMC.dtype.itemsize >= 4 else 2)
+    threads_per_sequence = 1 if latent_BSC.dtype.itemsize >= 4 else 2
+    is_spread = torch.get_num_threads() <= latent_BSC.shape[0] * threads_per_sequence
+    return is_spread and has_fast_products(latent_BSC.dtype, "cpu")
 
 
 def _attend_in_one_kernel(
     query_BMC: Tensor, query_BMR: Tensor, cache: LatentCache, mask: Tensor | None, scaling: float
 ) -> Tensor:
     """Softmax-weighted sums of latents, (B, M, C), by torch's SDPA with one head and keys that are also the values."""
-    query = torch.cat((query_BMC, query_BMR), dim=-1).unsqueeze(1)
+    query = torch.cat((query_BMC.to(query_BMR.dtype), query_BMR), dim=-1).unsqueeze(1)
     key = join(*cache).unsqueeze(1)
     mask = None if mask is None else mask.unsqueeze(1)
     output = nn.functional.scaled_dot_product_attention(query, key, key, attn_mask=mask, scale=scaling)

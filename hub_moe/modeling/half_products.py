@@ -12,7 +12,6 @@ import torch
 _ROWS, _WIDTH, _TRIES = 64, 256, 3
 
 
-@torch.compiler.assume_constant_result  # a compiled graph holds the answer, not the stopwatch
 def has_fast_products(dtype: torch.dtype, device_type: str) -> bool:
     """Whether products in `dtype` take at most twice as long as in float32; True for everything that is no CPU.
 

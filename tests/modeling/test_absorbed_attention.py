@@ -242,6 +242,20 @@ def test_half_precision_gradients_equal_those_of_the_expanded_form_in_float32(is
         torch.testing.assert_close(gradient.float(), twin, rtol=0.02, atol=0.02 * twin.abs().max().item())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_gpu_gives_what_the_cpu_gives_in_float64(dtype, wants_gradients):
+    inputs = [(tensor.detach() * 0.5).to("cuda", dtype) for tensor in _inputs(2, 3, 1100)]
+    query, latent, rope, weight = inputs
+    mask = _mask("seen", 2, 3, 1100)
+    with torch.set_grad_enabled(wants_gradients):
+        actual, _ = attend_to_latents(query, LatentCache(latent, rope), weight, mask=mask.cuda(), scaling=0.3)
+    expected = _expanded(*(tensor.double().cpu() for tensor in inputs), mask=mask, scaling=0.3)
+    share = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(actual.double().cpu(), expected, rtol=share, atol=share * expected.abs().max().item())
+
+
 def test_gradients_of_a_model_that_continues_a_cache_equal_the_expanded_forms(tmp_path, absorbed_calls, expands):
     _, ours = _models("v3", tmp_path)
     tokens = torch.randint(2, 128, (2, 40))
