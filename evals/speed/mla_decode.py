@@ -10,8 +10,8 @@ of the two; the order is random. Ratios are medians of ours over theirs (`_limit
 is ten times faster; `_processor` is the same in processor seconds, which a busy machine disturbs less.
 
 Before that both decode four tokens, which in float32 must be the same, with logits equal within 1e-5 of the largest.
-One attention layer of each is compared with itself in float64; and in bfloat16 the logits of 64 tokens with those of the
-same weights in float32: ours may be 1.25 times as far off as the stock class. (Many tokens, as a router that rounds
+One attention layer of each is compared with itself in float64, and in bfloat16 the logits of 64 tokens with those of
+the same weights in float32: ours may be 1.25 times as far off as the stock class. (Many tokens, as a router that rounds
 the other way picks other experts in a quarter of the layers, in both classes.) On a machine with other busy processes
 set OMP_NUM_THREADS=1: torch's threads wait for each other at every product.
 """
