@@ -28,13 +28,16 @@ from .bfloat16_speed import cache_folder, describe_processor
 _SOURCE = Path(__file__).parent / "kernels" / "products.cpp"
 _OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 _COMPILERS = ("g++", "c++", "clang++")
-_LEVELS = {  # instruction set -> flags of /proc/cpuinfo, option of the compiler
-    "avx512": ({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "fma"}, "-march=x86-64-v4"),
-    "avx2": ({"avx2", "fma", "bmi2", "f16c"}, "-march=x86-64-v3"),
+_AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
+_AVX512 = {*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+_LEVELS = {  # instruction set -> flags of /proc/cpuinfo, options of the compiler; the best first
+    "avx512_bf16": ({*_AVX512, "avx512_bf16"}, ["-march=x86-64-v4", "-mavx512bf16"]),
+    "avx512": (_AVX512, ["-march=x86-64-v4"]),
+    "avx2": (_AVX2, ["-march=x86-64-v3"]),
 }
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _MULTIPLY: list[Any] = [
-    *(_POINTER, _LONG, _POINTER),
+    *(_POINTER, _INT, _LONG, _POINTER),
     *(_POINTER, _INT, _INT, _LONG, _LONG),
     *(_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
 ]
@@ -46,10 +49,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class CompiledProducts:
-    """Calls into the compiled code; rows are float32 whatever the weights are. See `Products` for the arguments."""
+    """Calls into the compiled code; rows are float32 whatever the weights are. See `Products` for the arguments.
+
+    Where the processor multiplies bfloat16 itself (AVX512_BF16), rows of a forward pass are rounded to it beside
+    bfloat16 weights; sums stay float32.
+    """
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:
         self.name = f"compiled ({level})"
+        self._takes_bfloat16_rows = bool(library.hub_moe_takes_bfloat16_rows())
         self._multiply, self._stack_gradient = library.hub_moe_multiply, library.hub_moe_stack_gradient
         self._multiply.argtypes, self._stack_gradient.argtypes = _MULTIPLY, _GRADIENT
         self._multiply.restype = self._stack_gradient.restype = None
@@ -64,9 +72,14 @@ class CompiledProducts:
         by_rows = stack_EAB.stride(1) == 1
         if not by_rows and stack_EAB.stride(2) != 1:
             stack_EAB = stack_EAB.contiguous()
+        if by_rows and stack_EAB.dtype == torch.bfloat16 and self._takes_bfloat16_rows:
+            x_SA = x_SA.bfloat16()
         y_SB = torch.empty(ends[-1], width_out)
+        x_address, *x_places = _place(x_SA, rows)
         self._multiply(
-            *_place(x_SA, rows),
+            x_address,
+            x_SA.dtype == torch.bfloat16,
+            *x_places,
             stack_EAB.data_ptr(),
             stack_EAB.dtype == torch.bfloat16,
             by_rows,
@@ -107,7 +120,7 @@ class CompiledProducts:
 
 def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:
     """Address, elements from one row to the next, and the address of the places."""
-    assert rows.dtype == torch.float32 and rows.stride(1) == 1 or rows.shape[1] == 1
+    assert rows.stride(1) == 1 or rows.shape[1] == 1
     assert places is None or places.is_contiguous()
     return rows.data_ptr(), rows.stride(0), None if places is None else places.data_ptr()
 
@@ -135,8 +148,9 @@ def _level() -> str:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise ConfigError(f"The compiled experts are for x86-64 processors, not for {platform.machine()}.")
     wanted = os.environ.get("ATEN_CPU_CAPABILITY", "avx512")
-    levels = [name for name, (flags, _) in _LEVELS.items() if flags <= words and not (wanted != "avx512" == name)]
-    if not levels or wanted == "default":
+    allowed = {"avx512": list(_LEVELS), "avx2": ["avx2"]}.get(wanted, [])
+    levels = [name for name in allowed if _LEVELS[name][0] <= words]
+    if not levels:
         raise ConfigError("The compiled experts need a processor with AVX2 and FMA, or AVX512.")
     return levels[0]
 
@@ -154,7 +168,7 @@ def _find_compiler() -> str:
 
 def _build(compiler: str, level: str) -> Path:
     """The library's path; it appears there whole, whichever of several processes builds it first."""
-    options = [*_OPTIONS, _LEVELS[level][1]]
+    options = [*_OPTIONS, *_LEVELS[level][1]]
     key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *options, compiler, describe_processor()])
     path = cache_folder() / f"experts-{level}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if path.exists():

@@ -1,6 +1,7 @@
 // Products of rows sorted by expert with their experts' matrices; compiled_products.py builds this and describes it.
 //
-// Rows are float32; matrices float32 or bfloat16, widened as they are read; all sums are float32. Nothing is allocated
+// Rows are float32; matrices float32 or bfloat16, widened as they are read; all sums are float32. Where the processor
+// multiplies pairs of bfloat16 itself, rows may be bfloat16 beside a bfloat16 matrix whose rows are outputs. Nothing is allocated
 // but one panel per thread, and no matrix is copied as a whole. Work is cut into tasks of one expert and some columns,
 // which the threads of OpenMP take one by one; what a task adds up, and in which order, depends on no other.
 //
@@ -10,6 +11,10 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -92,24 +97,48 @@ inline void sum_lanes(const Vec* v, float* sums) {
 #endif
 }
 
+// How many elements one step of a dot product takes, and how it adds them to the sums.
+template <typename X, typename W>
+struct Dot {
+  static constexpr int kWidth = kLanes;
+  template <typename T>
+  static Vec get(const T* p) { return load(p); }
+  template <typename T>
+  static Vec get_some(const T* p, int64_t count) { return load_some(p, count); }
+  static void add(Vec& sum, Vec a, Vec b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bfloat16, bfloat16> {
+  static constexpr int kWidth = 2 * kLanes;
+  static __m512bh get(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh get_some(const bfloat16* p, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << count) - 1), p);
+  }
+  static void add(Vec& sum, __m512bh a, __m512bh b) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+};
+#endif
+
 // y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements.
-template <int M, typename W>
-inline void dot_tile(const float* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
+template <int M, typename X, typename W>
+inline void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
   Vec sums[M][kDotColumns] = {};
   int64_t i = 0;
+  using D = Dot<X, W>;
   auto step = [&](auto get) {
-    Vec columns[kDotColumns];
+    decltype(get(w)) columns[kDotColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kDotColumns; ++n) columns[n] = get(w + n * w_row + i);
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      Vec row = get(x[m] + i);
+      auto row = get(x[m] + i);
 #pragma GCC unroll 4
-      for (int n = 0; n < kDotColumns; ++n) sums[m][n] += row * columns[n];
+      for (int n = 0; n < kDotColumns; ++n) D::add(sums[m][n], row, columns[n]);
     }
   };
-  for (; i + kLanes <= depth; i += kLanes) step([](auto* p) { return load(p); });
-  if (i < depth) step([rest = depth - i](auto* p) { return load_some(p, rest); });
+  for (; i + D::kWidth <= depth; i += D::kWidth) step([](auto* p) { return D::get(p); });
+  if (i < depth) step([rest = depth - i](auto* p) { return D::get_some(p, rest); });
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
     float four[kDotColumns];
@@ -118,8 +147,8 @@ inline void dot_tile(const float* const* x, const W* w, int64_t w_row, int64_t d
   }
 }
 
-template <int M, typename W, typename... Rest>
-inline void dot_tile_of(int64_t rows, const float* const* x, const W* w, Rest... rest) {
+template <int M, typename X, typename W, typename... Rest>
+inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... rest) {
   if constexpr (M > 0) {
     if (rows == M) return dot_tile<M>(x, w, rest...);
     dot_tile_of<M - 1>(rows, x, w, rest...);
@@ -176,16 +205,17 @@ void run_tasks(const std::vector<Task>& tasks, int threads, F run) {
   for (int64_t i = 0; i < (int64_t)tasks.size(); ++i) run(tasks[i]);
 }
 
+template <typename X>
 struct Rows {  // row s is base + places[s] * row, or base + s * row without places
-  const float* base;
+  const X* base;
   int64_t row;
   const int64_t* places;
-  const float* operator[](int64_t s) const { return base + (places ? places[s] : s) * row; }
+  const X* operator[](int64_t s) const { return base + (places ? places[s] : s) * row; }
 };
 
 // Matrices whose rows are outputs: y = x w^T, by dot products of contiguous rows.
-template <typename W>
-void multiply_by_rows(Rows x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
+template <typename X, typename W>
+void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
                       int64_t A, int64_t B, float* y, int threads) {
   auto tasks = make_tasks(ends, experts, B, kTaskColumns, false);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
@@ -201,7 +231,7 @@ void multiply_by_rows(Rows x, const W* w, int64_t w_expert, int64_t w_row, const
         int64_t depth = std::min<int64_t>(kDotDepth, A - k);
         for (int64_t s = start; s < end; s += kDotRows) {
           int64_t count = std::min<int64_t>(kDotRows, end - s);
-          const float* rows[kDotRows];
+          const X* rows[kDotRows];
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
           if (!is_short) {
@@ -231,7 +261,7 @@ void multiply_by_rows(Rows x, const W* w, int64_t w_expert, int64_t w_row, const
 
 // Matrices whose columns are outputs: y = x w, by outer products; a panel of w is widened into the cache first.
 template <typename W>
-void multiply_by_columns(Rows x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
+void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
                          int64_t A, int64_t B, float* y, int threads) {
   auto tasks = make_tasks(ends, experts, B, kPanelColumns, false);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
@@ -282,7 +312,7 @@ void multiply_by_columns(Rows x, const W* w, int64_t w_expert, int64_t w_row, co
 
 // g[e] = left[rows of e]^T right[rows of e], each element added up in registers over all rows and written once.
 template <typename G>
-void gradient_of_stack(Rows left, Rows right, const int64_t* ends, int64_t experts, int64_t A, int64_t B, G* g,
+void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends, int64_t experts, int64_t A, int64_t B, G* g,
                        int threads) {
   auto tasks = make_tasks(ends, experts, A, 2 * kOuterRows, true);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
@@ -324,7 +354,10 @@ extern "C" {
 
 // Whether this processor has the instructions that this file was compiled for.
 int hub_moe_is_supported() {
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma");
+#elif defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -333,16 +366,34 @@ int hub_moe_is_supported() {
 #endif
 }
 
+// Whether rows may be bfloat16.
+int hub_moe_takes_bfloat16_rows() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 // y[s] = x[places[s]] times the matrix of the expert of s. `by_rows`: element (a, b) of expert e lies at
-// w[e * w_expert + b * w_row + a], else at w[e * w_expert + a * w_row + b]. y is contiguous (S, B).
-void hub_moe_multiply(const float* x, int64_t x_row, const int64_t* places, const void* w, int is_bfloat16, int by_rows,
-                      int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts, int64_t A, int64_t B,
-                      float* y, int threads) {
-  Rows rows{x, x_row, places};
+// w[e * w_expert + b * w_row + a], else at w[e * w_expert + a * w_row + b]. y is contiguous (S, B). bfloat16 rows only
+// beside bfloat16 matrices, by rows, and where hub_moe_takes_bfloat16_rows.
+void hub_moe_multiply(const void* x, int is_bfloat16_x, int64_t x_row, const int64_t* places, const void* w,
+                      int is_bfloat16, int by_rows, int64_t w_expert, int64_t w_row, const int64_t* ends,
+                      int64_t experts, int64_t A, int64_t B, float* y, int threads) {
+  Rows<float> rows{(const float*)x, x_row, places};
   auto run = [&](auto* typed) {
     (by_rows ? multiply_by_rows(rows, typed, w_expert, w_row, ends, experts, A, B, y, threads)
              : multiply_by_columns(rows, typed, w_expert, w_row, ends, experts, A, B, y, threads));
   };
+#if defined(__AVX512BF16__)
+  if (is_bfloat16_x) {
+    Rows<bfloat16> narrow{(const bfloat16*)x, x_row, places};
+    return multiply_by_rows(narrow, (const bfloat16*)w, w_expert, w_row, ends, experts, A, B, y, threads);
+  }
+#else
+  (void)is_bfloat16_x;
+#endif
   is_bfloat16 ? run((const bfloat16*)w) : run((const float*)w);
 }
 
@@ -350,7 +401,7 @@ void hub_moe_multiply(const float* x, int64_t x_row, const int64_t* places, cons
 void hub_moe_stack_gradient(const float* left, int64_t left_row, const int64_t* left_places, const float* right,
                             int64_t right_row, const int64_t* right_places, const int64_t* ends, int64_t experts,
                             int64_t A, int64_t B, void* g, int is_bfloat16, int threads) {
-  Rows l{left, left_row, left_places}, r{right, right_row, right_places};
+  Rows<float> l{left, left_row, left_places}, r{right, right_row, right_places};
   is_bfloat16 ? gradient_of_stack(l, r, ends, experts, A, B, (bfloat16*)g, threads)
               : gradient_of_stack(l, r, ends, experts, A, B, (float*)g, threads);
 }
