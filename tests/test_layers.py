@@ -18,7 +18,8 @@ ALLOWED = {
     "files": {"errors"},
     "energy": {"errors", "files"},
     "anatomy": {"errors", "files"},
-    "modeling": {"errors", "patches.registration"},  # so that whoever can load a base can load its patches
+    # so that whoever can load a base can load its patches, and its experts run fast
+    "modeling": {"errors", "patches.registration", "experts"},
     "experts": {"errors", "anatomy"},
     "data": {"errors"},
     "cards": {"errors", "files", "energy", "evals.records", "patches.metadata"},

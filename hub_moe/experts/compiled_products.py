@@ -125,14 +125,22 @@ def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:
     return rows.data_ptr(), rows.stride(0), None if places is None else places.data_ptr()
 
 
-@cache
 def load_compiled_products() -> CompiledProducts:
-    """Build, unless the cache has it, and load.
+    """Those for the best instruction set that this processor has and torch is allowed to use.
 
     Raises:
         ConfigError: Where there is no compiler, it fails, or the processor is not one that the code is for.
     """
-    level = _level()
+    return load_level(find_levels()[0])
+
+
+@cache
+def load_level(level: str) -> CompiledProducts:
+    """Build for one instruction set of `find_levels`, unless the cache has it, and load.
+
+    Raises:
+        ConfigError: As `load_compiled_products`.
+    """
     path = _build(_find_compiler(), level)
     try:
         library = ctypes.CDLL(str(path))
@@ -143,7 +151,12 @@ def load_compiled_products() -> CompiledProducts:
     return CompiledProducts(library, level)
 
 
-def _level() -> str:
+def find_levels() -> list[str]:
+    """The instruction sets that the code can be compiled for here, the best first.
+
+    Raises:
+        ConfigError: Where there is none.
+    """
     words = set(describe_processor().split())
     if platform.machine() not in ("x86_64", "AMD64"):
         raise ConfigError(f"The compiled experts are for x86-64 processors, not for {platform.machine()}.")
@@ -152,7 +165,7 @@ def _level() -> str:
     levels = [name for name in allowed if _LEVELS[name][0] <= words]
     if not levels:
         raise ConfigError("The compiled experts need a processor with AVX2 and FMA, or AVX512.")
-    return levels[0]
+    return levels
 
 
 def _find_compiler() -> str:

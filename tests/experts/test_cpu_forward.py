@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hub_moe.errors import ConfigError, UnsupportedModelError
-from hub_moe.experts import IMPLEMENTATION, hub_moe_experts_forward, torch_products
+from hub_moe.experts import IMPLEMENTATION, cpu_forward, hub_moe_experts_forward, torch_products
+from hub_moe.experts.compiled_products import find_levels, load_level
 
 from ..anatomy.families import FAMILIES, tiny_config
 from .naive import LAYOUTS, draw_inputs, expected_of, make_experts, run
@@ -26,9 +27,14 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float64: 1e-14}
 FAST_BFLOAT16 = 1e-1
 
 
-@pytest.fixture(params=["torch", "torch with fast bfloat16", "compiled"], autouse=True)
+@pytest.fixture(params=["torch", "torch with fast bfloat16", "compiled", "avx2"], autouse=True)
 def products(request, monkeypatch):
-    monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", request.param.split()[0])
+    if request.param == "avx2":
+        if "avx2" not in find_levels():
+            pytest.skip("this processor has no AVX2")
+        monkeypatch.setattr(cpu_forward, "choose_products", lambda dtype: load_level("avx2"))
+    else:
+        monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", request.param.split()[0])
     monkeypatch.setattr(torch_products, "has_fast_bfloat16", lambda: "fast" in request.param)
     return request.param
 
@@ -62,7 +68,7 @@ def compare(experts, inputs, tolerance=None):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_every_layout_gives_the_naive_output_and_gradients(layout, dtype, check, monkeypatch):
     if dtype == torch.float64:  # by torch alone, unless the compiled products were asked for
-        monkeypatch.delenv("HUB_MOE_CPU_EXPERTS")
+        monkeypatch.undo()
     experts = make_experts(**layout).to(dtype)
     check(experts, draw_inputs(ids(MIXED), dtype=dtype))
 
@@ -111,8 +117,6 @@ def test_hidden_states_of_another_dtype_than_the_weights_are_computed_and_come_b
 
 
 def test_frozen_weights_cost_no_weight_gradient(monkeypatch):
-    from hub_moe.experts import cpu_forward
-
     made = []
     experts = make_experts()
     products = cpu_forward.choose_products(torch.float32)

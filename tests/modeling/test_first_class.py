@@ -118,7 +118,7 @@ def test_attention_implementations_agree_with_sdpa(model, attention):
     torch.testing.assert_close(actual[kept], expected[kept], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["hub_moe", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("num_tokens", [1, 63])
 def test_experts_implementations_agree_with_eager(model, implementation, num_tokens):
     tokens = _prompt(rows=1, length=num_tokens)
