@@ -12,6 +12,9 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -35,6 +38,7 @@ constexpr double kOperationsPerThread = 2e5;  // below that a thread costs more 
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef float Four __attribute__((vector_size(16)));
 typedef uint16_t bfloat16;
 
 inline Vec load(const float* p) {
@@ -76,24 +80,30 @@ inline void store_some(T* p, Vec v, int64_t count) {
 inline Vec broadcast(float x) { return x - Vec{}; }
 
 // The sums of four vectors.
-inline void sum_lanes(const Vec* v, float* sums) {
+inline Four sum_lanes(Vec a, Vec b, Vec c, Vec d) {
 #if defined(__AVX512F__)
-  auto halves = [](Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-           __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  auto halves = [](Vec one, Vec two) {
+    return __builtin_shufflevector(one, two, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(one, two, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   };
-  Vec ab = halves(v[0], v[1]), cd = halves(v[2], v[3]);
+  Vec ab = halves(a, b), cd = halves(c, d);
   Vec all = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
             __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
   all += __builtin_shufflevector(all, all, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
   all += __builtin_shufflevector(all, all, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  for (int i = 0; i < 4; ++i) sums[i] = all[4 * i];
+  return __builtin_shufflevector(all, all, 0, 4, 8, 12);
+#elif defined(__AVX2__)
+  auto quarters = [](Vec one, Vec two) {
+    return __builtin_shufflevector(one, two, 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(one, two, 2, 3, 10, 11, 6, 7, 14, 15);
+  };
+  Vec ab = quarters(a, b), cd = quarters(c, d);
+  Vec all = __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) +
+            __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
+  return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
 #else
-  for (int i = 0; i < 4; ++i) {
-    float sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) sum += v[i][lane];
-    sums[i] = sum;
-  }
+  auto sum = [](Vec v) { return (v[0] + v[1]) + (v[2] + v[3]); };
+  return Four{sum(a), sum(b), sum(c), sum(d)};
 #endif
 }
 
@@ -122,7 +132,7 @@ struct Dot<bfloat16, bfloat16> {
 
 // y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements.
 template <int M, typename X, typename W>
-inline void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
+__attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
   Vec sums[M][kDotColumns] = {};
   int64_t i = 0;
   using D = Dot<X, W>;
@@ -141,9 +151,10 @@ inline void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth
   if (i < depth) step([rest = depth - i](auto* p) { return D::get_some(p, rest); });
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
-    float four[kDotColumns];
-    sum_lanes(sums[m], four);
-    for (int n = 0; n < kDotColumns; ++n) y[m * y_row + n] = add ? y[m * y_row + n] + four[n] : four[n];
+    Four four = sum_lanes(sums[m][0], sums[m][1], sums[m][2], sums[m][3]), before = {};
+    if (add) std::memcpy(&before, y + m * y_row, sizeof before);
+    four += before;
+    std::memcpy(y + m * y_row, &four, sizeof four);
   }
 }
 
@@ -155,18 +166,19 @@ inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... res
   }
 }
 
-// acc[i, 0:2] over `depth`: get_left(i, r) is a number, get_right(r) points to kTile columns.
+// sums[i, 0:2] over `depth`: get_left(r) gives the numbers of all i, get_right(r) points to kTile columns.
 template <int I, typename Left, typename Right>
 inline void outer_tile(Vec (&sums)[kOuterRows][2], int64_t depth, Left get_left, Right get_right) {
   Vec acc[I][2];
 #pragma GCC unroll 12
   for (int i = 0; i < I; ++i) acc[i][0] = sums[i][0], acc[i][1] = sums[i][1];
   for (int64_t r = 0; r < depth; ++r) {
-    auto right = get_right(r);
+    const float* right = get_right(r);
+    auto numbers = get_left(r);
     Vec first = load(right), second = load(right + kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < I; ++i) {
-      Vec left = broadcast(get_left(i, r));
+      Vec left = broadcast(numbers(i));
       acc[i][0] += left * first;
       acc[i][1] += left * second;
     }
@@ -295,7 +307,7 @@ void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_
           }
           const float* tile = panel + (c / kTile) * kPanelDepth * kTile;
           outer_tile_of<kOuterRows>(
-              count, sums, depth, [&](int i, int64_t r) { return rows[i][r]; },
+              count, sums, depth, [&](int64_t r) { return [&rows, r](int i) { return rows[i][r]; }; },
               [&](int64_t r) { return tile + r * kTile; });
           for (int64_t m = 0; m < count; ++m)
             for (int half = 0; half < 2; ++half) {
@@ -310,10 +322,20 @@ void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_
   });
 }
 
+// A gradient is fresh memory, and to get it page by page takes longer than to compute it.
+void ask_for_huge_pages(void* start, size_t size) {
+#if defined(__linux__)
+  constexpr size_t kHuge = size_t{2} << 20;
+  uintptr_t first = ((uintptr_t)start + kHuge - 1) / kHuge * kHuge, last = ((uintptr_t)start + size) / kHuge * kHuge;
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);  // advice: where it fails nothing is lost
+#endif
+}
+
 // g[e] = left[rows of e]^T right[rows of e], each element added up in registers over all rows and written once.
 template <typename G>
 void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends, int64_t experts, int64_t A, int64_t B, G* g,
                        int threads) {
+  ask_for_huge_pages(g, experts * A * B * sizeof(G));
   auto tasks = make_tasks(ends, experts, A, 2 * kOuterRows, true);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
     int64_t start = task.expert ? ends[task.expert - 1] : 0, depth = ends[task.expert] - start;
@@ -325,7 +347,7 @@ void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends,
       for (int64_t c = 0; c < B; c += kTile) {
         Vec sums[kOuterRows][2] = {};
         int64_t width = std::min<int64_t>(kTile, B - c);
-        auto get_left = [&](int i, int64_t r) { return left[start + r][a + i]; };
+        auto get_left = [&](int64_t r) { return [row = left[start + r] + a](int i) { return row[i]; }; };
         if (width == kTile) {
           outer_tile_of<kOuterRows>(count, sums, depth, get_left, [&](int64_t r) { return right[start + r] + c; });
         } else {
