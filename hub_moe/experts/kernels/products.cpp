@@ -195,6 +195,16 @@ inline void outer_tile_of(int64_t rows, Vec (&sums)[kOuterRows][2], Rest... rest
   }
 }
 
+// Fetches the `part`th of `parts` of a block of rows ahead of its use: matrices come from memory once, each in short
+// runs that the processor does not foresee.
+template <typename W>
+inline void prefetch_part(const W* block, int64_t rows, int64_t row, int64_t width, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(W);
+  int64_t per_row = (width + kLine - 1) / kLine, lines = rows * per_row;
+  for (int64_t i = part * lines / parts; i < (part + 1) * lines / parts; ++i)
+    __builtin_prefetch(block + i / per_row * row + i % per_row * kLine, 0, 2);
+}
+
 struct Task {
   int64_t expert, column;
 };
@@ -240,9 +250,11 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
       int64_t from = is_short ? std::max<int64_t>(0, last - kDotColumns) : n;
       bool is_tiny = B < kDotColumns;
       for (int64_t k = 0; k < A; k += kDotDepth) {
-        int64_t depth = std::min<int64_t>(kDotDepth, A - k);
+        int64_t depth = std::min<int64_t>(kDotDepth, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
+        const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
         for (int64_t s = start; s < end; s += kDotRows) {
           int64_t count = std::min<int64_t>(kDotRows, end - s);
+          if (parts > 2) prefetch_part(next, kDotColumns, w_row, depth, (s - start) / kDotRows, parts);
           const X* rows[kDotRows];
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
@@ -289,8 +301,11 @@ void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_
           store(to, c + kLanes <= columns ? load(from + c) : load_some(from + c, columns - c));
         }
       }
+      const W* next = w + task.expert * w_expert + (k + kPanelDepth) * w_row + task.column;
+      int64_t parts = (end - start + kOuterRows - 1) / kOuterRows;
       for (int64_t s = start; s < end; s += kOuterRows) {
         int64_t count = std::min<int64_t>(kOuterRows, end - s);
+        if (parts > 1) prefetch_part(next, kPanelDepth, w_row, columns, (s - start) / kOuterRows, parts);
         const float* rows[kOuterRows];
         for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
         for (int64_t c = 0; c < columns; c += kTile) {
