@@ -31,7 +31,7 @@ constexpr int kLanes = 4, kDotRows = 4, kOuterRows = 8;
 constexpr int kDotColumns = 4;           // matrix rows whose sums one tile of dot products keeps in registers
 constexpr int kDotDepth = 1024;          // how much of kDotColumns matrix rows stays in the first-level cache
 constexpr int kTile = 2 * kLanes;        // columns of a tile of outer products
-constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 8192 / kPanelColumns;  // 32 KiB
+constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
 constexpr int kTaskColumns = 32;
 constexpr double kOperationsPerThread = 2e5;  // below that a thread costs more than it brings
 
