@@ -54,7 +54,7 @@ def test_the_record_says_what_was_run_and_how(model, tmp_path):
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= record.model.files.keys()
     assert all(len(sha256) == 64 for sha256 in record.model.files.values())
     execution = record.execution
-    assert (execution.dtype, execution.experts, execution.batch_size) == ("float32", "grouped_mm", 4)
+    assert (execution.dtype, execution.experts, execution.batch_size) == ("float32", "hub_moe", 4)
     assert [entry.name for entry in record.entries] == list(TASKS)
     assert all(entry.limit == 6 and entry.tasks[0].num_documents == 6 for entry in record.entries)
     assert {"torch", "transformers", "lm_eval", "datasets", "python"} <= record.versions.keys()
