@@ -35,15 +35,18 @@ class Config:
 def make_experts(*, has_gate=True, has_bias=False, is_transposed=False, has_post_expert_norm=False):
     """An experts module of any layout that transformers' decorator knows.
 
-    E = 5, D = 24, F = 8; grouped_mm wants rows of a multiple of 16 bytes.
+    E = 5, D = 24, F = 8, or 16 without a gate: grouped_mm wants rows of a multiple of 16 bytes, and MKL rounds by where
+    rows begin in a line of 64 bytes, which must not change with their order if two outputs are to agree bit by bit.
     """
+
+    inner = 8 if has_gate else 16
 
     class Experts(nn.Module):
         def __init__(self, config):
             super().__init__()
             self.num_experts, self.act_fn = 5, nn.functional.silu
-            up, up_width = ("gate_up_proj", 16) if has_gate else ("up_proj", 8)
-            for name, rows, columns in ((up, up_width, 24), ("down_proj", 24, 8)):
+            up, up_width = ("gate_up_proj", 16) if has_gate else ("up_proj", inner)
+            for name, rows, columns in ((up, up_width, 24), ("down_proj", 24, inner)):
                 shape = (5, columns, rows) if is_transposed else (5, rows, columns)
                 self.register_parameter(name, nn.Parameter(torch.randn(shape) / 3))
                 if has_bias:
