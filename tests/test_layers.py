@@ -18,7 +18,8 @@ ALLOWED = {
     "files": {"errors"},
     "energy": {"errors", "files"},
     "anatomy": {"errors", "files"},
-    "modeling": {"errors", "patches.registration"},  # so that whoever can load a base can load its patches
+    # so that whoever can load a base can load its patches, and its experts run fast
+    "modeling": {"errors", "patches.registration", "experts"},
     "experts": {"errors", "anatomy"},
     "data": {"errors"},
     "cards": {"errors", "files", "energy", "evals.records", "patches.metadata"},
@@ -37,7 +38,7 @@ ALLOWED = {
         "patches",
         "plots",
     },
-    "evals": {"environment", "errors", "files", "energy", "anatomy", "data", "modeling", "patches", "plots"},
+    "evals": {"environment", "errors", "files", "energy", "anatomy", "data", "experts", "modeling", "patches", "plots"},
     "hub": {"errors", "files", "cards", "evals.records", "patches.metadata"},
     "hubserver": {"errors", "cards"},
 }

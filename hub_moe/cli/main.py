@@ -13,6 +13,7 @@ from .compare import compare
 from .contribute import contribute
 from .data import data
 from .demo import demo
+from .env import env
 from .eval import evaluate, suites
 from .experts import experts
 from .export import export
@@ -39,7 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (demo, train, inspect, plan, export):
+for command in (demo, env, train, inspect, plan, export):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(suites)

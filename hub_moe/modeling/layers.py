@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP
@@ -28,6 +29,8 @@ from .absorbed_attention import LatentCache, attend_to_latents, should_absorb
 from .configuration_hub_moe import HubMoeConfig
 from .latent_cache import give_room
 from .routing import route_tokens
+
+_OUR_EXPERTS = "hub_moe"  # as hub_moe.experts registers them
 
 
 class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):
@@ -184,3 +187,24 @@ class HubMoeMtpLayer(HubMoeDecoderLayer):
         both = torch.cat([self.enorm(inputs_embeds), self.hnorm(previous_hidden_state)], dim=-1)
         hidden: Tensor = self.shared_head["norm"](super().forward(self.eh_proj(both), **kwargs))
         return hidden
+
+
+class DefaultExpertsMixin:
+    """Chooses the experts implementation where none is asked for.
+
+    That is `hub_moe`, or transformers' own default where hub_moe is not installed, as beside exported code.
+    """
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for "@use_experts_implementation" in the text of the model's file; the decorator itself
+        # sits on the parent of HubMoeExperts
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """See `transformers.PreTrainedModel.get_correct_experts_implementation`."""
+        if requested_experts is None and _OUR_EXPERTS in ALL_EXPERTS_FUNCTIONS:
+            requested_experts = _OUR_EXPERTS
+        parent: Any = super()
+        chosen: str = parent.get_correct_experts_implementation(requested_experts)
+        return chosen

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .causal_lm import MoeCausalLMMixin
 from .checkpoint import CheckpointMixin
 from .configuration_deepseek import DeepseekConfig
-from .layers import HubMoeExperts, HubMoeMoE, HubMoeRouter
+from .layers import DefaultExpertsMixin, HubMoeExperts, HubMoeMoE, HubMoeRouter
 from .registration import register_model_classes
 
 
@@ -35,7 +35,7 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
             self.mlp = HubMoeMoE(config)
 
 
-class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
+class DeepseekPreTrainedModel(DefaultExpertsMixin, CheckpointMixin, LlamaPreTrainedModel):
     """What the DeepseekMoE models share: initialisation, recording, loading and saving."""
 
     config: DeepseekConfig
@@ -52,12 +52,6 @@ class DeepseekPreTrainedModel(CheckpointMixin, LlamaPreTrainedModel):
         config.validate()
         # not super(): the stock model classes behind us would first build themselves
         PreTrainedModel.__init__(self, config)
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for "@use_experts_implementation" in this file's text; the decorator itself sits on the
-        # parent of HubMoeExperts
-        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -28,6 +28,7 @@ from .causal_lm import MoeCausalLMMixin, MtpOutput
 from .checkpoint import CheckpointMixin
 from .configuration_hub_moe import HubMoeConfig
 from .layers import (
+    DefaultExpertsMixin,
     HubMoeAttention,
     HubMoeDecoderLayer,
     HubMoeMtpLayer,
@@ -39,7 +40,7 @@ from .mtp import HubMoeCandidateGenerator
 from .registration import register_model_classes
 
 
-class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):
+class HubMoePreTrainedModel(DefaultExpertsMixin, CheckpointMixin, DeepseekV3PreTrainedModel):
     """What every HubMoe model shares: initialisation, recording, loading and saving."""
 
     config: HubMoeConfig
@@ -64,12 +65,6 @@ class HubMoePreTrainedModel(CheckpointMixin, DeepseekV3PreTrainedModel):
         PreTrainedModel.__init__(self, config)
         if config.topk_method != "noaux_tc":
             self._keep_in_fp32_modules_strict: list[str] = []  # no balancing bias to keep
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for "@use_experts_implementation" in this file's text; the decorator itself sits on the
-        # parent of HubMoeExperts
-        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

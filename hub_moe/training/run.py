@@ -14,6 +14,7 @@ from ..bars import quiet_bars
 from ..data import PreparedData, load_rows
 from ..environment import describe_versions
 from ..errors import HubMoeError, MissingExtraError
+from ..experts import describe_for_record
 from ..patches import hash_base
 from . import outcome
 from .checkpoints import explain_failed_writes, scratch_folder
@@ -200,6 +201,8 @@ class _Run:
             folder.write_json(folder.report, report)
 
     def _figures(self, session: Session, data: PreparedData, prepared: Prepared) -> dict[str, Any]:
+        model: Any = prepared.model
+        experts = describe_for_record(model.config._experts_implementation, str(device()), model.dtype)
         return {
             "method": self.config.method.NAME,
             "model": {
@@ -219,7 +222,7 @@ class _Run:
             "energy_kwh": session.energy and session.energy.kwh,
             "energy": session.energy and session.energy.to_dict(),
             "peak_memory_bytes": outcome.peak_memory_bytes(),
-            "versions": describe_versions(),
+            "versions": describe_versions() | experts,
         }
 
     def _draw(self, session: Session, data: PreparedData) -> None:

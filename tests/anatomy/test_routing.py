@@ -84,7 +84,7 @@ def test_every_family_is_recorded_without_its_padding(model_type):
     assert {int(layer.tokens_E.sum()) for layer in routing.layers} == {2 * (30 - 7)}
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm", "hub_moe"])
 @pytest.mark.parametrize("model_type", ["hub_moe", "qwen3_moe", "gpt_oss"])
 def test_norms_are_the_same_by_every_experts_implementation(model_type, implementation):
     model, tokens_BL = build(model_type), random_tokens(2, 6)

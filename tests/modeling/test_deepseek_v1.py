@@ -135,7 +135,7 @@ def test_released_layout_loads_natively_though_its_own_code_is_broken(tmp_path):
     _write_as_released(tmp_path, {})
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(model) is DeepseekForCausalLM
-    assert model.config._experts_implementation == "grouped_mm"
+    assert model.config._experts_implementation == "hub_moe"
     tokens = torch.randint(3, 96, (9,))
     expected = _forward_by_hand(tokens, load_file(tmp_path / "model.safetensors"), SHAPE)
     torch.testing.assert_close(model(tokens[None]).logits[0], expected, rtol=1e-4, atol=1e-5)
@@ -149,7 +149,7 @@ def test_names_on_disk_are_per_expert(tmp_path):
     assert isinstance(AutoConfig.from_pretrained(tmp_path), DeepseekConfig)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "hub_moe"])
 def test_every_experts_implementation_gives_the_same_logits_and_gradients(implementation):
     torch.manual_seed(0)
     model = DeepseekForCausalLM(DeepseekConfig(**{**SHAPE, "aux_loss_alpha": 0.01})).train()

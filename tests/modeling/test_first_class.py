@@ -118,7 +118,7 @@ def test_attention_implementations_agree_with_sdpa(model, attention):
     torch.testing.assert_close(actual[kept], expected[kept], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("implementation", ["hub_moe", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("num_tokens", [1, 63])
 def test_experts_implementations_agree_with_eager(model, implementation, num_tokens):
     tokens = _prompt(rows=1, length=num_tokens)
@@ -143,7 +143,9 @@ def test_all_tokens_to_the_same_experts(model):
     torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", sorted(set(ALL_EXPERTS_FUNCTIONS.keys()) - {"grouped_mm", "batched_mm"}))
+@pytest.mark.parametrize(
+    "implementation", sorted(set(ALL_EXPERTS_FUNCTIONS.keys()) - {"grouped_mm", "batched_mm", "hub_moe"})
+)
 def test_experts_implementation_that_cannot_run_here_is_an_error(model, implementation):
     if torch.cuda.is_available():
         pytest.skip("these implementations may run on this machine")
@@ -174,6 +176,7 @@ def test_user_registered_experts_implementation_is_used(model):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden, top_k_index, top_k_weights)
 
     tokens = _prompt()
+    model.set_experts_implementation("grouped_mm")
     expected = model(tokens).logits
     ALL_EXPERTS_FUNCTIONS.register("counting", counting)
     model.set_experts_implementation("counting")

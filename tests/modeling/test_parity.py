@@ -42,6 +42,7 @@ def test_float32_logits_loss_and_gradients_equal_the_stock_class(variant, tmp_pa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bfloat16_logits_equal_the_stock_class_within_one_rounding(variant, tmp_path):
     stock = save_stock(variant, tmp_path, dtype=torch.bfloat16).from_pretrained(tmp_path)
+    stock.set_experts_implementation("hub_moe")  # ours by default: grouped_mm rounds between products
     ours = HubMoeForCausalLM.from_pretrained(tmp_path)
     assert ours.dtype == stock.dtype == torch.bfloat16
     batch = _batch()
@@ -88,7 +89,7 @@ def test_v2_weights_that_are_normalised_are_not_scaled_as_in_deepseeks_code(tmp_
     torch.testing.assert_close(weights.sort(descending=True).values, expected)
 
 
-def test_default_experts_implementation_equals_the_stock_one_in_a_fresh_process():
+def test_default_experts_implementation_is_hub_moe_and_the_stock_classes_keep_theirs_in_a_fresh_process():
     code = """
 from hub_moe.modeling import DeepseekConfig, DeepseekForCausalLM, HubMoeConfig, HubMoeForCausalLM
 shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=8)
@@ -99,4 +100,4 @@ print(ours, first, DeepseekV3ForCausalLM(DeepseekV3Config(**shape)).config._expe
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ours, first, stock = result.stdout.split()
-    assert ours == first == stock == "grouped_mm"
+    assert (ours, first, stock) == ("hub_moe", "hub_moe", "grouped_mm")

@@ -1,0 +1,284 @@
+"""Experts on the CPU: ours against the best of transformers' own, and against what the machine allows.
+
+    python evals/speed/experts_cpu.py [--rounds 9] [--threads 2] [--only forward_512] [--isa avx2]
+
+`forward_1`, `forward_16` and `forward_512`: 1, 16 or 512 tokens through 64 experts, 6 a token, hidden 2048, inner 1408.
+`backward_512`: forward and backward of 512 tokens, hidden 512, inner 256. `step`: whole training steps, with SGD, of a
+small HubMoe against the stock class with the same weights. Each in float32 and bfloat16.
+
+In each round ours, the peer (the fastest of eager, grouped_mm and batched_mm) and the limit take turns in random order.
+The limit is the dense float32 product of the same operations, or, for 1 and 16 tokens, reading the weights of the
+experts that were hit. Ratios are medians over rounds of seconds of ours over seconds of the other; `_processor` is the
+same in processor seconds, which a busy machine disturbs less. What ours gives is compared with float64 first.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GOALS = {
+    "forward_512_float32_limit": 1.3,
+    "forward_512_bfloat16_limit": 1.35,
+    "forward_512_bfloat16_peer": 1 / 5,
+    **{f"forward_1_{dtype}_limit": 1.35 for dtype in ("float32", "bfloat16")},
+    **{f"forward_1_{dtype}_peer": 1 / 1.4 for dtype in ("float32", "bfloat16")},
+    **{f"forward_16_{dtype}_limit": 1.5 for dtype in ("float32", "bfloat16")},
+    **{f"forward_16_{dtype}_peer": 1 / 2.3 for dtype in ("float32", "bfloat16")},
+    **{f"backward_512_{dtype}_limit": 1.8 for dtype in ("float32", "bfloat16")},
+    "backward_512_float32_peer": 1 / 1.7,
+    "backward_512_bfloat16_peer": 1 / 20,
+    "step_float32_peer": 1 / 1.5,
+    "step_bfloat16_peer": 1 / 8,
+}
+LAYERS = {"forward_1": (2048, 1408, 1), "forward_16": (2048, 1408, 16), "forward_512": (2048, 1408, 512)}
+LAYERS |= {"backward_512": (512, 256, 512)}
+EXPERTS, TOP_K = 64, 6
+LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # norm of the difference from float64 over norm
+LARGEST_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
+MOST_BUSY = 0.12
+ISA = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", nargs="*", default=[*LAYERS, "step"], choices=[*LAYERS, "step"])
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--isa", choices=sorted(ISA), help="hold all rivals to these instructions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--even-if-busy", action="store_true", help="measure beside other programs, and say so")
+    return parser.parse_args()
+
+
+def busy_share(seconds: float = 2.0) -> float:
+    """Share of the processor's time that other programs take now; Linux only."""
+
+    def read() -> tuple[int, int]:
+        numbers = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return numbers[3] + numbers[4], sum(numbers)
+
+    idle, total = read()
+    time.sleep(seconds)
+    idle_after, total_after = read()
+    return 1 - (idle_after - idle) / (total_after - total)
+
+
+def make_layer(hidden: int, inner: int, dtype: Any) -> Any:
+    """A stock DeepSeek-V3 experts module with random weights."""
+    import torch
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
+
+    config = DeepseekV3Config(
+        hidden_size=hidden, moe_intermediate_size=inner, n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K
+    )
+    layer = DeepseekV3Experts(config).to(dtype)
+    with torch.no_grad():
+        for stack in layer.parameters():
+            stack.uniform_(-(stack.shape[-1] ** -0.5), stack.shape[-1] ** -0.5)
+    return layer
+
+
+def run_layer(layer: Any, implementation: str, inputs: Any, *, backward: bool) -> dict[str, Any]:
+    """The output and, with `backward`, all gradients."""
+    import torch
+
+    layer.config._experts_implementation = implementation
+    x, chosen, weights, dout = inputs
+    if not backward:
+        with torch.no_grad():
+            return {"out": layer(x, chosen, weights)}
+    layer.zero_grad(set_to_none=True)
+    x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
+    out = layer(x, chosen, weights)
+    out.backward(dout)
+    named = {name: stack.grad for name, stack in layer.named_parameters()}
+    return {"out": out.detach(), "x": x.grad, "weights": weights.grad, **named}
+
+
+def run_float64(layer: Any, inputs: Any, *, backward: bool) -> dict[str, Any]:
+    """The same by one expert after the other in float64."""
+    import torch
+
+    x, chosen, weights, dout = inputs
+    x, weights = x.double().requires_grad_(backward), weights.double().requires_grad_(backward)
+    stacks = [stack.detach() for stack in (layer.gate_up_proj, layer.down_proj)]
+    if backward:
+        stacks = [stack.double().requires_grad_() for stack in stacks]
+    out = torch.zeros_like(x)
+    for expert, (up, down) in enumerate(zip(*(stack.unbind() for stack in stacks), strict=True)):
+        token, place = torch.where(chosen == expert)
+        if token.numel():
+            gate, linear = (x[token] @ up.double().T).chunk(2, dim=-1)
+            y = (torch.nn.functional.silu(gate) * linear) @ down.double().T
+            out = out.index_add(0, token, y * weights[token, place, None])
+    if not backward:
+        return {"out": out}
+    out.backward(dout.double())
+    return {
+        "out": out.detach(),
+        **{"x": x.grad, "weights": weights.grad, "gate_up_proj": stacks[0].grad, "down_proj": stacks[1].grad},
+    }
+
+
+def largest_error(results: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest of all relative differences, each by norm."""
+    return max(float((results[name].double() - tensor).norm() / tensor.norm()) for name, tensor in expected.items())
+
+
+def make_limit(hidden: int, inner: int, inputs: Any, layer: Any, *, backward: bool) -> Callable[[], Any]:
+    """What no experts layer can beat: dense products in float32, or reading the experts that were hit."""
+    import torch
+
+    tokens, chosen = inputs[0].shape[0], inputs[1]
+    if tokens <= 16:
+        count = chosen.unique().numel() * 3 * hidden * inner * layer.down_proj.element_size() // 4
+        weights = torch.ones(count)
+        return lambda: weights.sum()
+    rows = tokens * TOP_K
+    x, h, y = torch.randn(rows, hidden), torch.randn(rows, 2 * inner), torch.randn(rows, hidden)
+    up, down, a = torch.randn(2 * inner, hidden), torch.randn(hidden, inner), torch.randn(rows, inner)
+
+    def forward() -> None:
+        torch.mm(x, up.T, out=h)
+        torch.mm(a, down.T, out=y)
+
+    def both() -> None:
+        forward()
+        for left, right in ((y, down), (h, up), (h.T, x), (y.T, a)):
+            left @ right
+
+    return both if backward else forward
+
+
+def measure(rivals: dict[str, Callable[[], Any]], rounds: int, seed: int) -> dict[str, list[tuple[float, float]]]:
+    """Wall and processor seconds of every rival in every round, in random order within a round."""
+    draw, seconds = random.Random(seed), {name: [] for name in rivals}
+    for _ in range(rounds):
+        for name in draw.sample(list(rivals), len(rivals)):
+            start, processor_start = time.perf_counter(), time.process_time()
+            rivals[name]()
+            seconds[name].append((time.perf_counter() - start, time.process_time() - processor_start))
+    return seconds
+
+
+def fastest(rivals: dict[str, Callable[[], Any]], seed: int) -> str:
+    """By the better of two runs."""
+    times = measure(rivals, 2, seed)
+    return min(rivals, key=lambda name: min(times[name]))
+
+
+def compare_layer(name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Errors against float64, and the seconds of ours, the peer and the limit."""
+    import torch
+
+    hidden, inner, tokens = LAYERS[name]
+    torch.manual_seed(arguments.seed)
+    backward, layer = name.startswith("backward"), make_layer(hidden, inner, getattr(torch, dtype))
+    x, dout = torch.randn(2, tokens, hidden).to(layer.down_proj.dtype)
+    inputs = (x, torch.rand(tokens, EXPERTS).topk(TOP_K).indices, torch.rand(tokens, TOP_K), dout)
+
+    def runner(implementation: str) -> Callable[[], dict[str, Any]]:
+        return lambda: run_layer(layer, implementation, inputs, backward=backward)
+
+    peers = ("grouped_mm", "eager", "batched_mm") if tokens <= 16 else ("grouped_mm", "eager")
+    peer = fastest({each: runner(each) for each in peers}, arguments.seed)
+    expected = run_float64(layer, inputs, backward=backward)
+    errors = {each: largest_error(runner(each)(), expected) for each in ("hub_moe", peer)}
+    assert errors["hub_moe"] <= LARGEST_ERROR[dtype], f"{name} in {dtype} is off by {errors}"
+    del expected
+    rivals = {"ours": runner("hub_moe"), "peer": runner(peer)}
+    rivals["limit"] = make_limit(hidden, inner, inputs, layer, backward=backward)
+    rivals["limit"]()
+    return {"peer": peer, "errors": errors, "seconds": measure(rivals, arguments.rounds, arguments.seed)}
+
+
+def compare_step(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Loss curves, which must be the same, and the seconds of both models' steps."""
+    import torch
+    from step import SHAPE, fastest_implementation, make_models, training_step
+
+    stock, ours = (model.train() for model in make_models(getattr(torch, dtype)))
+    tokens = torch.randint(0, SHAPE["vocab_size"], (1, 512), generator=torch.Generator().manual_seed(arguments.seed))
+    peer = fastest_implementation(training_step, stock, tokens)
+    training_step(ours, tokens)
+    losses: dict[str, list[float]] = {"ours": [], "peer": []}
+
+    def stepper(name: str, model: Any) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step() -> None:
+            losses[name].append(float(training_step(model, tokens)))
+            optimizer.step()
+
+        return step
+
+    rivals = {"ours": stepper("ours", ours), "peer": stepper("peer", stock)}
+    seconds = measure(rivals, arguments.rounds, arguments.seed)
+    difference = max(abs(a - b) / b for a, b in zip(losses["ours"], losses["peer"], strict=True))
+    assert difference <= LARGEST_LOSS_DIFFERENCE[dtype], f"the losses differ in {dtype}: {losses}"
+    return {"peer": peer, "losses": losses, "seconds": seconds}
+
+
+def ratios_of(key: str, seconds: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Median, lowest and highest of ours / other by round, in wall and in processor seconds."""
+    ratios = {}
+    for other in seconds.keys() - {"ours"}:
+        for place, clock in enumerate(("", "_processor")):
+            each = [a[place] / b[place] for a, b in zip(seconds["ours"], seconds[other], strict=True)]
+            ratios[f"{key}_{other}{clock}"] = {"median": statistics.median(each), "low": min(each), "high": max(each)}
+    return ratios
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.isa and any(os.environ.get(name) != value for name, value in ISA[arguments.isa].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[arguments.isa]})
+    busy = busy_share()
+    if busy > MOST_BUSY and not arguments.even_if_busy:
+        sys.exit(f"Other programs take {busy:.0%} of this machine; stop them, or pass --even-if-busy.")
+    import torch
+    from rounds import report
+
+    import hub_moe.modeling  # noqa: F401  (registers hub_moe)
+    from hub_moe.environment import describe_versions
+    from hub_moe.experts.bfloat16_speed import bfloat16_record
+    from hub_moe.experts.products import describe_choice
+
+    torch.set_num_threads(arguments.threads)
+    spread, figures = {}, {}
+    for name in arguments.only:
+        for dtype in arguments.dtypes:
+            key = f"{name}_{dtype}"
+            figures[key] = compare_step(dtype, arguments) if name == "step" else compare_layer(name, dtype, arguments)
+            spread |= ratios_of(key, figures[key]["seconds"])
+            medians = {ratio: round(values["median"], 3) for ratio, values in spread.items() if ratio.startswith(key)}
+            print(json.dumps({"peer": figures[key]["peer"], **medians}), file=sys.stderr, flush=True)
+    ratios = {ratio: values["median"] for ratio, values in sorted(spread.items())}
+    report(
+        "experts_cpu",
+        ratios,
+        {ratio: goal for ratio, goal in GOALS.items() if ratio in ratios},
+        spread=spread,
+        figures=figures,
+        busy_share_before=busy,
+        environment={
+            "versions": describe_versions(),
+            "experts": describe_choice(),
+            "torch_bfloat16": bfloat16_record(),
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        options=vars(arguments),
+    )
+
+
+if __name__ == "__main__":
+    main()

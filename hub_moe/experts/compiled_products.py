@@ -1,0 +1,202 @@
+"""The products of `Products` in compiled code, for float32 and bfloat16 weights.
+
+`kernels/products.cpp` has a plain C interface and is compiled on the user's machine at first use, which takes some
+seconds, into the user's cache folder, under a name made from the source, the compiler and the processor's instruction
+sets. It runs on as many threads as torch is set to, in the OpenMP that torch has loaded, so the two share one set of
+threads. torch's ATEN_CPU_CAPABILITY=avx2 holds it to AVX2, too.
+
+Letters: S rows, E experts, A what goes into a product, B what comes out.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .bfloat16_speed import cache_folder, describe_processor
+
+_SOURCE = Path(__file__).parent / "kernels" / "products.cpp"
+_OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
+_COMPILERS = ("g++", "c++", "clang++")
+_AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
+_AVX512 = {*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd"}
+_LEVELS = {  # instruction set -> flags of /proc/cpuinfo, options of the compiler; the best first
+    "avx512_bf16": ({*_AVX512, "avx512_bf16"}, ["-march=x86-64-v4", "-mavx512bf16"]),
+    "avx512": (_AVX512, ["-march=x86-64-v4"]),
+    "avx2": (_AVX2, ["-march=x86-64-v3"]),
+}
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_MULTIPLY: list[Any] = [
+    *(_POINTER, _INT, _LONG, _POINTER),
+    *(_POINTER, _INT, _INT, _LONG, _LONG),
+    *(_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT),
+]
+_GRADIENT: list[Any] = [
+    *(_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER),
+    *(_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
+]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CompiledProducts:
+    """Calls into the compiled code; rows are float32 whatever the weights are. See `Products` for the arguments.
+
+    Where the processor multiplies bfloat16 itself (AVX512_BF16), rows of a forward pass are rounded to it beside
+    bfloat16 weights; sums stay float32.
+    """
+
+    def __init__(self, library: ctypes.CDLL, level: str) -> None:
+        self.name = f"compiled ({level})"
+        self._takes_bfloat16_rows = bool(library.hub_moe_takes_bfloat16_rows())
+        self._multiply, self._stack_gradient = library.hub_moe_multiply, library.hub_moe_stack_gradient
+        self._multiply.argtypes, self._stack_gradient.argtypes = _MULTIPLY, _GRADIENT
+        self._multiply.restype = self._stack_gradient.restype = None
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See `Products`."""
+        return torch.float32
+
+    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+        """See `Products`."""
+        num_experts, width_in, width_out = stack_EAB.shape
+        by_rows = stack_EAB.stride(1) == 1
+        if not by_rows and stack_EAB.stride(2) != 1:
+            stack_EAB = stack_EAB.contiguous()
+        if by_rows and stack_EAB.dtype == torch.bfloat16 and self._takes_bfloat16_rows:
+            x_SA = x_SA.bfloat16()
+        y_SB = torch.empty(ends[-1], width_out)
+        x_address, *x_places = _place(x_SA, rows)
+        self._multiply(
+            x_address,
+            x_SA.dtype == torch.bfloat16,
+            *x_places,
+            stack_EAB.data_ptr(),
+            stack_EAB.dtype == torch.bfloat16,
+            by_rows,
+            stack_EAB.stride(0),
+            stack_EAB.stride(2 if by_rows else 1),
+            (_LONG * num_experts)(*ends),
+            num_experts,
+            width_in,
+            width_out,
+            y_SB.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y_SB
+
+    def stack_gradient(
+        self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], ends: tuple[int, ...],
+        like_EAB: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """See `Products`."""
+        gradient_EAB = torch.empty_like(like_EAB)
+        written = gradient_EAB
+        if not written.is_contiguous():
+            left, right, written = right, left, gradient_EAB.mT
+        if not written.is_contiguous():
+            left, right, written = right, left, torch.empty(like_EAB.shape, dtype=like_EAB.dtype)
+            gradient_EAB = written
+        self._stack_gradient(
+            *_place(*left),
+            *_place(*right),
+            (_LONG * len(ends))(*ends),
+            *written.shape,
+            written.data_ptr(),
+            written.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return gradient_EAB
+
+
+def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:
+    """Address, elements from one row to the next, and the address of the places."""
+    assert rows.stride(1) == 1 or rows.shape[1] == 1
+    assert places is None or places.is_contiguous()
+    return rows.data_ptr(), rows.stride(0), None if places is None else places.data_ptr()
+
+
+def load_compiled_products() -> CompiledProducts:
+    """Those for the best instruction set that this processor has and torch is allowed to use.
+
+    Raises:
+        ConfigError: Where there is no compiler, it fails, or the processor is not one that the code is for.
+    """
+    return load_level(find_levels()[0])
+
+
+@cache
+def load_level(level: str) -> CompiledProducts:
+    """Build for one instruction set of `find_levels`, unless the cache has it, and load.
+
+    Raises:
+        ConfigError: As `load_compiled_products`.
+    """
+    path = _build(_find_compiler(), level)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ConfigError(f"The compiled experts cannot be loaded: {error}.") from error
+    if not library.hub_moe_is_supported():
+        raise ConfigError(f"The compiled experts need a processor with {level}, which this one turned out to lack.")
+    return CompiledProducts(library, level)
+
+
+def find_levels() -> list[str]:
+    """The instruction sets that the code can be compiled for here, the best first.
+
+    Raises:
+        ConfigError: Where there is none.
+    """
+    words = set(describe_processor().split())
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise ConfigError(f"The compiled experts are for x86-64 processors, not for {platform.machine()}.")
+    wanted = os.environ.get("ATEN_CPU_CAPABILITY", "avx512")
+    allowed = {"avx512": list(_LEVELS), "avx2": ["avx2"]}.get(wanted, [])
+    levels = [name for name in allowed if _LEVELS[name][0] <= words]
+    if not levels:
+        raise ConfigError("The compiled experts need a processor with AVX2 and FMA, or AVX512.")
+    return levels
+
+
+def _find_compiler() -> str:
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return found
+    raise ConfigError(
+        f"The compiled experts need a C++ compiler, and {asked or 'none of ' + ', '.join(_COMPILERS)} was found."
+    )
+
+
+def _build(compiler: str, level: str) -> Path:
+    """The library's path; it appears there whole, whichever of several processes builds it first."""
+    options = [*_OPTIONS, *_LEVELS[level][1]]
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *options, compiler, describe_processor()])
+    path = cache_folder() / f"experts-{level}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            built = Path(scratch) / path.name
+            done = subprocess.run(
+                [compiler, *options, str(_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
+                raise ConfigError(f"The compiled experts could not be built by {compiler}: {reason}")
+            os.replace(built, path)
+    except OSError as error:
+        raise ConfigError(f"The compiled experts could not be built in {path.parent}: {error}.") from error
+    return path

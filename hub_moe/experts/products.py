@@ -1,0 +1,165 @@
+"""The products of which experts on the CPU consist, in torch alone, and the choice between these and compiled ones.
+
+torch: a matrix narrower than float32 is cast into one float32 buffer that all experts share, unless this processor was
+measured to multiply bfloat16 faster than that. So sums run in float32, and no copy of a whole stack exists.
+
+`HUB_MOE_CPU_EXPERTS` says which: `compiled` (an error where they cannot be had), `torch`, or, where it is not set,
+compiled if this machine can build and run them, and torch otherwise. `hub-moe env` tells which that is, and why.
+
+Shape letters: S rows, E experts, A what goes into a product, B what comes out.
+"""
+
+import os
+from functools import cache
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, UnsupportedModelError
+from .bfloat16_speed import has_fast_bfloat16
+from .compiled_products import DTYPES, load_compiled_products
+
+IMPLEMENTATION = "hub_moe"  # in transformers' ExpertsInterface
+VARIABLE = "HUB_MOE_CPU_EXPERTS"
+
+
+class Products(Protocol):
+    """The two products of which forward and backward of an experts layer consist."""
+
+    name: str
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What rows are computed in beside stacks of `dtype`."""
+        ...
+
+    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+        """Each row times its expert's matrix, (S, B) in the dtype of `x`.
+
+        Args:
+            x_SA: In the work dtype.
+            stack_EAB: Any strides, such as a transposed view has.
+            ends: Where the rows of each expert end.
+            rows: int64 (S,): row s is `x[rows[s]]`.
+        """
+        ...
+
+    def stack_gradient(
+        self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], ends: tuple[int, ...],
+        like_EAB: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The sum over each expert's rows of outer products left x right, laid out and typed as `like`.
+
+        Args:
+            left: (S, A) in the work dtype, and which of its rows each row is, as in `multiply`.
+            right: The same, (S, B).
+        """
+        ...
+
+
+class TorchProducts:
+    """One matrix product of torch per expert that has rows."""
+
+    name = "torch"
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See `Products`."""
+        if dtype == torch.bfloat16 and has_fast_bfloat16():
+            return dtype
+        return torch.promote_types(dtype, torch.float32)
+
+    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+        """See `Products`."""
+        x_SA = x_SA if rows is None else x_SA[rows]
+        y_SB = x_SA.new_empty(x_SA.shape[0], stack_EAB.shape[-1])
+        buffer_AB = None
+        if stack_EAB.dtype != x_SA.dtype:
+            buffer_AB = torch.empty_like(stack_EAB[0], dtype=x_SA.dtype)  # keeps the strides: a plain cast
+        with torch.autocast("cpu", enabled=False):
+            for matrix_AB, (start, end) in zip(stack_EAB.unbind(), pairwise((0, *ends)), strict=True):
+                if start < end:
+                    right_AB = matrix_AB if buffer_AB is None else buffer_AB.copy_(matrix_AB)
+                    torch.mm(x_SA[start:end], right_AB, out=y_SB[start:end])
+        return y_SB
+
+    def stack_gradient(
+        self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], ends: tuple[int, ...],
+        like_EAB: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """See `Products`."""
+        left_SA, right_SB = (rows if places is None else rows[places] for rows, places in (left, right))
+        gradient_EAB = torch.empty_like(like_EAB)
+        buffer_AB = None
+        if gradient_EAB.dtype != left_SA.dtype:
+            buffer_AB = torch.empty_like(gradient_EAB[0], dtype=left_SA.dtype)
+        with torch.autocast("cpu", enabled=False):
+            for matrix_AB, (start, end) in zip(gradient_EAB.unbind(), pairwise((0, *ends)), strict=True):
+                if start == end:
+                    matrix_AB.zero_()
+                    continue
+                _outer(matrix_AB if buffer_AB is None else buffer_AB, left_SA[start:end], right_SB[start:end])
+                if buffer_AB is not None:
+                    matrix_AB.copy_(buffer_AB)
+        return gradient_EAB
+
+
+def _outer(out_AB: Tensor, left_RA: Tensor, right_RB: Tensor) -> None:
+    """Writes left^T right; into a transposed `out` as its transpose, which torch writes without a copy."""
+    if out_AB.stride(-1) == 1:
+        torch.mm(left_RA.mT, right_RB, out=out_AB)
+    else:
+        torch.mm(right_RB.mT, left_RA, out=out_AB.mT)
+
+
+_TORCH = TorchProducts()
+
+
+def choose_products(dtype: torch.dtype) -> Products:
+    """The products for weights of `dtype`.
+
+    Raises:
+        ConfigError: For another value of HUB_MOE_CPU_EXPERTS, or `compiled` where they cannot be had.
+        UnsupportedModelError: For `compiled` and weights that are neither float32 nor bfloat16.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    if asked == "torch":
+        return _TORCH
+    if asked == "compiled":
+        if dtype not in DTYPES:
+            raise UnsupportedModelError(
+                f"{VARIABLE}=compiled is for float32 and bfloat16 weights, not {dtype}; set it to torch, or unset it."
+            )
+        return load_compiled_products()
+    if asked:
+        raise ConfigError(f"{VARIABLE} is {asked!r}; compiled, torch or nothing was expected.")
+    return _default()[0] if dtype in DTYPES else _TORCH
+
+
+def describe_choice() -> tuple[str, str]:
+    """The name of the products in use for float32 and bfloat16 weights, and why those.
+
+    Raises:
+        ConfigError: As `choose_products`.
+    """
+    asked = os.environ.get(VARIABLE, "")
+    name = choose_products(torch.float32).name
+    return name, f"{VARIABLE}={asked}" if asked else _default()[1]
+
+
+def describe_for_record(implementation: str | None, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """What stands beside the versions in the record of a run, as other products round differently.
+
+    Empty unless the run's experts implementation is ours and its device a CPU; there `{"hub_moe experts": name}`.
+    """
+    if implementation != IMPLEMENTATION or device.split(":")[0] != "cpu":
+        return {}
+    return {f"{IMPLEMENTATION} experts": choose_products(dtype).name}
+
+
+@cache
+def _default() -> tuple[Products, str]:
+    try:
+        return load_compiled_products(), "a compiler was found, and this processor is one of those it is for"
+    except ConfigError as error:
+        return _TORCH, str(error)
