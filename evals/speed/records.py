@@ -38,8 +38,11 @@ def save_model(folder: Path) -> None:
 
 def evaluate_once(method: str, model: str, limit: int) -> None:
     """Print the seconds and the main numbers."""
+    from hub_moe.energy import prepare_metering
     from hub_moe.evals.models import ModelRequest, load_model
 
+    if method == "record":
+        prepare_metering()  # while the model loads, as `hub-moe eval` does
     loaded = load_model(ModelRequest(model))
     start = time.perf_counter()
     numbers = (_with_record if method == "record" else _alone)(loaded, limit)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..energy import prepare_metering
 from .compare import RecordComparison, compare_records
 from .model_source import LocatedModel, locate_model
 from .models import LoadedModel, ModelRequest, check_endpoint, load_model, load_tokenizer
@@ -94,6 +95,7 @@ def _evaluate_one(
     built = preflight.built
     for line in preflight.to_lines() if is_first else ():
         say(f"  {line}")
+    prepare_metering()
     loaded = load_model(request, located, say=say)
     known = _find_known(plan, loaded, built) if is_base or plan.reuses else None
     if known is not None:
