@@ -21,9 +21,9 @@ Estimates = Literal["if installed", "required", "never"]
 class EnergyMeter:
     """Energy of the machine from now until `stop`: NVML and RAPL counters, and codecarbon for what has none.
 
-    Counters cost nothing; codecarbon takes a thread and 2 s at the start (see `prepare_metering`). Nothing goes over the
-    network or into files. A component that nothing can meter is in the report with the method `none`; a GPU only where
-    there is one.
+    Counters cost nothing; codecarbon takes a thread, and 2 s at the start (see `prepare_metering`). Nothing goes over
+    the network or into files. A component that nothing can meter is in the report with the method `none`; a GPU only
+    where there is one.
 
     Args:
         estimates: Whether codecarbon may fill gaps; "required" makes its absence an error.
