@@ -19,17 +19,12 @@ set OMP_NUM_THREADS=1: torch's threads wait for each other at every product.
 import argparse
 import copy
 import gc
-import os
-import random
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from loading import SHAPE
-from rounds import report
+from rounds import add_options, compare, report, require_quiet, take_turns, time_both
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -44,6 +39,7 @@ GOALS = {
     "bfloat16_8192": 1 / 200,
     **{f"{dtype}_{context}_limit": 2.5 for dtype in ("float32", "bfloat16") for context in (2048, 8192)},
 }
+HEADLINE = [*(f"float32_{context}" for context in (2048, 8192)), "bfloat16_8192"]
 CLOCKS = ("wall", "processor")
 Times = dict[str, float]
 LARGEST_DIFFERENCE = 1e-5
@@ -59,9 +55,8 @@ def make_models(dtype: torch.dtype) -> dict[str, Any]:
         ours = HubMoeForCausalLM(config).eval()
     ours.load_state_dict(stock.state_dict(), assign=True)
     models = {"ours": ours, "stock": stock}
-    for (
-        model
-    ) in models.values():  # frequencies are in no state dict, and stay float32 when a model is loaded in 16 bits
+    for model in models.values():
+        # frequencies are in no state dict, and stay float32 when a model is loaded in 16 bits
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     return models
 
@@ -103,10 +98,7 @@ def choose_experts(model: Any) -> str:
 
 def seconds(step: Callable[[], Any], *, parts: int = 1) -> Times:
     """Wall and processor time of one call, for each of its parts."""
-    start, cpu_start = time.perf_counter(), time.process_time()
-    step()
-    wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    return {"wall": wall / parts, "processor": cpu / parts}
+    return {clock: each / parts for clock, each in time_both(step).items()}
 
 
 def count_bytes(model: Any, context: int) -> dict[str, int]:
@@ -189,32 +181,18 @@ def measure(models: dict[str, Any], dtype: torch.dtype, context: int, arguments:
         "stock": lambda: seconds(lambda: decode(models["stock"], caches["stock"], 5, count), parts=count),
         "limit": lambda: read_bytes(memory, vector),
     }
-    times: dict[str, list[Times]] = {name: [] for name in rivals}
-    draw = random.Random(context)
-    for index in range(arguments.rounds):
-        for name in draw.sample(sorted(rivals), len(rivals)):
-            times[name].append(rivals[name]())
-        shown = ", ".join(
-            f"{name} {each[-1]['wall']:.4f} ({each[-1]['processor']:.4f})" for name, each in times.items()
-        )
-        print(f"round {index + 1}/{arguments.rounds} {dtype} {context}: {shown}", file=sys.stderr)
+    times = take_turns(rivals, rounds=arguments.rounds, seed=context, label=f"{dtype} {context}")
     return {"times_s": times, "needed_bytes": needed, **checked}
-
-
-def compare(times: dict[str, list[Times]], rival: str, clock: str) -> dict[str, float]:
-    """Median, smallest and largest of ours over the rival, round by round."""
-    pairs = [ours[clock] / theirs[clock] for ours, theirs in zip(times["ours"], times[rival], strict=True)]
-    return {"median": statistics.median(pairs), "smallest": min(pairs), "largest": max(pairs)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    add_options(parser)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=2, help="tokens decoded in each round")
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
+    busy = require_quiet(arguments)
     ratios, details, implementations = {}, {}, {}
     for name in arguments.dtypes:
         dtype = getattr(torch, name)
@@ -223,24 +201,24 @@ def main() -> None:
         for context in arguments.contexts:
             key = f"{name}_{context}"
             details[key] = measure(models, dtype, context, arguments)
-            details[key]["spread"] = spread = {}
             for suffix, rival in {"": "stock", "_limit": "limit"}.items():
                 for ending, clock in zip(("", "_processor"), CLOCKS, strict=True):
-                    spread[key + suffix + ending] = compare(details[key]["times_s"], rival, clock)
-            ratios |= {each: value["median"] for each, value in spread.items()}
+                    times = details[key]["times_s"]
+                    ratios[key + suffix + ending] = compare(times["ours"], times[rival], clock)
         del models
         gc.collect()
     report(
         "mla_decode",
         ratios,
         {key: goal for key, goal in GOALS.items() if key in ratios},
-        load_average_before=load,
+        arguments,
+        headline=[key for key in HEADLINE if key in ratios],
+        busy_share_before=busy,
         threads=torch.get_num_threads(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         fast_bfloat16_products=has_fast_products(torch.bfloat16, "cpu"),
         experts=implementations,
         measurements=details,
-        options=vars(arguments),
     )
 
 
