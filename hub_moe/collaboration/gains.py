@@ -178,7 +178,8 @@ class Examiner:
         return ModelRequest(reference, revision=revision, device=self.device, batch_size=self.batch_size)
 
     def _ask(self, suite: Suite, request: ModelRequest, role: str) -> StoredRecord:
-        plan = Plan(suite, self.folder / role, data_dir=self.data_dir, command=["hub-moe", "merge"])
+        command = ["hub-moe", "verify", self.base]  # after the merge this asks the same of what then is there
+        plan = Plan(suite, self.folder / role, data_dir=self.data_dir, command=command)
         return evaluate(request, plan, say=self.say).candidate
 
 
