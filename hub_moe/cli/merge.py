@@ -74,9 +74,9 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
     api = HfApi()
     chosen = CombinationMethod(method)
     options = MergeOptions(chosen, side_by_side, accept_losses, without_review, data_dir, device, batch_size, tolerance)
-    done = None if dry_run else finish_merge(api, references, say=say)
+    done = finish_merge(api, references, dry_run=dry_run, say=say)
     if done is not None:
-        _print_merged(done, as_json=as_json)
+        _print_merged(done, as_json=as_json, state="merged before")
         return
     stdout = sys.stderr if as_json else sys.stdout
 
@@ -90,7 +90,7 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
         if not as_json:
             _print_plan(plan)
         elif dry_run or (plan.losses and not accept_losses):
-            print_json(plan.to_dict())
+            print_json({"state": "planned", **plan.to_dict()})
         if not accept_losses:
             refuse_losses(plan)
         if dry_run:
@@ -98,14 +98,14 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
         if not yes:
             typer.confirm(f"Write this to {plan.repo}?", abort=True, err=True)
         merged = apply_merge(api, plan, say=say)
-    _print_merged(merged, as_json=as_json, **plan.to_dict())
+    _print_merged(merged, as_json=as_json, state="merged", **plan.to_dict())
 
 
 def _print_merged(merged: "Merged", *, as_json: bool, **facts: Any) -> None:
     if as_json:
         print_json({**facts, "commit": merged.commit, "tag": merged.tag})
     else:
-        print_text(f"{merged.tag} {merged.commit}")
+        print_text(f"{merged.tag} {merged.commit}" if merged.tag else merged.commit)
 
 
 def _print_plan(plan: "MergePlan") -> None:

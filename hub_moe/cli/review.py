@@ -64,6 +64,8 @@ def review(  # noqa: PLR0913 (a parameter is a flag)
 
     if not (no_post or yes or sys.stdin.isatty()):
         raise typer.BadParameter("Without a terminal to ask at, this needs --yes or --no-post.")
+    if limit is not None and suite is None:
+        raise typer.BadParameter("--limit is for the tasks of --suite; the base's own suites are asked as they are.")
     if all_open == ("#" in reference):
         raise ConfigError(f"{reference!r}: give REPO#N, or REPO with --all-open.")
     options = ReviewOptions(suite, limit, data_dir, documents, nonce, device, batch_size, tolerance)

@@ -32,20 +32,20 @@ from .safety import list_faults, open_contribution
 Say = Callable[[str], None]
 
 
-def finish_merge(api: HfApi, references: Sequence[str], *, say: Say) -> Merged | None:
+def finish_merge(api: HfApi, references: Sequence[str], *, dry_run: bool = False, say: Say) -> Merged | None:
     """Tag and close what an interrupted merge of these very pull requests left; None if they are not merged yet.
 
-    Nothing changes where it had come to its end.
+    Nothing changes where it had come to its end, or with `dry_run`; the tag is then None.
 
     Raises:
         HubError: If only some of them are merged, or together with others.
     """
     repo, numbers = _parse(references)
+    pull_requests = [fetch_pull_request(api, repo, number) for number in numbers]
     found = {number: find_merge(api, repo, number) for number in numbers}
     merges = {each for each in found.values() if each is not None}
     if not merges:
         return None
-    pull_requests = [fetch_pull_request(api, repo, number) for number in numbers]
     open_ones = [each for each in pull_requests if each.status in ("open", "draft")]
     merged = [number for number, each in found.items() if each is not None]
     commit, together = min(merges)
@@ -53,10 +53,14 @@ def finish_merge(api: HfApi, references: Sequence[str], *, say: Say) -> Merged |
     if not is_one or (not open_ones and together != set(numbers)):
         names = ", ".join(f"#{number}" for number in merged)
         raise HubError(f"{repo}: {names} was merged already, by commit {', '.join(sorted(m[0] for m in merges))[:90]}.")
+    done = f"{repo} has these patches already, by commit {commit[:12]}"
+    if dry_run:
+        say(f"{done}; without --dry-run this tags it and closes what is open.")
+        return Merged(commit, None)
     if not open_ones:
-        say(f"{repo} has these patches already, by commit {commit[:12]}.")
+        say(f"{done}.")
         return Merged(commit, tag_merge(api, repo, commit))
-    say(f"{repo} has these patches already, by commit {commit[:12]}; tagging it and closing what is open.")
+    say(f"{done}; tagging it and closing what is open.")
     return _announce(api, open_ones, commit, "Merged")
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..evals.models import check_device
 from ..hub.pull_requests import PullRequest
 from ..patches.combination_methods import CombinationMethod
 from ..patches.conflicts import ConflictTable
@@ -35,6 +36,8 @@ class MergeOptions:
 
     def __post_init__(self) -> None:
         check_tolerance(self.tolerance)
+        if self.device is not None:
+            check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class MergePlan:
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge made."""
+    """What a merge made; no tag where only that was to be told."""
 
     commit: str
-    tag: str
+    tag: str | None

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from ..errors import EvaluationError, HubError, HubMoeError
 from ..evals.claims import FOLDER
 from ..evals.compare import RecordComparison, compare_records
-from ..evals.models import ModelRequest
+from ..evals.models import ModelRequest, check_device
 from ..evals.records import StoredRecord, find_records, read_record
 from ..evals.session import Plan, evaluate
 from ..evals.suites import Suite, load_suite
@@ -61,6 +61,8 @@ class ReviewOptions:
 
     def __post_init__(self) -> None:
         check_tolerance(self.tolerance)
+        if self.device is not None:
+            check_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,6 @@ def test_what_is_no_safetensors_patch_is_listed_with_all_its_problems(world, mad
     problems = json.loads(out)["problems"]
     whats = " ".join(each["what"] for each in problems)
     assert "may hold code" in whats
-    assert "a token of Hugging Face" in whats
+    assert "a token of a Hub" in whats
     assert "hf_aaa" not in err + out
     assert list_open(world.alice, repo) == []

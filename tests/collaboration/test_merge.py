@@ -87,7 +87,11 @@ def test_disjoint_patches_merge_exactly_by_one_commit(repo, run):
     assert code == 1
     assert "was merged already, by commit" in err
     code, out, err = run("merge", f"{repo.name}#{first}", f"{repo.name}#{second}", *FAST, "--json")
-    assert (code, json.loads(out)) == (0, {"commit": report["commit"], "tag": "merge-1"}), err
+    done = {"state": "merged before", "commit": report["commit"]}
+    assert (code, json.loads(out)) == (0, {**done, "tag": "merge-1"}), err
+    code, out, err = run("merge", f"{repo.name}#{first}", f"{repo.name}#{second}", "--dry-run", "--json")
+    assert (code, json.loads(out)) == (0, {**done, "tag": None})
+    assert "has these patches already, by commit" in err
     assert repo.head() == report["commit"]
 
 

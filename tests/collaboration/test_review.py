@@ -184,6 +184,14 @@ def test_what_cannot_be_reviewed_is_told_in_one_sentence(world, base, honest, ru
         code, out, err = run("review", reference, "--no-post")
         assert (code, out) == (1, "")
         assert reason in err
-    code, _, err = run("review", f"{repo}#1")
-    assert code == 2
-    assert "needs --yes or --no-post" in err
+    for options, reason in [
+        ((), "needs --yes or --no-post"),
+        (("--yes", "--limit", 3), "--limit is for the tasks of --suite"),
+    ]:
+        code, _, err = run("review", f"{repo}#1", *options)
+        assert code == 2
+        assert reason in " ".join(err.replace("│", " ").split())
+    code, out, err = run("review", f"{repo}#1", "--yes", "--device", "quatsch")
+    assert (code, out) == (1, "")
+    assert "Looking at" not in err
+    assert "The device 'quatsch' cannot be used here" in err

@@ -214,3 +214,7 @@ def test_the_command_prints_a_tree_and_draws_it(village, hub, tmp_path):
 def test_the_command_says_in_one_sentence_what_is_wrong(hub):
     done = run_command(hub, "alice/never-there")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    for place, reason in [("nowhere/x.png", "there is no folder nowhere"), ("x.exe", "must end in .png, .svg, .pdf")]:
+        done = run_command(hub, "alice/never-there", "--plot", place)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        assert reason in done.stderr
