@@ -6,7 +6,7 @@ and, in fresh memory, as many page faults; in decoding with absorbed weights tha
 Shape letters: B batch, L new tokens, S cached tokens, P places for tokens, C latent (kv_lora_rank), R rotary part.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,16 +17,25 @@ _SMALLEST_ROOM = 64
 _ROOM_SHARE = 8
 
 
+class Places(NamedTuple):
+    """Where each row's new tokens go, `index_BL` (int64), all of them before `end`: behind the row's own last token."""
+
+    index_BL: Tensor
+    end: int
+
+
 class LatentLayer(DynamicLayer):
     """Latents as keys (B, 1, S, C), rotated keys as values (B, 1, S, R), side by side in one buffer (B, 1, P, C + R).
 
     What was handed out never changes: a place is written once, and after `crop`, reordering or anything else that
     replaces the tensors the next step copies them, as DynamicLayer always does. So it does where gradients are on, in
-    compiled graphs and for prompts.
+    compiled graphs and for prompts. Only with `places` are those of its own last steps written again, so that rows of
+    a batch may take back as many tokens as each likes; what lies behind a row's end is for the mask to hide.
     """
 
     keys: Tensor
     values: Tensor
+    places: Places | None = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -35,6 +44,8 @@ class LatentLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the new tokens' latents (B, 1, L, C) and rotated keys (B, 1, L, R); returns those of all tokens."""
+        if self.places is not None:
+            return self._write_at(self.places, key_states, value_states)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._continues(key_states, value_states):
             self._buffer_B1PX = None
             keys, values = super().update(key_states, value_states, *args, **kwargs)
@@ -49,6 +60,19 @@ class LatentLayer(DynamicLayer):
         buffer_B1PX[:, :, start:end, split:] = value_states
         self._written = end
         self.keys, self.values = buffer_B1PX[:, :, :end, :split], buffer_B1PX[:, :, :end, split:]
+        return self.keys, self.values
+
+    def _write_at(self, places: Places, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write each row's tokens at its own places; returns everything before `places.end`."""
+        if not self._has_room(places.end):
+            self._move(places=places.end + max(_SMALLEST_ROOM, places.end // _ROOM_SHARE))
+        buffer_B1PX = self._buffer_B1PX
+        assert buffer_B1PX is not None
+        index_BL = places.index_BL.to(buffer_B1PX.device)
+        rows_B1 = torch.arange(index_BL.shape[0], device=index_BL.device)[:, None]
+        buffer_B1PX[rows_B1, 0, index_BL] = torch.cat((key_states, value_states), dim=-1).squeeze(1)
+        split, self._written = key_states.shape[-1], places.end
+        self.keys, self.values = buffer_B1PX[:, :, : places.end, :split], buffer_B1PX[:, :, : places.end, split:]
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -94,6 +118,13 @@ def give_room(cache: Cache, layer_idx: int) -> None:
         layer = LatentLayer()
         layer.__dict__.update(vars(cache.layers[layer_idx]))
         cache.layers[layer_idx] = layer
+
+
+def place_rows(cache: DynamicCache, places: Places | None) -> None:
+    """Have the next tokens of every layer written at `places`, or after None behind the last token, as usual."""
+    for layer in cache.layers:
+        assert isinstance(layer, LatentLayer), "whoever places rows has seen to it that the cache holds latents"
+        layer.places = places
 
 
 def are_side_by_side(left: Tensor, right: Tensor) -> bool:
