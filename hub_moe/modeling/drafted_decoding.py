@@ -57,7 +57,7 @@ class Rows:
     judge one row by another's tokens have no meaning here.)
 
     Attributes:
-        ids_BS: Token ids; behind a row's known ones lie drafts, or padding where it has ended.
+        ids_BS: Token ids; behind a row's known ones lie drafts, or what is left of them.
         known: How many tokens each row has.
     """
 
@@ -123,12 +123,13 @@ class Rows:
             if self._ends_rows and end is not None:
                 taken[row] = end - self.known[row]
             self.known[row] += taken[row]
-            self.ids_BS[row, self.known[row] : self.known[row] + count] = self._padding
         return taken
 
     def output(self, cache: DynamicCache) -> Tensor | GenerateDecoderOnlyOutput:
         """As `generate` returns it."""
         sequences, count = self.ids_BS[:, : self.length].clone(), self.length - self._prompt_columns
+        for row, end in enumerate(self._ends if self._ends_rows else ()):
+            sequences[row, end:] = self._padding
         if not self._config.return_dict_in_generate:
             return sequences
         kept = [tuple(each[:count]) if each else None for each in (self.scores, self.logits)]

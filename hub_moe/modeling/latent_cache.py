@@ -105,6 +105,7 @@ class LatentLayer(DynamicLayer):
         buffer_B1PX = self.keys.new_empty(batch, heads, places, split + self.values.shape[-1])
         buffer_B1PX[:, :, :start, :split] = self.keys
         buffer_B1PX[:, :, :start, split:] = self.values
+        buffer_B1PX[:, :, start:] = 0  # rows at different places read each other's room, and a mask does not hide NaN
         self._buffer_B1PX = buffer_B1PX
 
 
