@@ -126,10 +126,13 @@ class Rows:
         return taken
 
     def output(self, cache: DynamicCache) -> Tensor | GenerateDecoderOnlyOutput:
-        """As `generate` returns it."""
+        """As `generate` returns it; scores and logits are 0 behind a row's end."""
         sequences, count = self.ids_BS[:, : self.length].clone(), self.length - self._prompt_columns
         for row, end in enumerate(self._ends if self._ends_rows else ()):
             sequences[row, end:] = self._padding
+            for each in (self.scores, self.logits):
+                for scores_BV in each[(end or 0) - self._prompt_columns :]:
+                    scores_BV[row] = 0
         if not self._config.return_dict_in_generate:
             return sequences
         kept = [tuple(each[:count]) if each else None for each in (self.scores, self.logits)]
@@ -169,7 +172,7 @@ class Rows:
                     self._ends[row] = length
 
     def _keep(self, kept: list[Tensor], new_BLV: Tensor, active: Sequence[int], *, wanted: bool | None) -> None:
-        """File the new scores under the token they are of; rows that have ended keep zeros."""
+        """File the new scores under the token they are of."""
         if not (wanted and self._config.return_dict_in_generate):
             return
         for row in active:

@@ -245,19 +245,22 @@ def test_sampling_one_row_goes_on_and_is_counted(counting):
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_heads_stay_in_memory_between_calls_and_none_is_copied(counting, do_sample):
     model, seen = counting(2), []
-    own = [{name: p.data_ptr() for name, p in layer.named_parameters()} for layer in model.model.mtp_layers]
+    own = {layer: [p.data_ptr() for p in layer.parameters()] for layer in model.model.mtp_layers}
+
+    def count_parameters():
+        return sum(type(each) is nn.Parameter for each in gc.get_objects())
 
     def record(layer, *_):
-        parameters = sum(type(each) is nn.Parameter for each in gc.get_objects())
-        seen.append(({name: p.data_ptr() for name, p in layer.named_parameters()}, parameters))
+        seen.append((layer, [p.data_ptr() for p in layer.parameters()], count_parameters()))
 
-    for layer in model.model.mtp_layers:
+    for layer in own:
         layer.register_forward_pre_hook(record)
-    before = sum(type(each) is nn.Parameter for each in gc.get_objects())
+    before = count_parameters()
     for _ in range(2):
         model.generate(torch.arange(10, 16)[None], max_new_tokens=9, do_sample=do_sample, use_mtp=True)
-    assert all(pointers == own[place % 2] for place, (pointers, _) in enumerate(seen))
-    assert {parameters for _, parameters in seen} == {before}
+    assert {layer for layer, _, _ in seen} == set(own)
+    assert all(pointers == own[layer] for layer, pointers, _ in seen)
+    assert {parameters for _, _, parameters in seen} == {before}
 
 
 def test_one_row_streams_its_tokens(counting, tiny_tokenizer, capsys):
