@@ -1,6 +1,6 @@
 """Greedy decoding with and without drafts of the model's own MTP layer, at batch 1 and 4.
 
-    python evals/speed/mtp.py [--rounds 9] [--batches 1 4] [--tokens 128] [--training-steps 300]
+    python evals/speed/mtp.py [--rounds 9] [--batches 1 4] [--tokens 128] [--training-steps 200]
 
 A model of 12 M parameters (4 M active, both with its one MTP layer) is first trained for some minutes on the standard
 library's source, byte by byte, with 32 files held back. Prompts are pieces of those. In each round both ways continue
@@ -47,7 +47,7 @@ SHAPE = {
     "num_mtp_layers": 1,
 }
 HELD_BACK = 32
-TRAINING_BATCH, TRAINING_LENGTH = 8, 192
+TRAINING_BATCH, TRAINING_LENGTH = 8, 96
 
 
 def read_corpus() -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +109,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt")
-    parser.add_argument("--training-steps", type=int, default=300)
+    parser.add_argument("--training-steps", type=int, default=200)
     arguments = parser.parse_args()
     busy = require_quiet(arguments)
     text, held_back = read_corpus()
