@@ -210,23 +210,25 @@ def decode_with_drafts(
     unseen = prompt_BP.shape[1] - hidden.shape[1]  # columns of the ids without a hidden state, cached before
     drafter = MtpDrafter(model, Prompt(prompt.mask_BP[:, -hidden.shape[1] :], prompt.last_position_B1))
     first, taken = [0] * len(prompt_BP), rows.take(_logits(outputs.logits[:, -1:], prompt_BP))
-    with model._optimize_model_for_decode():
-        while True:
-            if streamer is not None:
-                streamer.put(rows.ids_BS[:, rows.known[0] - taken[0] : rows.known[0]].cpu())
-            if not rows.active:
-                break
-            count = min(depth, rows.room - 1)
-            if count:
-                known = [each - unseen for each in rows.known]
-                drafter.draft(rows.ids_BS[:, unseen:], hidden, known=known, first=first, count=count)
-            first = [each - 1 - unseen for each in rows.known]
-            outputs = _verify(model, rows, prompt, kwargs | {"past_key_values": cache}, count=count, in_cache=in_cache)
-            hidden = outputs.hidden_states[-1]
-            taken = rows.take(_logits(outputs.logits, prompt_BP))
-            for tokens in taken.values():
-                acceptance.add(count, tokens - 1)
-    place_rows(cache, None)
+    try:
+        with model._optimize_model_for_decode():
+            while True:
+                if streamer is not None:
+                    streamer.put(rows.ids_BS[:, rows.known[0] - taken[0] : rows.known[0]].cpu())
+                if not rows.active:
+                    break
+                count = min(depth, rows.room - 1)
+                if count:
+                    known = [each - unseen for each in rows.known]
+                    drafter.draft(rows.ids_BS[:, unseen:], hidden, known=known, first=first, count=count)
+                first = [each - 1 - unseen for each in rows.known]
+                outputs = _verify(model, rows, prompt, kwargs, count=count, in_cache=in_cache)
+                hidden = outputs.hidden_states[-1]
+                taken = rows.take(_logits(outputs.logits, prompt_BP))
+                for tokens in taken.values():
+                    acceptance.add(count, tokens - 1)
+    finally:
+        place_rows(cache, None)
     cache.crop(min(0, rows.length - 1 + in_cache - cache.get_seq_length()))
     if streamer is not None:
         streamer.end()

@@ -9,7 +9,7 @@ Shape letters: B batch, L new tokens, S cached tokens, P places for tokens, C la
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 # room for an eighth more tokens: copying, when it runs out, adds eight reads and writes of a token to each new one
@@ -64,15 +64,21 @@ class LatentLayer(DynamicLayer):
 
     def _write_at(self, places: Places, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write each row's tokens at its own places; returns everything before `places.end`."""
-        if not self._has_room(places.end):
-            self._move(places=places.end + max(_SMALLEST_ROOM, places.end // _ROOM_SHARE))
+        start, split, end = self.keys.shape[2], key_states.shape[-1], places.end
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # not in place, as in a plain step
+            self._buffer_B1PX = None
+            room = (0, 0, 0, max(0, end - start))
+            self.keys = _put(nn.functional.pad(self.keys[:, :, :end], room), places, key_states)
+            self.values = _put(nn.functional.pad(self.values[:, :, :end], room), places, value_states)
+            return self.keys, self.values
+        if not self._has_room(end):
+            self._move(places=max(start, end) + max(_SMALLEST_ROOM, end // _ROOM_SHARE))
         buffer_B1PX = self._buffer_B1PX
         assert buffer_B1PX is not None
-        index_BL = places.index_BL.to(buffer_B1PX.device)
-        rows_B1 = torch.arange(index_BL.shape[0], device=index_BL.device)[:, None]
-        buffer_B1PX[rows_B1, 0, index_BL] = torch.cat((key_states, value_states), dim=-1).squeeze(1)
-        split, self._written = key_states.shape[-1], places.end
-        self.keys, self.values = buffer_B1PX[:, :, : places.end, :split], buffer_B1PX[:, :, : places.end, split:]
+        _put(buffer_B1PX, places, torch.cat((key_states, value_states), dim=-1))
+        self._written = end
+        self.keys, self.values = buffer_B1PX[:, :, :end, :split], buffer_B1PX[:, :, :end, split:]
         return self.keys, self.values
 
     def reset(self) -> None:
@@ -123,9 +129,19 @@ def give_room(cache: Cache, layer_idx: int) -> None:
 
 def place_rows(cache: DynamicCache, places: Places | None) -> None:
     """Have the next tokens of every layer written at `places`, or after None behind the last token, as usual."""
-    for layer in cache.layers:
-        assert isinstance(layer, LatentLayer), "whoever places rows has seen to it that the cache holds latents"
+    for index in range(len(cache.layers)):
+        give_room(cache, index)
+        layer = cache.layers[index]
+        assert isinstance(layer, LatentLayer), "whoever places rows has seen to it that the cache is a plain one"
         layer.places = places
+
+
+def _put(cached_B1PX: Tensor, places: Places, new_B1LX: Tensor) -> Tensor:
+    """Write each row's new tokens into `cached_B1PX` at its places."""
+    index_BL = places.index_BL.to(cached_B1PX.device)
+    rows_B1 = torch.arange(index_BL.shape[0], device=index_BL.device)[:, None]
+    cached_B1PX[rows_B1, 0, index_BL] = new_B1LX.squeeze(1)
+    return cached_B1PX
 
 
 def are_side_by_side(left: Tensor, right: Tensor) -> bool:

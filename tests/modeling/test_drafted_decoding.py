@@ -263,6 +263,35 @@ def test_heads_stay_in_memory_between_calls_and_none_is_copied(counting, do_samp
     assert {parameters for _, _, parameters in seen} == {before}
 
 
+def test_compiled_models_draft_too(counting):
+    model, (tokens, mask) = counting(2), _prompts()
+    plain = model.generate(tokens, attention_mask=mask, max_new_tokens=20, do_sample=False, eos_token_id=[33])
+    torch.compiler.reset()
+    model.model.forward = torch.compile(model.model.forward, backend="eager", dynamic=True)
+    given = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "eos_token_id": [33]}
+    assert torch.equal(model.generate(tokens, use_mtp=True, **given), plain)
+
+
+def test_a_criterion_that_fails_leaves_the_cache_as_any_other(counting):
+    class Fails(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            if input_ids.shape[1] > 15:
+                raise RuntimeError("enough")
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    cache = DynamicCache()
+    with pytest.raises(RuntimeError, match="enough"):
+        counting(1).generate(
+            torch.arange(10, 16)[None],
+            past_key_values=cache,
+            max_new_tokens=20,
+            do_sample=False,
+            use_mtp=True,
+            stopping_criteria=StoppingCriteriaList([Fails()]),
+        )
+    assert all(layer.places is None for layer in cache.layers)
+
+
 def test_one_row_streams_its_tokens(counting, tiny_tokenizer, capsys):
     prompt = torch.arange(10, 16)[None]
     sequences = counting(2).generate(
