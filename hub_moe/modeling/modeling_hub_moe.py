@@ -27,6 +27,7 @@ from ..errors import ConfigError
 from .causal_lm import MoeCausalLMMixin, MtpOutput
 from .checkpoint import CheckpointMixin
 from .configuration_hub_moe import HubMoeConfig
+from .conversion import register_model_classes
 from .drafted_decoding import decode_with_drafts, must_leave_it
 from .layers import (
     DefaultExpertsMixin,
@@ -38,7 +39,6 @@ from .layers import (
 )
 from .losses import mask_ahead, renumber_segments, token_mask
 from .mtp import HubMoeCandidateGenerator, MtpAcceptance, require_drafts
-from .registration import register_model_classes
 
 
 class HubMoePreTrainedModel(DefaultExpertsMixin, CheckpointMixin, DeepseekV3PreTrainedModel):
