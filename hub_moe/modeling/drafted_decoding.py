@@ -3,7 +3,7 @@
 One forward pass verifies the drafts of all rows. A row that took fewer than its neighbour stays behind in the columns
 of the batch: its next tokens overwrite what it did not take, in the token ids and in the caches alike, so that column
 c of the cache is always column c of the sequence. No token is computed twice because of another row: had all rows taken
-the smallest number that was right in any, 4 and 8 rows would have needed 19 and 24 % more passes at an acceptance of 0.6.
+the smallest number that was right in any, 4 and 8 rows would have needed 19 and 24 % more passes where 0.6 were right.
 
 Shape letters: B batch, L new columns, P prompt, S all columns of the token ids, V vocabulary.
 """
