@@ -1,4 +1,6 @@
-"""Checkpoint names and layouts in and out. The only user of transformers' weight conversion.
+"""What transformers is told of our classes, and checkpoint names and layouts in and out.
+
+The only place that registers anything, and the only user of transformers' weight conversion.
 
 On disk every expert has its own tensors; in memory a layer's experts are two fused ones.
 Shape letters: E routed experts, F expert inner, D hidden.
@@ -10,18 +12,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError
 from .safetensors_files import FP8_DTYPES, StoredTensor
 
 SCALE_SUFFIX = "_scale_inv"
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+
+
+def register_model_classes(config_class: type[Any], classes: dict[str, type[Any]]) -> None:
+    """Register a config, its models (Auto class name -> class) and its checkpoint layout.
+
+    Where hub_moe is installed its classes win over the copy of this code that comes with a checkpoint, whichever was
+    imported first.
+    """
+    model_type = config_class.model_type
+    is_known = model_type in CONFIG_MAPPING
+    if not is_known or _is_copy(CONFIG_MAPPING[model_type]) and not _is_copy(config_class):
+        transformers.AutoConfig.register(model_type, config_class, exist_ok=is_known)
+    for auto_name, model_class in classes.items():
+        getattr(transformers, auto_name).register(config_class, model_class)
+    register_conversion(config_class.model_type)
+
+
+def _is_copy(cls: type[Any]) -> bool:
+    """Whether transformers imported this class from the files of a checkpoint."""
+    return cls.__module__.startswith("transformers_modules.")
 
 
 def register_conversion(model_type: str) -> None:

@@ -22,8 +22,8 @@ from transformers.utils.output_capturing import OutputRecorder
 from .causal_lm import MoeCausalLMMixin
 from .checkpoint import CheckpointMixin
 from .configuration_deepseek import DeepseekConfig
+from .conversion import register_model_classes
 from .layers import DefaultExpertsMixin, HubMoeExperts, HubMoeMoE, HubMoeRouter
-from .registration import register_model_classes
 
 
 class DeepseekDecoderLayer(LlamaDecoderLayer):

@@ -27,6 +27,8 @@ from ..errors import ConfigError
 from .causal_lm import MoeCausalLMMixin, MtpOutput
 from .checkpoint import CheckpointMixin
 from .configuration_hub_moe import HubMoeConfig
+from .conversion import register_model_classes
+from .drafted_decoding import decode_with_drafts, must_leave_it
 from .layers import (
     DefaultExpertsMixin,
     HubMoeAttention,
@@ -36,8 +38,7 @@ from .layers import (
     HubMoeRouter,
 )
 from .losses import mask_ahead, renumber_segments, token_mask
-from .mtp import HubMoeCandidateGenerator
-from .registration import register_model_classes
+from .mtp import HubMoeCandidateGenerator, MtpAcceptance, require_drafts
 
 
 class HubMoePreTrainedModel(DefaultExpertsMixin, CheckpointMixin, DeepseekV3PreTrainedModel):
@@ -147,7 +148,13 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
 
 
 class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCausalLM, GenerationMixin):
-    """HubMoe with a language-model head, training losses and MTP layers."""
+    """HubMoe with a language-model head, training losses and MTP layers.
+
+    Attributes:
+        mtp_acceptance: How many drafts of the last `generate(use_mtp=True)` were right; None before.
+    """
+
+    mtp_acceptance: MtpAcceptance | None = None
 
     def __init__(self, config: HubMoeConfig) -> None:
         HubMoePreTrainedModel.__init__(self, config)
@@ -157,13 +164,26 @@ class HubMoeForCausalLM(MoeCausalLMMixin, HubMoePreTrainedModel, DeepseekV3ForCa
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _assisted_decoding(self, input_ids: Tensor, generation_config: Any, **given: Any) -> Any:
+        """With `use_mtp=True`, greedy: drafts for each row of a batch. All else is left to transformers."""
+        if generation_config.use_mtp:
+            require_drafts(self.config, given)
+            self.mtp_acceptance = MtpAcceptance.of(self.config.num_mtp_layers)
+            if not must_leave_it(self, generation_config, given, batch=len(input_ids)):
+                return decode_with_drafts(self, input_ids, generation_config, given, self.mtp_acceptance)
+        return super()._assisted_decoding(input_ids, generation_config=generation_config, **given)
+
     def _get_candidate_generator(self, generation_config: Any, *args: Any, **kwargs: Any) -> CandidateGenerator:
         """Draft with the MTP layers in memory; transformers would read them from disk again at every call."""
-        if generation_config.use_mtp:
-            return HubMoeCandidateGenerator(
-                self, generation_config, kwargs["model_kwargs"], kwargs.get("logits_processor")
-            )
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
+        if not generation_config.use_mtp:
+            return super()._get_candidate_generator(generation_config, *args, **kwargs)
+        assert self.mtp_acceptance is not None
+        return HubMoeCandidateGenerator(
+            self,
+            generation_config,
+            logits_processor=kwargs.get("logits_processor"),
+            acceptance=self.mtp_acceptance,
+        )
 
 
 class HubMoeForSequenceClassification(GenericForSequenceClassification, HubMoePreTrainedModel):

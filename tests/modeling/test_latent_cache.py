@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
-from hub_moe.modeling.latent_cache import LatentLayer, are_side_by_side, give_room, join
+from hub_moe.modeling.latent_cache import LatentLayer, Places, are_side_by_side, give_room, join, place_rows
 
 BATCH, LATENT, ROPE = 2, 6, 2
 
@@ -135,3 +135,25 @@ def test_model_keeps_its_latents_in_such_layers(tiny_model):
     result = tiny_model.generate(tokens, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
     layers = result.past_key_values.layers
     assert all(type(layer) is LatentLayer and are_side_by_side(layer.keys, layer.values) for layer in layers)
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_rows_write_at_their_own_places(with_gradients):
+    cache, old = DynamicCache(), torch.randn(2, 1, 5, 6)
+    cache.update(old[..., :4], old[..., 4:], 0)
+    handed_out = cache.layers[0].keys
+    expected = torch.zeros(2, 1, 9, 6)
+    expected[:, :, :5] = old
+    for first, second in ((5, 5), (6, 7), (7, 7)):
+        new = torch.randn(2, 1, 2, 6)
+        end = max(first, second) + 2
+        place_rows(cache, Places(torch.tensor([[first, first + 1], [second, second + 1]]), end))
+        with torch.set_grad_enabled(with_gradients):
+            keys, values = cache.update(new[..., :4], new[..., 4:], 0)
+        for row, start in enumerate((first, second)):
+            expected[row, 0, start : start + 2] = new[row, 0]
+        assert torch.equal(torch.cat((keys, values), dim=-1), expected[:, :, :end])
+    assert torch.equal(handed_out, old[..., :4])
+    place_rows(cache, None)
+    keys, _ = cache.update(torch.ones(2, 1, 1, 4), torch.ones(2, 1, 1, 2), 0)
+    assert torch.equal(keys, torch.cat((expected[..., :4], torch.ones(2, 1, 1, 4)), dim=2))
