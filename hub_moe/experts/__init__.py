@@ -1,7 +1,8 @@
 """Implementations of expert layers for transformers' ExpertsInterface; importing this registers them."""
 
-from .cpu_forward import IMPLEMENTATION, hub_moe_experts_forward
+from .cpu_forward import hub_moe_experts_forward
 from .split import Chosen, freeze_all_but, merge_experts, split_experts, trained_tensors
+from .stacks import IMPLEMENTATION
 
 __all__ = [
     "IMPLEMENTATION",

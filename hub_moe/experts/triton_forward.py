@@ -66,14 +66,16 @@ def triton_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Ten
         may_be_elsewhere=getattr(experts, "_is_expert_parallel", False),
         keeps_h=torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in trained),
     )
+    apply: Any = _Experts.apply  # torch leaves it untyped
     with torch.cuda.device_of(hidden_states):
-        output: Tensor = _Experts.apply(hidden_states, top_k_weights, plan, *stacks)
+        output: Tensor = apply(hidden_states, top_k_weights, plan, *stacks)
     return output
 
 
 def _is_swiglu(experts: Any) -> bool:
     """Whether the activation is silu of the first half times the second; any other is computed by torch."""
-    is_silu = isinstance(experts.act_fn, nn.SiLU | SiLUActivation) or experts.act_fn is nn.functional.silu
+    activation = getattr(experts, "act_fn", None)
+    is_silu = isinstance(activation, nn.SiLU | SiLUActivation) or activation is nn.functional.silu
     return bool(experts.has_gate and is_silu and type(experts)._apply_gate is _default_apply_gate)
 
 
@@ -91,7 +93,7 @@ def route(plan: Plan, weight_TK: Tensor, num_experts: int) -> Routing:
         torch.empty(length, dtype=torch.int32, device=device) for length in lengths
     )
     scale_S = torch.empty(num_pairs, dtype=torch.float32, device=device)
-    kernels.route[(max(num_experts, triton.cdiv(num_pairs, 1024)),)](
+    kernels.route[(max(num_experts, _ceil(num_pairs, 1024)),)](
         *(order_S, weight_TK.reshape(-1), ends_E, sorted_S),
         *(tokens, places, scale_S, tile_expert, tile_start, count, is_valid),
         S=num_pairs,
@@ -198,6 +200,10 @@ class _Backward:
         return torch.where(is_here_TK, gradient_TK, 0)
 
 
+def _ceil(size: int, block: int) -> int:
+    return -(-size // block)
+
+
 def _is_fused(plan: Plan, up: Tensor) -> bool:
     """A fused tile reads columns of gate and up in turns, which is slow where they lie beside each other in memory."""
     return plan.is_swiglu and up.stride(1) == 1
@@ -240,7 +246,7 @@ def _launch(name: str, most_tiles: Callable[[int, int], int], routing: Routing, 
 
 
 def _row_tiles(routing: Routing, width: int) -> Callable[[int, int], int]:
-    return lambda block_m, block_n: routing.tile_expert.shape[0] * triton.cdiv(width, block_n)
+    return lambda block_m, block_n: routing.tile_expert.shape[0] * _ceil(width, block_n)
 
 
 def _map(routing: Routing) -> tuple[Tensor, ...]:
@@ -299,7 +305,7 @@ def _multiply_swiglu_gradient(
     narrowest = min(columns for columns, *_ in kernels.BLOCKS["multiply_rows_swiglu_gradient"][bucket])
     parts = None
     if keeps_parts:
-        parts = h_SH.new_empty(triton.cdiv(inner, narrowest), num_pairs, dtype=torch.float32)
+        parts = h_SH.new_empty(_ceil(inner, narrowest), num_pairs, dtype=torch.float32)
     _launch(
         *("multiply_rows_swiglu_gradient", _row_tiles(routing, inner), routing),
         *(dout_TD, routing.token_S, turned_EDF, routing.scale_S, h_SH, dh_SH, scaled_SF, parts, *_map(routing)),
@@ -329,7 +335,7 @@ def _stack_gradient(
     num_experts, rows, columns = written.shape
 
     def most_tiles(block_m: int, block_n: int) -> int:
-        return num_experts * triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+        return num_experts * _ceil(rows, block_m) * _ceil(columns, block_n)
 
     _launch(
         *("stack_gradient", most_tiles, routing),
@@ -348,7 +354,7 @@ def _sum_over_experts(y_SD: Tensor, top_k: int, routing: Routing, dtype: torch.d
     num_tokens, width = y_SD.shape[0] // top_k, y_SD.shape[1]
     out_TD = y_SD.new_empty(num_tokens, width, dtype=dtype)
     block = min(triton.next_power_of_2(width), 1024)
-    kernels.sum_over_experts[(num_tokens, triton.cdiv(width, block))](
+    kernels.sum_over_experts[(num_tokens, _ceil(width, block))](
         *(y_SD, routing.place_S, routing.ends_E, out_TD, routing.ends_E.shape[0]), B=width, TOP_K=top_k, BLOCK_B=block
     )
     return out_TD
@@ -359,7 +365,7 @@ def _sum_over_pairs(x: Tensor, like_EB: Tensor | None, routing: Routing, *, is_g
     assert like_EB is not None
     num_experts, width = like_EB.shape
     gradient_EB = torch.empty(like_EB.shape, dtype=like_EB.dtype, device=x.device)
-    kernels.sum_over_pairs[(num_experts, triton.cdiv(width, 64))](
+    kernels.sum_over_pairs[(num_experts, _ceil(width, 64))](
         *(x, routing.token_S, routing.scale_S, routing.ends_E, gradient_EB, x.stride(0)),
         B=width,
         GATHERS=is_gathered,

@@ -15,18 +15,20 @@ from typing import Any
 import triton
 import triton.language as tl
 
+IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_Blocks = list[tuple[int, ...]]
 ROWS_OF_TILE = (16, 64, 128, 128)  # by bucket
 MOST_PAIRS = (32, 128, 512)  # an expert, on average, in all buckets but the last
 # kernel -> by bucket: columns of a tile, depth of a step, warps, stages, programs on a multiprocessor. The first that
 # fits is the one taken without measuring.
-_FEW = [(64, 128, 4, 4, 2), (32, 256, 4, 3, 2), (128, 64, 4, 4, 2)]
-_SOME = [(128, 64, 4, 4, 2), (256, 64, 4, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
-_WIDE = [(256, 64, 8, 3, 1), (256, 64, 8, 4, 1), (128, 64, 4, 3, 2), (128, 64, 8, 4, 1), (64, 32, 4, 3, 2)]
-_NARROW = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
+_FEW: _Blocks = [(64, 128, 4, 4, 2), (32, 256, 4, 3, 2), (128, 64, 4, 4, 2)]
+_SOME: _Blocks = [(128, 64, 4, 4, 2), (256, 64, 4, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
+_WIDE: _Blocks = [(256, 64, 8, 3, 1), (256, 64, 8, 4, 1), (128, 64, 4, 3, 2), (128, 64, 8, 4, 1), (64, 32, 4, 3, 2)]
+_NARROW: _Blocks = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
 _ROW_BLOCKS = (_FEW, _SOME, _WIDE, _WIDE)
-_SQUARES = [(128, 128, 32, 4, 3, 2), (64, 128, 32, 4, 3, 2), (64, 64, 32, 4, 3, 2)]  # rows of a tile come first
-_LARGE_SQUARES = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2), *_SQUARES]
-BLOCKS: dict[str, tuple[list[tuple[int, ...]], ...]] = {
+_SQUARES: _Blocks = [(128, 128, 32, 4, 3, 2), (64, 128, 32, 4, 3, 2), (64, 64, 32, 4, 3, 2)]  # rows of a tile come first
+_LARGE_SQUARES: _Blocks = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2), *_SQUARES]
+BLOCKS: dict[str, tuple[_Blocks, ...]] = {
     "multiply_rows": _ROW_BLOCKS,
     "multiply_rows_swiglu": _ROW_BLOCKS,
     "multiply_rows_swiglu_gradient": (_FEW, _SOME, _NARROW, _NARROW),
@@ -45,7 +47,7 @@ def configs_of(name: str, bucket: int, itemsize: int, shared_bytes: int) -> list
     Where none fits, the last.
     """
     blocks = BLOCKS[name][bucket]
-    rows = () if name == "stack_gradient" else (ROWS_OF_TILE[bucket],)
+    rows: tuple[int, ...] = () if name == "stack_gradient" else (ROWS_OF_TILE[bucket],)
     configs = []
     for each in blocks:
         block_m, block_n, block_r, warps, stages, programs = (*rows, *each)
@@ -96,10 +98,17 @@ def route(  # noqa: PLR0913 (a kernel gets pointers and sizes one by one)
             tl.store(tile_start_ptr + first + each, start + each * BLOCK_M, mask=each < count)
     if program == 0:
         tl.store(num_tiles_ptr, tl.sum(tiles))
-        low = tl.load(sorted_ptr, mask=S > 0, other=0)
-        high = tl.load(sorted_ptr + S - 1, mask=S > 0, other=0)
-        is_valid = (low >= 0) & ((high < E) | MAY_BE_ELSEWHERE)
-        tl.store(is_valid_ptr, is_valid.to(tl.int32))
+        tl.store(is_valid_ptr, 1)
+        if S > 0:
+            is_valid = (tl.load(sorted_ptr) >= 0) & ((tl.load(sorted_ptr + S - 1) < E) | MAY_BE_ELSEWHERE)
+            tl.store(is_valid_ptr, is_valid.to(tl.int32))
+
+
+@triton.jit
+def _add_product(left_MR, right_RN, sum_MN, PRECISION: tl.constexpr):
+    if IS_INTERPRETED:  # its product takes the bits of a bfloat16 for an integer
+        left_MR, right_RN = left_MR.to(tl.float32), right_RN.to(tl.float32)
+    return tl.dot(left_MR, right_RN, sum_MN, input_precision=PRECISION)
 
 
 @triton.jit
@@ -128,7 +137,7 @@ def _multiply_tile(  # noqa: PLR0913 (as above)
         else:
             x_MR = tl.load(x_ptrs, mask=depth_R[None, :] < A - start, other=0)
             matrix_RN = tl.load(matrix_ptrs, mask=(depth_R[:, None] < A - start) & inside_N[None, :], other=0)
-        sum_MN = tl.dot(x_MR, matrix_RN, sum_MN, input_precision=PRECISION)
+        sum_MN = _add_product(x_MR, matrix_RN, sum_MN, PRECISION)
         x_ptrs += BLOCK_R
         matrix_ptrs += BLOCK_R * stride_a
     return sum_MN
@@ -245,10 +254,11 @@ def multiply_rows_swiglu_gradient(  # noqa: PLR0913 (as above)
         silu = gate * sigmoid
         if KEEPS_PARTS:
             part_M = tl.sum(tl.where(inside, silu * up * da_MN, 0), 1)
-            for part in tl.static_range(PARTS):
-                place = (each % num_columns) * PARTS + part
-                parts_ptrs = parts_ptr + place.to(tl.int64) * S + row_M
-                tl.store(parts_ptrs, part_M if part == 0 else part_M * 0, mask=inside_M & (place * PART_N < B))
+            part_P = tl.arange(0, PARTS)
+            place_P = (each % num_columns) * PARTS + part_P
+            parts_ptrs = parts_ptr + place_P.to(tl.int64)[None, :] * S + row_M[:, None]
+            part_MP = tl.where(part_P[None, :] == 0, part_M[:, None], 0)
+            tl.store(parts_ptrs, part_MP, mask=inside_M[:, None] & (place_P * PART_N < B)[None, :])
         if KEEPS_SCALED:
             scaled = (silu * up * scale_M[:, None]).to(scaled_ptr.dtype.element_ty)
             tl.store(scaled_ptr + row_M[:, None] * B + column_N[None, :], scaled, mask=inside)
@@ -286,7 +296,7 @@ def stack_gradient(  # noqa: PLR0913 (as above)
             right_ptrs = right_ptr + right_R.to(tl.int64)[:, None] * stride_right + b_N[None, :]
             left_MR = tl.load(left_ptrs, mask=inside_M[:, None] & inside_R[None, :], other=0)
             right_RN = tl.load(right_ptrs, mask=inside_R[:, None] & inside_N[None, :], other=0)
-            sum_MN = tl.dot(left_MR, right_RN, sum_MN, input_precision=PRECISION)
+            sum_MN = _add_product(left_MR, right_RN, sum_MN, PRECISION)
         out_ptrs = out_ptr + expert.to(tl.int64) * stride_e + a_M[:, None] * stride_a + b_N[None, :] * stride_b
         tl.store(out_ptrs, sum_MN.to(out_ptr.dtype.element_ty), mask=inside_M[:, None] & inside_N[None, :])
 
@@ -301,8 +311,8 @@ def sum_over_experts(
     sum_B = tl.zeros((BLOCK_B,), dtype=tl.float32)
     for choice in tl.static_range(TOP_K):
         place = tl.load(place_ptr + token * TOP_K + choice).to(tl.int64)
-        is_here = (column_B < B) & (place < num_rows)
-        sum_B += tl.load(y_ptr + place * B + column_B, mask=is_here, other=0).to(tl.float32)
+        width = tl.where(place < num_rows, B, 0)  # a pair of another process has no row
+        sum_B += tl.load(y_ptr + place * B + column_B, mask=column_B < width, other=0).to(tl.float32)
     tl.store(out_ptr + token * B + column_B, sum_B.to(out_ptr.dtype.element_ty), mask=column_B < B)
 
 
