@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from .pairs import SortedPairs, sort_pairs_by_expert, sum_over_experts
 from .products import choose_products, uses_triton
-from .stacks import IMPLEMENTATION, Stacks, stacks_of
+from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, stacks_of
 from .torch_products import Products
 
 _Gradients = tuple[Tensor | None, ...]
@@ -67,7 +67,7 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
     products = choose_products(stacks.up.dtype)
     plan = Plan(pairs, products, experts._apply_gate if experts.has_gate else experts.act_fn)
     weight_S = top_k_weights.reshape(-1)
-    if not experts.has_post_expert_norm:
+    if not has_post_expert_norm(experts):
         out_TD = _apply(_Experts, hidden_states, weight_S, plan, *stacks)
     else:
         y_SD = _apply(_Experts, hidden_states, None, plan, *stacks)

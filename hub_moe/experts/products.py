@@ -16,7 +16,7 @@ import torch
 
 from ..errors import ConfigError, UnsupportedModelError
 from .compiled_products import DTYPES, load_compiled_products
-from .stacks import stacks_of
+from .stacks import has_post_expert_norm, stacks_of
 from .torch_products import Products, TorchProducts
 
 VARIABLE = "HUB_MOE_CPU_EXPERTS"
@@ -124,7 +124,7 @@ def why_not_triton_for(experts: Any) -> str | None:
         stacks = stacks_of(experts)
     except UnsupportedModelError as error:
         return str(error).rstrip(".")
-    if experts.has_post_expert_norm:
+    if has_post_expert_norm(experts):
         return "the kernels have no norm behind the experts"
     dtypes = {each.dtype for each in stacks if each is not None}
     if len(dtypes) > 1 or not dtypes <= set(TRITON_DTYPES):

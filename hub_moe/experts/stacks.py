@@ -9,7 +9,7 @@ from ..errors import UnsupportedModelError
 
 IMPLEMENTATION = "hub_moe"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed")
 _INSTEAD = 'set experts_implementation="grouped_mm" for it'
 
 
@@ -46,6 +46,11 @@ def stacks_of(experts: Any) -> Stacks:
     _check_other_parameters(experts, names)
     stacks = Stacks(*tensors, *[None] * (4 - len(names)))
     return stacks if experts.is_transposed else stacks._replace(up=stacks.up.mT, down=stacks.down.mT)
+
+
+def has_post_expert_norm(experts: Any) -> bool:
+    """Whether each expert's output passes a norm; modules of older transformers do not say, and have none."""
+    return bool(getattr(experts, "has_post_expert_norm", False))
 
 
 def _check_other_parameters(experts: nn.Module, names: tuple[str, ...]) -> None:

@@ -264,7 +264,7 @@ def _multiply(
     _launch(
         *("multiply_rows", _row_tiles(routing, width_out), routing),
         *(x, routing.token_S, stack_EAB, bias, routing.scale_S, y_SB, *_map(routing)),
-        *(x.stride(0), *stack_EAB.stride()),
+        *(x.stride(0), *stack_EAB.stride(), width_in),
         A=width_in,
         B=width_out,
         GATHERS=gathers,
@@ -285,7 +285,7 @@ def _multiply_swiglu(
     _launch(
         *("multiply_rows_swiglu", _row_tiles(routing, width), routing),
         *(x_TD, routing.token_S, up_EDH, bias, h_SH, a_SF, *_map(routing)),
-        *(x_TD.stride(0), *up_EDH.stride()),
+        *(x_TD.stride(0), *up_EDH.stride(), hidden),
         A=hidden,
         B=width,
         HAS_BIAS=bias is not None,
@@ -309,7 +309,7 @@ def _multiply_swiglu_gradient(
     _launch(
         *("multiply_rows_swiglu_gradient", _row_tiles(routing, inner), routing),
         *(dout_TD, routing.token_S, turned_EDF, routing.scale_S, h_SH, dh_SH, scaled_SF, parts, *_map(routing)),
-        *(dout_TD.stride(0), *turned_EDF.stride(), num_pairs),
+        *(dout_TD.stride(0), *turned_EDF.stride(), hidden, num_pairs),
         A=hidden,
         B=inner,
         PART_N=narrowest,

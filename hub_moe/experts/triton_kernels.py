@@ -26,7 +26,11 @@ _SOME: _Blocks = [(128, 64, 4, 4, 2), (256, 64, 4, 3, 1), (128, 64, 4, 3, 2), (6
 _WIDE: _Blocks = [(256, 64, 8, 3, 1), (256, 64, 8, 4, 1), (128, 64, 4, 3, 2), (128, 64, 8, 4, 1), (64, 32, 4, 3, 2)]
 _NARROW: _Blocks = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
 _ROW_BLOCKS = (_FEW, _SOME, _WIDE, _WIDE)
-_SQUARES: _Blocks = [(128, 128, 32, 4, 3, 2), (64, 128, 32, 4, 3, 2), (64, 64, 32, 4, 3, 2)]  # rows of a tile come first
+_SQUARES: _Blocks = [
+    (128, 128, 32, 4, 3, 2),
+    (64, 128, 32, 4, 3, 2),
+    (64, 64, 32, 4, 3, 2),
+]  # rows of a tile come first
 _LARGE_SQUARES: _Blocks = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2), *_SQUARES]
 BLOCKS: dict[str, tuple[_Blocks, ...]] = {
     "multiply_rows": _ROW_BLOCKS,
@@ -122,21 +126,24 @@ def _find_tile(tile_expert_ptr, tile_start_ptr, ends_ptr, tile, BLOCK_M: tl.cons
 @triton.jit
 def _multiply_tile(  # noqa: PLR0913 (as above)
     x_ptr, source_M, stride_x, matrix_ptr, stride_a, stride_b, column_N, inside_N,
-    A: tl.constexpr, HAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
+    depth, A: tl.constexpr, HAS_INSIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x, wherever they lie, times some columns of a matrix: float32 (M, N). No copy of the rows is made."""
-    depth_R = tl.arange(0, BLOCK_R)
-    x_ptrs = x_ptr + source_M.to(tl.int64)[:, None] * stride_x + depth_R[None, :]
-    matrix_ptrs = matrix_ptr + depth_R[:, None] * stride_a + column_N[None, :] * stride_b
+    """Rows of x, wherever they lie, times some columns of a matrix: float32 (M, N). No copy of the rows is made.
+
+    `depth` is A, but not a constant, for which the compiler would unroll the loop.
+    """
+    step_R = tl.arange(0, BLOCK_R)
+    x_ptrs = x_ptr + source_M.to(tl.int64)[:, None] * stride_x + step_R[None, :]
+    matrix_ptrs = matrix_ptr + step_R[:, None] * stride_a + column_N[None, :] * stride_b
     sum_MN = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, A, BLOCK_R):
+    for start in range(0, depth, BLOCK_R):
         if A % BLOCK_R == 0:
             x_MR = tl.load(x_ptrs)
             matrix_RN = tl.load(matrix_ptrs, mask=inside_N[None, :], other=0) if HAS_INSIDE else tl.load(matrix_ptrs)
         else:
-            x_MR = tl.load(x_ptrs, mask=depth_R[None, :] < A - start, other=0)
-            matrix_RN = tl.load(matrix_ptrs, mask=(depth_R[:, None] < A - start) & inside_N[None, :], other=0)
+            x_MR = tl.load(x_ptrs, mask=step_R[None, :] < depth - start, other=0)
+            matrix_RN = tl.load(matrix_ptrs, mask=(step_R[:, None] < depth - start) & inside_N[None, :], other=0)
         sum_MN = _add_product(x_MR, matrix_RN, sum_MN, PRECISION)
         x_ptrs += BLOCK_R
         matrix_ptrs += BLOCK_R * stride_a
@@ -147,7 +154,7 @@ def _multiply_tile(  # noqa: PLR0913 (as above)
 def multiply_rows(  # noqa: PLR0913 (as above)
     x_ptr, rows_ptr, stack_ptr, bias_ptr, scale_ptr, out_ptr,
     tile_expert_ptr, tile_start_ptr, num_tiles_ptr, ends_ptr,
-    stride_x, stride_e, stride_a, stride_b,
+    stride_x, stride_e, stride_a, stride_b, depth,
     A: tl.constexpr, B: tl.constexpr,
     GATHERS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -163,7 +170,7 @@ def multiply_rows(  # noqa: PLR0913 (as above)
         source_M = tl.load(rows_ptr + row_M, mask=inside_M, other=0) if GATHERS else tl.where(inside_M, row_M, 0)
         y_MN = _multiply_tile(
             x_ptr, source_M, stride_x, stack_ptr + expert * stride_e, stride_a, stride_b, column_N, inside_N,
-            A, B % BLOCK_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            depth, A, B % BLOCK_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
             y_MN += tl.load(bias_ptr + expert * B + column_N, mask=inside_N, other=0)[None, :]
@@ -177,7 +184,7 @@ def multiply_rows(  # noqa: PLR0913 (as above)
 def multiply_rows_swiglu(  # noqa: PLR0913 (as above)
     x_ptr, rows_ptr, stack_ptr, bias_ptr, h_ptr, out_ptr,
     tile_expert_ptr, tile_start_ptr, num_tiles_ptr, ends_ptr,
-    stride_x, stride_e, stride_a, stride_b,
+    stride_x, stride_e, stride_a, stride_b, depth,
     A: tl.constexpr, B: tl.constexpr,
     HAS_BIAS: tl.constexpr, KEEPS_H: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -201,7 +208,7 @@ def multiply_rows_swiglu(  # noqa: PLR0913 (as above)
         source_M = tl.load(rows_ptr + row_M, mask=inside_M, other=0)
         h_MN = _multiply_tile(
             x_ptr, source_M, stride_x, stack_ptr + expert * stride_e, stride_a, stride_b, column_N, inside_N,
-            A, F % HALF_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            depth, A, F % HALF_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS:
             h_MN += tl.load(bias_ptr + expert * B + column_N, mask=inside_N, other=0)[None, :]
@@ -221,7 +228,7 @@ def multiply_rows_swiglu(  # noqa: PLR0913 (as above)
 def multiply_rows_swiglu_gradient(  # noqa: PLR0913 (as above)
     dout_ptr, rows_ptr, stack_ptr, scale_ptr, h_ptr, dh_ptr, scaled_ptr, parts_ptr,
     tile_expert_ptr, tile_start_ptr, num_tiles_ptr, ends_ptr,
-    stride_x, stride_e, stride_a, stride_b, S,
+    stride_x, stride_e, stride_a, stride_b, depth, S,
     A: tl.constexpr, B: tl.constexpr, PART_N: tl.constexpr,
     KEEPS_SCALED: tl.constexpr, KEEPS_PARTS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -242,7 +249,7 @@ def multiply_rows_swiglu_gradient(  # noqa: PLR0913 (as above)
         da_MN = _multiply_tile(
             dout_ptr, tl.load(rows_ptr + row_M, mask=inside_M, other=0), stride_x,
             stack_ptr + expert * stride_e, stride_a, stride_b, column_N, inside_N,
-            A, B % BLOCK_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            depth, A, B % BLOCK_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         scale_M = tl.load(scale_ptr + row_M, mask=inside_M, other=0)
         inside = inside_M[:, None] & inside_N[None, :]

@@ -1,4 +1,4 @@
-"""The experts on GPUs against the naive definition in float64: on a GPU, or, where there is none, in Triton's interpreter.
+"""The experts on GPUs against the naive definition in float64; without a GPU, in Triton's interpreter.
 
 Blocks are tiny here, so that small layers have several tiles in every direction.
 """
@@ -16,8 +16,7 @@ pytest.importorskip("triton", reason="triton has no build for this system")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from hub_moe.errors import ConfigError
-from hub_moe.experts import IMPLEMENTATION, hub_moe_experts_forward, products, triton_forward, triton_kernels
+from hub_moe.experts import hub_moe_experts_forward, products, triton_forward, triton_kernels
 from hub_moe.experts.triton_forward import triton_experts_forward
 
 from ..anatomy.families import tiny_config
