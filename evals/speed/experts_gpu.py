@@ -37,6 +37,7 @@ MOST_SAVED = 1.15
 LARGEST_ERROR = 1e-2  # norm of the difference from float64 over norm
 MOST_BUSY = 12  # percent
 LEAST_CAPABILITY = (8, 0)
+DEVICE = "cuda"
 
 
 def parse() -> argparse.Namespace:
@@ -108,7 +109,7 @@ def make_layer(shape: tuple[int, int, int, int]) -> Any:
     config = DeepseekV3Config(
         hidden_size=hidden, moe_intermediate_size=inner, n_routed_experts=experts, num_experts_per_tok=top_k
     )
-    layer = DeepseekV3Experts(config).to("cuda", torch.bfloat16)
+    layer = DeepseekV3Experts(config).to(DEVICE, torch.bfloat16)
     with torch.no_grad():
         for stack in layer.parameters():
             stack.uniform_(-(stack.shape[-1] ** -0.5), stack.shape[-1] ** -0.5)
@@ -120,8 +121,8 @@ def make_inputs(tokens: int, shape: tuple[int, int, int, int], seed: int) -> tup
     import torch
 
     experts, top_k, hidden, _ = shape
-    generator = torch.Generator("cuda").manual_seed(seed)
-    draw = {"generator": generator, "device": "cuda"}
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    draw = {"generator": generator, "device": DEVICE}
     x, dout = torch.randn(2, tokens, hidden, **draw).bfloat16()
     weights, chosen = torch.rand(tokens, experts, **draw).topk(top_k)
     return x, chosen, weights / weights.sum(-1, keepdim=True), dout
@@ -170,7 +171,7 @@ def make_dense(tokens: int, shape: tuple[int, int, int, int], which: str) -> Cal
     import torch
 
     _, top_k, hidden, inner = shape
-    rows, kind = tokens * top_k, {"dtype": torch.bfloat16, "device": "cuda"}
+    rows, kind = tokens * top_k, {"dtype": torch.bfloat16, "device": DEVICE}
     x, h, a, y = (torch.randn(rows, width, **kind) for width in (hidden, 2 * inner, inner, hidden))
     up, down = torch.randn(2 * inner, hidden, **kind), torch.randn(hidden, inner, **kind)
     backward = ((y, down), (h, up), (h.T, x), (y.T, a))

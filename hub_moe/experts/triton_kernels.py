@@ -24,18 +24,20 @@ MOST_PAIRS = (32, 128, 512)  # an expert, on average, in all buckets but the las
 _FEW: _Blocks = [(64, 128, 4, 4, 2), (32, 256, 4, 3, 2), (128, 64, 4, 4, 2)]
 _SOME: _Blocks = [(128, 64, 4, 4, 2), (256, 64, 4, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
 _WIDE: _Blocks = [(256, 64, 8, 3, 1), (256, 64, 8, 4, 1), (128, 64, 4, 3, 2), (128, 64, 8, 4, 1), (64, 32, 4, 3, 2)]
-_NARROW: _Blocks = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
+# the gradient of silu(gate) * up needs registers, so its tiles are narrower
+_SOME_NARROW: _Blocks = [(128, 64, 4, 4, 2), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
+_NARROW: _Blocks = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
 _ROW_BLOCKS = (_FEW, _SOME, _WIDE, _WIDE)
 _SQUARES: _Blocks = [
     (128, 128, 32, 4, 3, 2),
     (64, 128, 32, 4, 3, 2),
     (64, 64, 32, 4, 3, 2),
 ]  # rows of a tile come first
-_LARGE_SQUARES: _Blocks = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2), *_SQUARES]
+_LARGE_SQUARES: _Blocks = [(128, 256, 64, 8, 5, 1), (128, 128, 64, 4, 5, 2), (128, 256, 64, 8, 3, 1), *_SQUARES]
 BLOCKS: dict[str, tuple[_Blocks, ...]] = {
     "multiply_rows": _ROW_BLOCKS,
     "multiply_rows_swiglu": _ROW_BLOCKS,
-    "multiply_rows_swiglu_gradient": (_FEW, _SOME, _NARROW, _NARROW),
+    "multiply_rows_swiglu_gradient": (_FEW, _SOME_NARROW, _NARROW, _NARROW),
     "stack_gradient": (_SQUARES, _SQUARES, _LARGE_SQUARES, _LARGE_SQUARES),
 }
 
@@ -55,7 +57,9 @@ def configs_of(name: str, bucket: int, itemsize: int, shared_bytes: int) -> list
     configs = []
     for each in blocks:
         block_m, block_n, block_r, warps, stages, programs = (*rows, *each)
-        if (block_m + block_n) * block_r * itemsize * stages * programs <= shared_bytes or each is blocks[-1]:
+        # places of gathered rows are read ahead of the rows, which takes every second stage of the gradient
+        buffers = stages // 2 + 1 if name == "stack_gradient" else stages
+        if (block_m + block_n) * block_r * itemsize * buffers * programs <= shared_bytes or each is blocks[-1]:
             meta = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": block_r, "PROGRAMS": programs}
             configs.append(triton.Config(meta, num_warps=warps, num_stages=stages))
     return configs
@@ -225,6 +229,36 @@ def multiply_rows_swiglu(  # noqa: PLR0913 (as above)
 
 
 @triton.jit
+def _halves(x_MN, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right columns; each thread keeps what it has."""
+    return tl.split(tl.permute(tl.reshape(x_MN, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _through_swiglu(  # noqa: PLR0913 (as above)
+    da_MN, h_ptr, dh_ptr, scaled_ptr, row_M, inside_M, scale_M,
+    first, B: tl.constexpr, KEEPS_SCALED: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of some columns' pre-activations; returns a . da over them, (M)."""
+    column_N = first + tl.arange(0, WIDTH)
+    inside = inside_M[:, None] & (column_N < B)[None, :]
+    places = row_M[:, None] * (2 * B) + column_N[None, :]
+    gate = tl.load(h_ptr + places, mask=inside, other=0).to(tl.float32)
+    up = tl.load(h_ptr + places + B, mask=inside, other=0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    part_M = tl.sum(tl.where(inside, silu * up * da_MN, 0), 1)
+    if KEEPS_SCALED:
+        scaled = (silu * up * scale_M[:, None]).to(scaled_ptr.dtype.element_ty)
+        tl.store(scaled_ptr + row_M[:, None] * B + column_N[None, :], scaled, mask=inside)
+    da_MN *= scale_M[:, None]
+    dgate = da_MN * up * (sigmoid + silu * (1 - sigmoid))
+    tl.store(dh_ptr + places, dgate.to(dh_ptr.dtype.element_ty), mask=inside)
+    tl.store(dh_ptr + places + B, (da_MN * silu).to(dh_ptr.dtype.element_ty), mask=inside)
+    return part_M
+
+
+@triton.jit
 def multiply_rows_swiglu_gradient(  # noqa: PLR0913 (as above)
     dout_ptr, rows_ptr, stack_ptr, scale_ptr, h_ptr, dh_ptr, scaled_ptr, parts_ptr,
     tile_expert_ptr, tile_start_ptr, num_tiles_ptr, ends_ptr,
@@ -252,27 +286,23 @@ def multiply_rows_swiglu_gradient(  # noqa: PLR0913 (as above)
             depth, A, B % BLOCK_N != 0, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         scale_M = tl.load(scale_ptr + row_M, mask=inside_M, other=0)
-        inside = inside_M[:, None] & inside_N[None, :]
         row_M = row_M.to(tl.int64)
-        places = row_M[:, None] * (2 * B) + column_N[None, :]
-        gate = tl.load(h_ptr + places, mask=inside, other=0).to(tl.float32)
-        up = tl.load(h_ptr + places + B, mask=inside, other=0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
+        part_M = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        left, right = _halves(da_MN, BLOCK_M, BLOCK_N)  # a quarter at a time, for want of registers
+        for side in tl.static_range(2):
+            quarters = _halves(left if side == 0 else right, BLOCK_M, BLOCK_N // 2)
+            for place in tl.static_range(2):
+                first = (each % num_columns) * BLOCK_N + (2 * side + place) * (BLOCK_N // 4)
+                part_M += _through_swiglu(
+                    quarters[place], h_ptr, dh_ptr, scaled_ptr, row_M, inside_M, scale_M,
+                    first, B, KEEPS_SCALED, BLOCK_N // 4,
+                )  # fmt: skip
         if KEEPS_PARTS:
-            part_M = tl.sum(tl.where(inside, silu * up * da_MN, 0), 1)
             part_P = tl.arange(0, PARTS)
             place_P = (each % num_columns) * PARTS + part_P
             parts_ptrs = parts_ptr + place_P.to(tl.int64)[None, :] * S + row_M[:, None]
             part_MP = tl.where(part_P[None, :] == 0, part_M[:, None], 0)
             tl.store(parts_ptrs, part_MP, mask=inside_M[:, None] & (place_P * PART_N < B)[None, :])
-        if KEEPS_SCALED:
-            scaled = (silu * up * scale_M[:, None]).to(scaled_ptr.dtype.element_ty)
-            tl.store(scaled_ptr + row_M[:, None] * B + column_N[None, :], scaled, mask=inside)
-        da_MN *= scale_M[:, None]
-        dgate = da_MN * up * (sigmoid + silu * (1 - sigmoid))
-        tl.store(dh_ptr + places, dgate.to(dh_ptr.dtype.element_ty), mask=inside)
-        tl.store(dh_ptr + places + B, (da_MN * silu).to(dh_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
