@@ -9,6 +9,7 @@ not set, triton where it can, and otherwise, and while torch compiles, grouped_m
 
 import importlib.util
 import os
+import shutil
 from functools import cache
 from typing import Any
 
@@ -111,6 +112,8 @@ def why_no_triton(device: torch.device) -> str | None:
         return f"the kernels are for CUDA devices, not for {device.type if device.type != 'cuda' else 'ROCm'}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "triton needs a C compiler, and none is on the PATH"
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         least, found = (".".join(map(str, each)) for each in (_LEAST_CAPABILITY, capability))

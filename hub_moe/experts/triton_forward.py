@@ -237,7 +237,7 @@ def _launch(name: str, most_tiles: Callable[[int, int], int], routing: Routing, 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (min(multiprocessors * meta["PROGRAMS"], most_tiles(meta["BLOCK_M"], meta["BLOCK_N"])),)
 
-    settings["PRECISION"] = "tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee"
+    settings["PRECISION"] = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if is_interpreted or torch.are_deterministic_algorithms_enabled():
         config = kernels.configs_of(*size)[0].all_kwargs()
         kernels.KERNELS[name][grid](*inputs, **settings, **config)

@@ -17,8 +17,8 @@ import triton.language as tl
 
 IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _Blocks = list[tuple[int, ...]]
-ROWS_OF_TILE = (16, 64, 128, 128)  # by bucket
-MOST_PAIRS = (32, 128, 512)  # an expert, on average, in all buckets but the last
+ROWS_OF_TILE = (16, 64, 128)  # by bucket
+MOST_PAIRS = (32, 128)  # an expert, on average, in all buckets but the last
 # kernel -> by bucket: columns of a tile, depth of a step, warps, stages, programs on a multiprocessor. The first that
 # fits is the one taken without measuring.
 _FEW: _Blocks = [(64, 128, 4, 4, 2), (32, 256, 4, 3, 2), (128, 64, 4, 4, 2)]
@@ -27,7 +27,7 @@ _WIDE: _Blocks = [(256, 64, 8, 3, 1), (256, 64, 8, 4, 1), (128, 64, 4, 3, 2), (1
 # the gradient of silu(gate) * up needs registers, so its tiles are narrower
 _SOME_NARROW: _Blocks = [(128, 64, 4, 4, 2), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
 _NARROW: _Blocks = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
-_ROW_BLOCKS = (_FEW, _SOME, _WIDE, _WIDE)
+_ROW_BLOCKS = (_FEW, _SOME, _WIDE)
 _SQUARES: _Blocks = [
     (128, 128, 32, 4, 3, 2),
     (64, 128, 32, 4, 3, 2),
@@ -37,8 +37,8 @@ _LARGE_SQUARES: _Blocks = [(128, 256, 64, 8, 5, 1), (128, 128, 64, 4, 5, 2), (12
 BLOCKS: dict[str, tuple[_Blocks, ...]] = {
     "multiply_rows": _ROW_BLOCKS,
     "multiply_rows_swiglu": _ROW_BLOCKS,
-    "multiply_rows_swiglu_gradient": (_FEW, _SOME_NARROW, _NARROW, _NARROW),
-    "stack_gradient": (_SQUARES, _SQUARES, _LARGE_SQUARES, _LARGE_SQUARES),
+    "multiply_rows_swiglu_gradient": (_FEW, _SOME_NARROW, _NARROW),
+    "stack_gradient": (_SQUARES, _SQUARES, _LARGE_SQUARES),
 }
 
 

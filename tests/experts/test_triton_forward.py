@@ -198,6 +198,22 @@ def test_gradient_checkpointing_and_a_second_run_give_the_same_bits():
         assert torch.equal(again[name], tensor), name
 
 
+@pytest.mark.parametrize("layout", ["plain", "with biases", "clamped"])
+def test_with_deterministic_algorithms_no_result_changes_and_nothing_unwritten_is_read(layout, monkeypatch):
+    experts, inputs = on_device(make_experts(**LAYOUTS[layout]), draw_inputs(torch.tensor([[0, 5], [1, 3], [7, 2]])))
+    experts._is_expert_parallel = True
+    expected = run(triton_experts_forward, experts, inputs)
+    torch.use_deterministic_algorithms(True)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # by NaN
+    try:
+        actual = run(triton_experts_forward, experts, inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, tensor in actual.items():
+        assert tensor.isfinite().all(), name
+        torch.testing.assert_close(tensor, expected[name])
+
+
 def test_gradients_of_a_second_backward_add_up_in_the_layout_of_the_parameter():
     experts, inputs = on_device(make_experts(is_transposed=True), draw_inputs(ids(MIXED)))
     once = run(triton_experts_forward, experts, inputs)["ddown_proj"].clone()
