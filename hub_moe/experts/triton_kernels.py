@@ -23,7 +23,7 @@ MOST_PAIRS = (32, 128)  # an expert, on average, in all buckets but the last
 # fits is the one taken without measuring.
 _FEW: _Blocks = [(64, 128, 4, 4, 2), (32, 256, 4, 3, 2), (128, 64, 4, 4, 2)]
 _SOME: _Blocks = [(128, 64, 4, 4, 2), (256, 64, 4, 3, 1), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
-_WIDE: _Blocks = [(256, 64, 8, 3, 1), (256, 64, 8, 4, 1), (128, 64, 4, 3, 2), (128, 64, 8, 4, 1), (64, 32, 4, 3, 2)]
+_WIDE: _Blocks = [(256, 64, 8, 4, 1), (256, 64, 8, 3, 1), (128, 64, 4, 3, 2), (128, 64, 8, 4, 1), (64, 32, 4, 3, 2)]
 # the gradient of silu(gate) * up needs registers, so its tiles are narrower
 _SOME_NARROW: _Blocks = [(128, 64, 4, 4, 2), (128, 64, 4, 3, 2), (64, 64, 4, 3, 2)]
 _NARROW: _Blocks = [(128, 64, 8, 4, 1), (128, 64, 8, 3, 1), (64, 64, 4, 3, 2), (64, 32, 4, 3, 2)]
