@@ -91,13 +91,13 @@ def test_odd_numbers_of_tokens_give_the_naive_output_and_gradients(pattern, layo
 @pytest.mark.parametrize("layout", ["plain", "with biases", "transposed"])
 @pytest.mark.parametrize(
     "sizes",
-    [{"D": 37, "F": 13, "E": 3}, {"D": 1, "F": 1, "E": 2}, {"D": 82, "F": 67, "E": 7}, {"D": 64, "F": 32, "E": 4}],
+    [{"D": 37, "F": 13, "E": 3}, {"D": 1, "F": 1, "E": 2}, {"D": 50, "F": 35, "E": 4}, {"D": 64, "F": 32, "E": 4}],
     ids=str,
 )
 def test_sizes_that_no_tile_divides_give_the_naive_output_and_gradients(sizes, layout, dtype):
     experts = make_experts(sizes=sizes, **LAYOUTS[layout]).to(dtype)
     torch.manual_seed(0)
-    check(experts, draw_inputs(torch.rand(29, sizes["E"]).topk(2).indices, hidden=sizes["D"], dtype=dtype))
+    check(experts, draw_inputs(torch.rand(23, sizes["E"]).topk(2).indices, hidden=sizes["D"], dtype=dtype))
 
 
 @pytest.mark.parametrize("bucket", range(len(triton_kernels.ROWS_OF_TILE)))
@@ -255,6 +255,8 @@ def test_a_model_gives_the_logits_and_gradients_of_eager(model_type):
 @pytest.mark.gpu
 def test_on_a_gpu_the_name_hub_moe_stands_for_these_kernels(monkeypatch):
     monkeypatch.setenv(products.GPU_VARIABLE, "triton")
-    monkeypatch.setattr(triton_forward, "_Experts", None)
-    with pytest.raises(AttributeError):
-        hub_moe_experts_forward(*on_device(make_experts(), draw_inputs(ids(MIXED))[:3]))
+    experts, inputs = on_device(make_experts(), draw_inputs(ids(MIXED)))
+    expected = run(triton_experts_forward, experts, inputs)
+    monkeypatch.setattr("hub_moe.experts.cpu_forward.grouped_mm_experts_forward", None)
+    for name, tensor in run(hub_moe_experts_forward, experts, inputs).items():
+        assert torch.equal(tensor, expected[name]), name
