@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 install: $(VENV)/.installed  ## only build .venv
 
-demo: $(VENV)/.installed  ## train, evaluate, save, reload and report a small model, offline
+demo: $(VENV)/.installed  ## the whole loop on an embedded Hub: publish, propose, review, merge, use; offline
 	$(BIN)/hub-moe demo
 
 train: demo  ## fine-tune the demo's model by each method of evals/recipes: a patch, an adapter, models

@@ -38,7 +38,7 @@ ALLOWED = {
         "patches",
         "plots",
     },
-    "evals": {"environment", "errors", "files", "energy", "anatomy", "data", "modeling", "patches", "plots"},
+    "evals": {"environment", "errors", "files", "energy", "anatomy", "data", "experts", "modeling", "patches", "plots"},
     "hub": {"errors", "files", "cards", "evals.records", "patches.metadata"},
     "hubserver": {"errors", "cards"},
 }

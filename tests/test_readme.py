@@ -94,8 +94,8 @@ def test_the_commands_about_a_hub_of_your_own_run_one_after_the_other(tmp_path, 
 @pytest.mark.slow
 def test_the_commands_about_fine_tuning_and_evaluation_run_one_after_the_other(tmp_path, tiny_model, tiny_tokenizer):
     demo, recipes = tmp_path / "runs" / "demo", tmp_path / "evals" / "recipes"
-    tiny_model.save_pretrained(demo / "model")
-    tiny_tokenizer.save_pretrained(demo / "model")
+    tiny_model.save_pretrained(demo / "base" / "model")
+    tiny_tokenizer.save_pretrained(demo / "base" / "model")
     rows = [json.dumps({"text": f"Topic {number}: " + "one word after the other. " * number}) for number in range(60)]
     (demo / "reference.jsonl").write_text("\n".join(rows))
     recipes.mkdir(parents=True)

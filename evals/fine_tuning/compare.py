@@ -1,8 +1,8 @@
 """What a fine-tune gains on its task and loses elsewhere: full tuning, expert tuning, and LoRA of the same size.
 
-    python evals/fine_tuning/compare.py MODEL ROWS [--seeds 3] [--out evals/results/fine_tuning]
+    python evals/fine_tuning/compare.py DEMO ROWS [--seeds 3] [--out evals/results/fine_tuning]
 
-MODEL is a folder that `hub-moe demo` left (its `model`, trained on Python's standard library, and its report, which
+DEMO is the folder that `hub-moe demo` left (its base, trained on Python's standard library, and its report, which
 names the files that were held out); ROWS is a file of task rows such as GSM8K's train.jsonl. Each method is given the
 same rows, steps and learning rates, each keeps the rate that is best for the held-out rows of the task, and is then
 repeated with other seeds. A finished run is kept in OUT/runs and not made again; figures and picture are made anew.
@@ -26,7 +26,7 @@ METHODS = ("full", "experts", "lora")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, metavar="MODEL", help="the output folder of hub-moe demo")
+    parser.add_argument("demo", type=Path, metavar="DEMO", help="the output folder of hub-moe demo")
     parser.add_argument("rows", type=Path, help="task rows: json, jsonl, parquet or csv")
     parser.add_argument("--name", help="of the task; the file's folder by default")
     parser.add_argument("--limit", type=int, default=2000, help="rows that are read")

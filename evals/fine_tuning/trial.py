@@ -37,7 +37,7 @@ class Bench:
 
     def __init__(self, demo: Path, rows: Path, scratch: Path, *, settings: dict[str, Any]) -> None:
         report = json.loads((demo / "report.json").read_text("utf-8"))
-        self.model, self.rows, self.scratch = demo / "model", rows, scratch
+        self.model, self.rows, self.scratch = demo / "base" / "model", rows, scratch
         self.context_length = report["plan"]["block_length"]
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         corpus = read_stdlib_corpus(

@@ -1,6 +1,6 @@
 """Training a tenth of the experts against full fine-tuning: memory above the weights, time of a step, size on disk.
 
-    python evals/speed/esft.py [--rounds 5] [--steps 4] [--sequences 4]
+    python evals/speed/esft.py [--rounds 9] [--steps 4] [--sequences 4]
 
 A HubMoe of about 165 M parameters in float32 on the CPU, AdamW, all layers with experts, and in each the experts that
 the data uses most: those cost the most to train. Both methods start from the same weights in a fresh process and see
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rounds import measure_in_turns, median_ratio, report
+from rounds import add_options, compare, measure_in_turns, report, require_quiet
 from step import SHAPE as STEP_SHAPE
 
 SHAPE = {**STEP_SHAPE, "num_hidden_layers": 7}
@@ -124,14 +124,17 @@ def compare_files(sequences: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    add_options(parser)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=4, help=f"of {LENGTH} tokens in a step")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps must be at least 2: the first is not timed")
     if arguments.train:
         train_once(arguments.train, arguments.steps, arguments.sequences)
         return
+    busy = require_quiet(arguments)
     options = ["--steps", str(arguments.steps), "--sequences", str(arguments.sequences)]
     programs = {name: [os.path.abspath(__file__), "--train", name, *options] for name in ("full", "experts")}
     figures = measure_in_turns(programs, rounds=arguments.rounds)
@@ -140,9 +143,18 @@ def main() -> None:
         math.isclose(a["first_loss"], b["first_loss"], rel_tol=1e-6)
         for a, b in zip(figures["full"], figures["experts"], strict=True)
     ), "the two methods do not start from the same loss"
-    ratios = {key: median_ratio(figures["experts"], figures["full"], key) for key in ("peak_bytes", "step_s")}
+    ratios = {key: compare(figures["experts"], figures["full"], key) for key in ("peak_bytes", "step_s")}
     ratios["patch_bytes"] = files["patch_bytes"] / files["checkpoint_bytes"]
-    report("esft", ratios, GOALS, files=files, figures=figures, options=vars(arguments))
+    report(
+        "esft",
+        ratios,
+        GOALS,
+        arguments,
+        headline=["step_s", "patch_bytes"],
+        busy_share_before=busy,
+        files=files,
+        figures=figures,
+    )
 
 
 if __name__ == "__main__":

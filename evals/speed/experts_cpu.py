@@ -13,15 +13,12 @@ same in processor seconds, which a busy machine disturbs less. What ours gives i
 """
 
 import argparse
-import json
 import os
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from rounds import Figures, Spread, add_options, compare, report, require_quiet, take_turns, time_both
 
 GOALS = {
     "forward_512_float32_limit": 1.3,
@@ -37,38 +34,30 @@ GOALS = {
     "step_float32_peer": 1 / 1.5,
     "step_bfloat16_peer": 1 / 8,
 }
+HEADLINE = [
+    "forward_1_float32_peer",
+    "forward_512_bfloat16_peer",
+    "backward_512_float32_peer",
+    "backward_512_bfloat16_peer",
+]
+HEADLINE += ["step_float32_peer", "step_bfloat16_peer"]
 LAYERS = {"forward_1": (2048, 1408, 1), "forward_16": (2048, 1408, 16), "forward_512": (2048, 1408, 512)}
 LAYERS |= {"backward_512": (512, 256, 512)}
 EXPERTS, TOP_K = 64, 6
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # norm of the difference from float64 over norm
 LARGEST_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
-MOST_BUSY = 0.12
 ISA = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    add_options(parser)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="*", default=[*LAYERS, "step"], choices=[*LAYERS, "step"])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--isa", choices=sorted(ISA), help="hold all rivals to these instructions")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--even-if-busy", action="store_true", help="measure beside other programs, and say so")
     return parser.parse_args()
-
-
-def busy_share(seconds: float = 2.0) -> float:
-    """Share of the processor's time that other programs take now; Linux only."""
-
-    def read() -> tuple[int, int]:
-        numbers = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-        return numbers[3] + numbers[4], sum(numbers)
-
-    idle, total = read()
-    time.sleep(seconds)
-    idle_after, total_after = read()
-    return 1 - (idle_after - idle) / (total_after - total)
 
 
 def make_layer(hidden: int, inner: int, dtype: Any) -> Any:
@@ -159,21 +148,19 @@ def make_limit(hidden: int, inner: int, inputs: Any, layer: Any, *, backward: bo
     return both if backward else forward
 
 
-def measure(rivals: dict[str, Callable[[], Any]], rounds: int, seed: int) -> dict[str, list[tuple[float, float]]]:
+def measure(rivals: dict[str, Callable[[], Any]], rounds: int, seed: int, label: str) -> dict[str, list[Figures]]:
     """Wall and processor seconds of every rival in every round, in random order within a round."""
-    draw, seconds = random.Random(seed), {name: [] for name in rivals}
-    for _ in range(rounds):
-        for name in draw.sample(list(rivals), len(rivals)):
-            start, processor_start = time.perf_counter(), time.process_time()
-            rivals[name]()
-            seconds[name].append((time.perf_counter() - start, time.process_time() - processor_start))
-    return seconds
+
+    def timer(call: Callable[[], Any]) -> Callable[[], Figures]:
+        return lambda: time_both(call)
+
+    return take_turns({name: timer(call) for name, call in rivals.items()}, rounds=rounds, seed=seed, label=label)
 
 
 def fastest(rivals: dict[str, Callable[[], Any]], seed: int) -> str:
     """By the better of two runs."""
-    times = measure(rivals, 2, seed)
-    return min(rivals, key=lambda name: min(times[name]))
+    times = measure(rivals, 2, seed, "peers")
+    return min(rivals, key=lambda name: min(each["wall"] for each in times[name]))
 
 
 def compare_layer(name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +185,11 @@ def compare_layer(name: str, dtype: str, arguments: argparse.Namespace) -> dict[
     rivals = {"ours": runner("hub_moe"), "peer": runner(peer)}
     rivals["limit"] = make_limit(hidden, inner, inputs, layer, backward=backward)
     rivals["limit"]()
-    return {"peer": peer, "errors": errors, "seconds": measure(rivals, arguments.rounds, arguments.seed)}
+    return {
+        "peer": peer,
+        "errors": errors,
+        "seconds": measure(rivals, arguments.rounds, arguments.seed, f"{name} {dtype}"),
+    }
 
 
 def compare_step(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -222,61 +213,51 @@ def compare_step(dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return step
 
     rivals = {"ours": stepper("ours", ours), "peer": stepper("peer", stock)}
-    seconds = measure(rivals, arguments.rounds, arguments.seed)
+    seconds = measure(rivals, arguments.rounds, arguments.seed, f"step {dtype}")
     difference = max(abs(a - b) / b for a, b in zip(losses["ours"], losses["peer"], strict=True))
     assert difference <= LARGEST_LOSS_DIFFERENCE[dtype], f"the losses differ in {dtype}: {losses}"
     return {"peer": peer, "losses": losses, "seconds": seconds}
 
 
-def ratios_of(key: str, seconds: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Median, lowest and highest of ours / other by round, in wall and in processor seconds."""
-    ratios = {}
-    for other in seconds.keys() - {"ours"}:
-        for place, clock in enumerate(("", "_processor")):
-            each = [a[place] / b[place] for a, b in zip(seconds["ours"], seconds[other], strict=True)]
-            ratios[f"{key}_{other}{clock}"] = {"median": statistics.median(each), "low": min(each), "high": max(each)}
-    return ratios
+def ratios_of(key: str, seconds: dict[str, list[Figures]]) -> dict[str, Spread]:
+    """Ours / other by round, in wall and in processor seconds."""
+    return {
+        f"{key}_{other}{ending}": compare(seconds["ours"], seconds[other], clock)
+        for other in sorted(seconds.keys() - {"ours"})
+        for ending, clock in (("", "wall"), ("_processor", "processor"))
+    }
 
 
 def main() -> None:
     arguments = parse()
     if arguments.isa and any(os.environ.get(name) != value for name, value in ISA[arguments.isa].items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[arguments.isa]})
-    busy = busy_share()
-    if busy > MOST_BUSY and not arguments.even_if_busy:
-        sys.exit(f"Other programs take {busy:.0%} of this machine; stop them, or pass --even-if-busy.")
+    busy = require_quiet(arguments)
     import torch
-    from rounds import report
 
     import hub_moe.modeling  # noqa: F401  (registers hub_moe)
-    from hub_moe.environment import describe_versions
     from hub_moe.experts.bfloat16_speed import bfloat16_record
     from hub_moe.experts.products import describe_choice
 
     torch.set_num_threads(arguments.threads)
-    spread, figures = {}, {}
+    ratios: dict[str, Spread] = {}
+    figures: dict[str, Any] = {}
     for name in arguments.only:
         for dtype in arguments.dtypes:
             key = f"{name}_{dtype}"
             figures[key] = compare_step(dtype, arguments) if name == "step" else compare_layer(name, dtype, arguments)
-            spread |= ratios_of(key, figures[key]["seconds"])
-            medians = {ratio: round(values["median"], 3) for ratio, values in spread.items() if ratio.startswith(key)}
-            print(json.dumps({"peer": figures[key]["peer"], **medians}), file=sys.stderr, flush=True)
-    ratios = {ratio: values["median"] for ratio, values in sorted(spread.items())}
+            ratios |= ratios_of(key, figures[key]["seconds"])
     report(
         "experts_cpu",
         ratios,
         {ratio: goal for ratio, goal in GOALS.items() if ratio in ratios},
-        spread=spread,
+        arguments,
+        headline=[key for key in HEADLINE if key in ratios],
         figures=figures,
         busy_share_before=busy,
-        environment={
-            "versions": describe_versions(),
-            "experts": describe_choice(),
-            "torch_bfloat16": bfloat16_record(),
-            "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        },
-        options=vars(arguments),
+        experts=describe_choice(),
+        torch_bfloat16=bfloat16_record(),
+        torch_capability=torch.backends.cpu.get_cpu_capability(),
     )
 
 

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ import torch
 from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from rounds import report
+from rounds import add_options, report, require_quiet, spread
 from step import SHAPE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -129,13 +128,14 @@ def count_tokens(lm: HubMoeLM, name: str, task: Any) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    add_options(parser)
     parser.add_argument("--questions", type=int, default=6)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
+    busy = require_quiet(arguments)
     logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
     model = make_model(arguments)
@@ -150,16 +150,14 @@ def main() -> None:
         best = min(tried, key=lambda size: tried[size])
         print(f"HFLM seconds by batch size: {tried}", file=sys.stderr)
         pairs: dict[str, list[float]] = defaultdict(list)
-        scores = {}
+        scores, draw = {}, random.Random(0)
         for index in range(arguments.rounds):
             for name, task in tasks.items():
                 rivals = [("ours", ours[SAME]), ("same", theirs[SAME])]
                 if name == "few_shot" and best != SAME:
                     rivals.append(("best", theirs[best]))
-                if index % 2:
-                    rivals.reverse()
                 seconds, answers = {}, {}
-                for rival, lm in rivals:
+                for rival, lm in draw.sample(rivals, len(rivals)):
                     seconds[rival], answers[rival] = run(lm, name, task)
                 print(f"round {index + 1}/{arguments.rounds} {name}: {seconds}", file=sys.stderr)
                 if name == "few_shot":
@@ -170,18 +168,20 @@ def main() -> None:
                             ratio = seconds["ours"][place] / seconds[rival][place]
                             pairs[f"{name}{suffix}{clock}"].append(ratio)
                 scores[name] = compare_scores(answers["ours"], answers["same"])
-        ratios = {name: statistics.median(values) for name, values in pairs.items()}
+        ratios = {name: spread(values) for name, values in pairs.items()}
         tokens = {name: count_tokens(ours[SAME], name, task) for name, task in tasks.items()}
     report(
         "harness",
         {**ratios, **{f"{name}_difference": score["largest_relative_difference"] for name, score in scores.items()}},
         GOALS | ({f"{name}_difference": LARGEST_DIFFERENCE for name in scores} if arguments.dtype == "float32" else {}),
+        arguments,
         scores=scores,
         tokens=tokens,
         batch_size=SAME,
         best_batch_size_of_hflm=best,
         num_parameters=model.num_parameters(),
-        options=vars(arguments),
+        headline=["few_shot", "few_shot_best_batch"],
+        busy_share_before=busy,
     )
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rounds import report
+from rounds import add_options, report, require_quiet
 
 from hub_moe.hubserver.process import Hub
 from hub_moe.hubserver.pytest_plugin import create_hub
@@ -171,7 +171,9 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=2e9, help="bytes of the large file")
     parser.add_argument("--content", choices=["weights", "random"], default="weights")
     parser.add_argument("--only", choices=["large", "listing", "many"])
+    add_options(parser, rounds=None)
     arguments = parser.parse_args()
+    require_quiet(arguments)
     ratios: dict[str, float] = {}
     figures: dict[str, Any] = {"size_bytes": arguments.size, "content": arguments.content, "cores": os.cpu_count()}
     parts: dict[str, Callable[[Path], None]] = {
@@ -187,7 +189,7 @@ def main() -> None:
     many = figures.get("many")
     if many and many["right"] != DOWNLOADS:
         sys.exit(f"{DOWNLOADS - many['right']} of {DOWNLOADS} downloads failed.")
-    report("hub", ratios, {name: goal for name, goal in GOALS.items() if name in ratios}, **figures)
+    report("hub", ratios, {name: goal for name, goal in GOALS.items() if name in ratios}, arguments, **figures)
 
 
 def _add_large(scratch: Path, arguments: argparse.Namespace, ratios: dict[str, float], figures: dict[str, Any]) -> None:

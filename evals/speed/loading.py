@@ -1,6 +1,6 @@
 """Loading a native per-expert bf16 checkpoint of 1 to 1.5 GB: HubMoe against transformers' deepseek_v3.
 
-    python evals/speed/loading.py [--rounds 5] [--fp8]
+    python evals/speed/loading.py [--rounds 9] [--fp8]
 
 Each load is a fresh process with a warm page cache. Time is that of `from_pretrained`; memory is the peak resident size
 above what the imports took, file pages included. With `--fp8` the same model as a 128x128-block FP8 checkpoint in
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from rounds import measure_in_turns, median_ratio, report
+from rounds import add_options, compare, measure_in_turns, report, require_quiet
 
 SHAPE = {
     "vocab_size": 32000,
@@ -100,43 +100,52 @@ def load_once(class_name: str, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    add_options(parser)
     parser.add_argument("--fp8", action="store_true", help="measure the memory of dequantising while loading instead")
     parser.add_argument("--load", nargs=2, metavar=("CLASS", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.load:
         load_once(*arguments.load)
         return
+    require_quiet(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         native = Path(scratch) / "native"
         make_checkpoint(native)
         if arguments.fp8:
-            measure_fp8(native, Path(scratch) / "fp8", arguments.rounds)
+            measure_fp8(native, Path(scratch) / "fp8", arguments)
         else:
-            measure_native(native, arguments.rounds)
+            measure_native(native, arguments)
 
 
-def measure_native(native: Path, rounds: int) -> None:
+def measure_native(native: Path, arguments: argparse.Namespace) -> None:
     """Time and memory against the stock class."""
     size = sum(file.stat().st_size for file in native.glob("*.safetensors"))
     programs = {
         name: [os.path.abspath(__file__), "--load", name, str(native)]
         for name in ("HubMoeForCausalLM", "DeepseekV3ForCausalLM")
     }
-    figures = measure_in_turns(programs, rounds=rounds)
+    figures = measure_in_turns(programs, rounds=arguments.rounds)
     ours, stock = figures["HubMoeForCausalLM"], figures["DeepseekV3ForCausalLM"]
-    ratios = {key: median_ratio(ours, stock, key) for key in ("time_s", "peak_bytes")}
-    report("loading", ratios, {"time_s": 1.1, "peak_bytes": 1.1}, checkpoint_bytes=size, figures=figures)
+    ratios = {key: compare(ours, stock, key) for key in ("time_s", "peak_bytes")}
+    report(
+        "loading",
+        ratios,
+        {"time_s": 1.1, "peak_bytes": 1.1},
+        arguments,
+        headline=["time_s", "peak_bytes"],
+        checkpoint_bytes=size,
+        figures=figures,
+    )
 
 
-def measure_fp8(native: Path, quantized: Path, rounds: int) -> None:
+def measure_fp8(native: Path, quantized: Path, arguments: argparse.Namespace) -> None:
     """Memory above the finished model, in shards."""
     quantize_checkpoint(native, quantized)
     shard = max(file.stat().st_size for file in quantized.glob("*.safetensors"))
     programs = {"fp8": [os.path.abspath(__file__), "--load", "HubMoeForCausalLM", str(quantized)]}
-    figures = measure_in_turns(programs, rounds=rounds)["fp8"]
+    figures = measure_in_turns(programs, rounds=arguments.rounds)["fp8"]
     above = max(figure["peak_bytes"] - figure["model_bytes"] for figure in figures)
-    report("loading-fp8", {"peak_above_model_in_shards": above / shard}, {"peak_above_model_in_shards": 1.0},
+    report("loading-fp8", {"peak_above_model_in_shards": above / shard}, {"peak_above_model_in_shards": 1.0}, arguments,
            shard_bytes=shard, figures=figures)  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What the evidence costs: an evaluation with records, journal and statistics against lm_eval's `evaluate` alone.
 
-    python evals/speed/records.py [--rounds 5] [--limit 60]
+    python evals/speed/records.py [--rounds 9] [--limit 60]
 
 A HubMoe of about 25 M parameters answers the offline suite through the same class of model, HubMoeLM, in both. Building
 the requests, every answer and the scores count; loading the model does not. The two must give the same numbers.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rounds import measure_in_turns, median_ratio, report
+from rounds import add_options, compare, measure_in_turns, report, require_quiet
 from step import SHAPE as STEP_SHAPE
 
 SHAPE = {**STEP_SHAPE, "num_hidden_layers": 3, "n_routed_experts": 16}
@@ -38,8 +38,11 @@ def save_model(folder: Path) -> None:
 
 def evaluate_once(method: str, model: str, limit: int) -> None:
     """Print the seconds and the main numbers."""
+    from hub_moe.energy import prepare_metering
     from hub_moe.evals.models import ModelRequest, load_model
 
+    if method == "record":
+        prepare_metering()  # while the model loads, as `hub-moe eval` does
     loaded = load_model(ModelRequest(model))
     start = time.perf_counter()
     numbers = (_with_record if method == "record" else _alone)(loaded, limit)
@@ -83,13 +86,14 @@ def _main_metrics() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    add_options(parser)
     parser.add_argument("--limit", type=int, default=60, help="documents of each task")
     parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
         evaluate_once(*arguments.once, arguments.limit)
         return
+    busy = require_quiet(arguments)
     with tempfile.TemporaryDirectory() as scratch:
         save_model(Path(scratch))
         options = [scratch, "--limit", str(arguments.limit)]
@@ -98,8 +102,8 @@ def main() -> None:
     for alone, record in zip(figures["alone"], figures["record"], strict=True):
         differ = [name for name in alone if name != "seconds" and not math.isclose(alone[name], record[name])]
         assert not differ, f"the two ways give other numbers for {differ}"
-    ratios = {"seconds": median_ratio(figures["record"], figures["alone"], "seconds")}
-    report("records", ratios, GOALS, figures=figures, options=vars(arguments))
+    ratios = {"seconds": compare(figures["record"], figures["alone"], "seconds")}
+    report("records", ratios, GOALS, arguments, busy_share_before=busy, headline=["seconds"], figures=figures)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ has no goal; its ratio is there to be known.
 
 import argparse
 import contextlib
-import statistics
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rounds import report
+from rounds import add_options, report, require_quiet, spread
 from step import SHAPE
 
 from hub_moe.anatomy import record_routing
@@ -62,17 +62,18 @@ def _wait_for(device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    add_options(parser, rounds=15)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    require_quiet(arguments)
     model = make_model(getattr(torch, arguments.dtype), arguments.device)
     tokens = torch.randint(0, SHAPE["vocab_size"], (arguments.rows, arguments.length), device=arguments.device)
     mask = torch.ones_like(tokens)
     mask[0, : arguments.length // 4] = 0
-    ratios = {}
+    ratios, draw = {}, random.Random(0)
     for name, step, training, norms in (
         ("forward", forward, False, False),
         ("training_step", training_step, True, False),
@@ -81,13 +82,13 @@ def main() -> None:
         model.train(training)
         step(model, tokens, mask)
         pairs = []
-        for index in range(arguments.rounds):
+        for _ in range(arguments.rounds):
             contexts = {True: record_routing(model, output_norms=norms), False: contextlib.nullcontext()}
-            order = (True, False) if index % 2 else (False, True)
+            order = draw.sample((True, False), 2)
             times = {is_on: seconds(step, model, tokens, mask, recording=contexts[is_on]) for is_on in order}
             pairs.append(times[True] / times[False])
-        ratios[name] = statistics.median(pairs)
-    report("routing", ratios, dict.fromkeys(("forward", "training_step"), GOAL), options=vars(arguments))
+        ratios[name] = spread(pairs)
+    report("routing", ratios, dict.fromkeys(("forward", "training_step"), GOAL), arguments)
 
 
 if __name__ == "__main__":

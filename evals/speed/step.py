@@ -8,13 +8,13 @@ the two run the same matrix products.
 """
 
 import argparse
-import statistics
+import random
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from rounds import report
+from rounds import add_options, report, require_quiet, spread
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
@@ -86,24 +86,25 @@ def fastest_implementation(step: Callable[..., torch.Tensor], stock: Any, tokens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    add_options(parser, rounds=15)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     arguments = parser.parse_args()
+    require_quiet(arguments)
     stock, ours = make_models(getattr(torch, arguments.dtype))
     tokens = torch.randint(0, SHAPE["vocab_size"], (1, arguments.tokens))
-    ratios, best = {}, {}
+    ratios, best, draw = {}, {}, random.Random(0)
     for name, step, training in (("forward", forward, False), ("training_step", training_step, True)):
         stock.train(training), ours.train(training)
         torch.testing.assert_close(step(ours, tokens), step(stock, tokens), rtol=1e-4, atol=1e-4)
         best[name] = fastest_implementation(step, stock, tokens)
         pairs = []
-        for index in range(arguments.rounds):
-            first, second = (ours, stock) if index % 2 else (stock, ours)
+        for _ in range(arguments.rounds):
+            first, second = draw.sample((ours, stock), 2)
             times = {id(model): seconds(step, model, tokens) for model in (first, second)}
             pairs.append(times[id(ours)] / times[id(stock)])
-        ratios[name] = statistics.median(pairs)
-    report("step", ratios, dict.fromkeys(ratios, 1.02), stock_implementation=best, options=vars(arguments))
+        ratios[name] = spread(pairs)
+    report("step", ratios, dict.fromkeys(ratios, 1.02), arguments, stock_implementation=best)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
-from .chosen_experts import ChosenExperts, find_chosen
-from .moe_layers import MoeLayer
+from .moe_layers import ChosenExperts, MoeLayer, find_chosen
 from .parameters import Kind, layer_index, sort_names
 
 _GATE_UP = "gate_up_proj"

@@ -7,8 +7,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from .chosen_experts import CHOSEN
-from .moe_layers import MoeLayer
+from .moe_layers import CHOSEN, MoeLayer
 
 Kind = Literal[
     "routed_experts",

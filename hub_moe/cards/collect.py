@@ -40,7 +40,7 @@ from .readme import read_readme
 from .training_run import TrainingRun, describe_energy, describe_profile, hide_folder
 
 RECORDS_FOLDER = "evals"
-_WEIGHTS = re.compile(r"(.*\.(safetensors|gguf)|(pytorch|adapter)_model.*\.bin)")
+_WEIGHTS = re.compile(r"([^/]*\.(safetensors|gguf)|(pytorch|adapter)_model[^/]*\.bin)")
 _SMALL_FILES = ["README.md", FACTS_FILE, "*.json", f"{RECORDS_FOLDER}/*", ".eval_results/*.yaml", "card/*.png"]
 _LOAD_SOURCES = ("expert profile", "training run")
 Say = Callable[[str], None]
@@ -101,14 +101,14 @@ def open_model(reference: str) -> ModelFolder:
     except httpx2.TransportError as error:
         raise HubError(f"Cannot reach {constants.ENDPOINT} for {name}: {error}.") from error
     files = {file.rfilename: file.lfs.sha256 for file in info.siblings or () if file.lfs is not None}
-    return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if _is_weight(file)}, info.sha)
+    return ModelFolder(Path(local), name, {file: sha for file, sha in files.items() if is_weight(file)}, info.sha)
 
 
 def hash_weights(folder: Path) -> dict[str, str]:
     """sha256 of every file of weights in a folder, by name."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and _is_weight(path.name):
+        if path.is_file() and is_weight(path.name):
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -140,7 +140,7 @@ def find_evidence(folder: Path, extra: Sequence[Path] = ()) -> list[StoredRecord
 
 def is_of(record: Record, weights: Mapping[str, str]) -> bool:
     """Whether a record was made with exactly these files of weights."""
-    claimed = {name: sha256 for name, sha256 in record.model.files.items() if _is_weight(name)}
+    claimed = {name: sha256 for name, sha256 in record.model.files.items() if is_weight(name)}
     return bool(weights) and claimed == dict(weights)
 
 
@@ -384,5 +384,6 @@ def _hide_folders(word: str) -> str:
     return f"{option}={hide_folder(value)}" if equals and word.startswith("-") else hide_folder(word)
 
 
-def _is_weight(name: str) -> bool:
+def is_weight(name: str) -> bool:
+    """Whether a file is one of a model's weights, by its name in the model's folder; those of patches lie deeper."""
     return _WEIGHTS.fullmatch(name) is not None

@@ -124,10 +124,10 @@ def _evaluate(patch: Path, base: str, suite: str, out: Path, *, limit: int | Non
     from ..evals.suites import load_suite
 
     name, _, revision = base.partition("@")
-    options: list[Any] = ["--suite", suite, "--base", base]
+    options: list[Any] = ["--suite", hide_folder(suite), "--base", base]
     options += ["--limit", limit] if limit is not None else []
     command = ["hub-moe", "eval", hide_folder(str(patch)), *map(str, options)]
-    plan = Plan(load_suite(suite, limit=limit), out, data_dir=data_dir, command=command)
+    plan = Plan(load_suite(suite, limit=limit), out, data_dir=data_dir, command=command, reuses=True)
     evaluate(ModelRequest(str(patch)), plan, base=ModelRequest(name, revision=revision), say=say)
 
 

@@ -101,7 +101,7 @@ def show(
       hub-moe data show openai/gsm8k -t my-model --set config=main --chat-template plain
     """
     rows = load_source(source, settings)
-    from ..data.marking import mark_row
+    from ..data.documents import mark_row
 
     marked = mark_row(rows, row, load_tokenizer(tokenizer, chat_template), max_tokens=4096)
     before, after = (_GREEN, _PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("⟦", "⟧")
@@ -118,7 +118,7 @@ def load_source(names: list[str], settings: list[str] | None) -> "LoadedRows":
         raise ConfigError(f"--set takes KEY=VALUE, such as split=test; {wrong[0]!r} is not that.")
 
     from ..data import load_rows
-    from ..data.source_settings import read_source
+    from ..data.source import read_source
 
     return load_rows(read_source(names, {key: value for key, _, value in pairs}))
 

@@ -48,7 +48,8 @@ def _describe() -> dict[str, Any]:
 
     from ..environment import describe_versions
     from ..experts.bfloat16_speed import bfloat16_record
-    from ..experts.products import describe_choice, describe_gpu_choice
+    from ..experts.products import describe_choice
+    from ..experts.stacks import describe_gpu_choice
 
     products, why = describe_choice()
     gpu_products, gpu_why = describe_gpu_choice()

@@ -65,7 +65,7 @@ def evaluate(  # noqa: PLR0913 (a parameter is a flag)
 
     \b
     Examples:
-      hub-moe eval runs/demo/model --suite offline
+      hub-moe eval runs/demo/base/model --suite offline
       hub-moe eval alice/law-experts --suite standard --base alice/base@main --limit 200
       hub-moe eval alice/base --revision refs/pr/3 --suite quick --dry-run
       hub-moe eval my-model --suite gsm8k --data-dir data --noise-floor

@@ -91,7 +91,9 @@ def score(  # noqa: PLR0913 (a parameter is a flag)
             allow_bad_rows=allow_bad_rows,
         )
         name = domain or Path(source.provenance.source).stem
-        profile = _run(_load_model(model, revision, tokenizer), model, sample, domain=name, output_norms=norms)
+        profile = _run(
+            _load_model(model, revision, tokenizer), (model, revision), sample, domain=name, output_norms=norms
+        )
     profile.save(out)
     if as_json:
         print_json(profile.to_dict())
@@ -174,14 +176,24 @@ def _load_model(name: str, revision: str | None, tokenizer: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype="auto", device_map="auto")
 
 
-def _run(model: Any, name: str, sample: "Sample", *, domain: str, output_norms: bool) -> "ExpertProfile":
+def _run(
+    model: Any, source: tuple[str, str | None], sample: "Sample", *, domain: str, output_norms: bool
+) -> "ExpertProfile":
+    from ..files.hub_cache import find_commit
     from ..training.profiling import profile_experts
 
+    name, commit = source[0], find_commit(*source)
     path = Path(name).expanduser()
     public_name = path.resolve().name if path.is_dir() else name  # a profile is published, the folder's place is not
     with show_progress("running") as advance:
         return profile_experts(
-            model, sample, name=public_name, domain=domain, output_norms=output_norms, on_batch=advance
+            model,
+            sample,
+            name=public_name,
+            revision=commit,
+            domain=domain,
+            output_norms=output_norms,
+            on_batch=advance,
         )
 
 

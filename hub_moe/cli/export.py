@@ -22,7 +22,7 @@ def export(
 
     \b
     Examples:
-      hub-moe export runs/demo/model native --to deepseek_v3
+      hub-moe export runs/demo/base/model native --to deepseek_v3
       hub-moe export me/my-moe native --to deepseek_v2 --max-shard-size 2GB
     """
     from ..modeling.export import export_checkpoint

@@ -77,11 +77,13 @@ def inspect(
     Examples:
       hub-moe inspect deepseek-v3
       hub-moe inspect Qwen/Qwen3-30B-A3B --memory 24GB
-      hub-moe inspect runs/demo/model --context 2048 --json
+      hub-moe inspect runs/demo/base/model --context 2048 --json
     """
-    config, footprint = measure_model(model, revision)
+    from ..files.hub_cache import find_commit
+
+    _, footprint = measure_model(model, revision)
     context = context or min(4096, footprint.max_context or 4096)
-    facts = {"model": model, "commit": getattr(config, "_commit_hash", None)}
+    facts = {"model": model, "commit": find_commit(model, revision)}
     facts |= footprint.to_dict(context=context, memory_bytes=memory)
     if as_json:
         print_json(facts)

@@ -7,6 +7,8 @@ import typer
 
 from .output import print_json, say
 
+_PICTURES = (".png", ".svg", ".pdf")
+
 if TYPE_CHECKING:
     from rich.tree import Tree
 
@@ -37,6 +39,8 @@ def lineage(
     from ..hub.lineage import read_lineage
     from ..hub.lineage_outline import outline_lineage
 
+    if plot is not None:
+        _check_picture(plot)
     found = read_lineage(HfApi(), repo, depth=depth, limit=limit)
     root = outline_lineage(found)
     if as_json:
@@ -47,6 +51,15 @@ def lineage(
         say(note)
     if plot is not None:
         _draw(root, plot)
+
+
+def _check_picture(path: Path) -> None:
+    from ..errors import ConfigError
+
+    if path.suffix.lower() not in _PICTURES:
+        raise ConfigError(f"Cannot draw {path}: its name must end in {', '.join(_PICTURES)}.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"Cannot draw {path}: there is no folder {path.parent}.")
 
 
 def _print_tree(root: "Branch") -> None:
@@ -69,11 +82,7 @@ def _make_tree(root: "Branch") -> "Tree":
 
 
 def _draw(root: "Branch", path: Path) -> None:
-    from ..errors import ConfigError
     from ..plots import plot_lineage
 
-    try:
-        plot_lineage(list(root.rows()), title=f"Lineage of {root.name}").savefig(path)
-    except ValueError as error:  # matplotlib's word for an ending that it does not know
-        raise ConfigError(f"Cannot draw {path}: {error}.") from error
+    plot_lineage(list(root.rows()), title=f"Lineage of {root.name}").savefig(path)
     say(f"Wrote {path}")

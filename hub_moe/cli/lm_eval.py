@@ -12,7 +12,7 @@ def lm_eval(context: typer.Context) -> None:
 
     \b
     Examples:
-      hub-moe lm-eval run --model hf --model_args pretrained=runs/demo/model --tasks arc_easy
+      hub-moe lm-eval run --model hf --model_args pretrained=runs/demo/base/model --tasks arc_easy
       hub-moe lm-eval ls tasks
       hub-moe lm-eval -- run --help        # lm_eval's own help
     """

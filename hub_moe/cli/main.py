@@ -17,6 +17,7 @@ from .env import env
 from .eval import evaluate, suites
 from .experts import experts
 from .export import export
+from .find import find
 from .hub import hub
 from .inspect import inspect
 from .lineage import lineage
@@ -46,6 +47,7 @@ app.command()(suites)
 app.command()(compare)
 app.command()(verify)
 app.command()(lineage)
+app.command()(find)
 app.command()(contribute)
 app.command()(publish)
 app.command()(review)

@@ -11,7 +11,7 @@ from .output import print_json, print_table, print_text, say
 from .patch_combining import print_conflicts
 
 if TYPE_CHECKING:
-    from ..collaboration.merge import MergePlan
+    from ..collaboration.merge_plan import Merged, MergePlan
 
 
 def merge(  # noqa: PLR0913 (a parameter is a flag)
@@ -32,6 +32,9 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
             "--without-review/--reviewed-only", help="Whether a head that no owner accepted in a review may be merged."
         ),
     ] = False,
+    tolerance: Annotated[
+        float, typer.Option(metavar="SHARE", help="A task may get worse by this share of the base's value.")
+    ] = 0.0,
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Files in place of the Hub's datasets.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:0.", show_default="a GPU if there is one")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 16,
@@ -43,11 +46,13 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
 
     Patches of different experts merge exactly, byte for byte; where they change the same experts METHOD decides, after
     a table of the conflicts. A patch for an older commit is rebased if nothing that it changes has changed since.
-    Before anything is written the merged model is asked every contributor's suite, and compared with the base and with
-    each patch alone: a lost gain refuses the merge.
+    Before anything is written the merged model is asked every contributor's suite and the base's own, and compared
+    with the base and with each patch alone: a gain that is gone, or of which less than half is kept, refuses the merge,
+    and so does a task that gets worse by more than --tolerance.
 
-    Then one commit, if main is still what was checked, with the changed weights, the card and patches/NAME; a tag
-    merge-1, merge-2, ...; and every pull request is told and closed. After an interruption run it again.
+    Then one commit, if main is still what was checked, with the changed weights, their records in place of the old
+    ones, the card and patches/NAME; a tag merge-1, merge-2, ...; and every pull request is told and closed. After an
+    interruption run it again.
 
     \b
     Examples:
@@ -60,17 +65,18 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
     from huggingface_hub import HfApi
 
     from ..bars import quiet_bars
-    from ..collaboration.merge import MergeOptions, apply_merge, finish_merge, prepare_merge, refuse_losses
+    from ..collaboration.merge import apply_merge, finish_merge, prepare_merge, refuse_losses
+    from ..collaboration.merge_plan import MergeOptions
     from ..patches import CombinationMethod
 
     if not (dry_run or yes or sys.stdin.isatty()):
         raise typer.BadParameter("Without a terminal to ask at, this needs --yes or --dry-run.")
     api = HfApi()
     chosen = CombinationMethod(method)
-    options = MergeOptions(chosen, side_by_side, accept_losses, without_review, data_dir, device, batch_size)
-    done = None if dry_run else finish_merge(api, references, say=say)
+    options = MergeOptions(chosen, side_by_side, accept_losses, without_review, data_dir, device, batch_size, tolerance)
+    done = finish_merge(api, references, dry_run=dry_run, say=say)
     if done is not None:
-        print_text(f"{done.tag} {done.commit}")
+        _print_merged(done, as_json=as_json, state="merged before")
         return
     stdout = sys.stderr if as_json else sys.stdout
 
@@ -84,7 +90,7 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
         if not as_json:
             _print_plan(plan)
         elif dry_run or (plan.losses and not accept_losses):
-            print_json(plan.to_dict())
+            print_json({"state": "planned", **plan.to_dict()})
         if not accept_losses:
             refuse_losses(plan)
         if dry_run:
@@ -92,10 +98,14 @@ def merge(  # noqa: PLR0913 (a parameter is a flag)
         if not yes:
             typer.confirm(f"Write this to {plan.repo}?", abort=True, err=True)
         merged = apply_merge(api, plan, say=say)
+    _print_merged(merged, as_json=as_json, state="merged", **plan.to_dict())
+
+
+def _print_merged(merged: "Merged", *, as_json: bool, **facts: Any) -> None:
     if as_json:
-        print_json({**plan.to_dict(), "commit": merged.commit, "tag": merged.tag})
+        print_json({**facts, "commit": merged.commit, "tag": merged.tag})
     else:
-        print_text(f"{merged.tag} {merged.commit}")
+        print_text(f"{merged.tag} {merged.commit}" if merged.tag else merged.commit)
 
 
 def _print_plan(plan: "MergePlan") -> None:
@@ -124,5 +134,7 @@ def _print_plan(plan: "MergePlan") -> None:
             for each in plan.gains
         ]
         print_table(("Patch", "task", "base", "patch", "merged", "gain"), gains)
+        for note in plan.notes:
+            print_text(note)
     print_text()
     print_text(f"Into {plan.repo} at {plan.parent[:12]}, {plan.method}: {len(plan.files)} files")

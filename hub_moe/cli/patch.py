@@ -154,7 +154,7 @@ def merge_into_base(
     \b
     Examples:
       hub-moe patch merge-into-base alice/law-experts --out law-model
-      hub-moe patch apply runs/law/patch --base runs/demo/model --out law-model
+      hub-moe patch apply runs/law/patch --base runs/demo/base/model --out law-model
     """
     from ..patches import merge_into_base as merge
 

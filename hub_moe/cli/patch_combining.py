@@ -40,7 +40,7 @@ def conflicts(names: Names, base: BaseOption = None, method: MethodOption = "ref
     \b
     Examples:
       hub-moe patch conflicts alice/law-experts bob/tax-experts
-      hub-moe patch conflicts runs/law/patch runs/intent/patch --base runs/demo/model --method ties --json
+      hub-moe patch conflicts runs/law/patch runs/intent/patch --base runs/demo/base/model --method ties --json
     """
     from ..patches import CombinationMethod, find_conflicts
 

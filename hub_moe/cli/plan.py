@@ -95,7 +95,7 @@ def plan(  # noqa: PLR0913 (a parameter is a flag)
       hub-moe plan deepseek-v3 --tokens 14.8T --device h800 --devices 2048 --device-hours 2.664M \\
         --usd-per-hour 2
       hub-moe plan deepseek-v2-lite --tokens 10M --method experts --device rtx4090 --utilisation 0.2
-      hub-moe plan tiny --tokens 1B --measured runs/demo --country FRA
+      hub-moe plan tiny --tokens 1B --measured runs/demo/base --country FRA
     """
     from ..energy import Rates, Workload, plan_cost
 

@@ -27,6 +27,9 @@ def review(  # noqa: PLR0913 (a parameter is a flag)
     data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Files in place of the Hub's datasets.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda:0.", show_default="a GPU if there is one")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once, for regressions.")] = 16,
+    tolerance: Annotated[
+        float, typer.Option(metavar="SHARE", help="A task may get worse by this share of the base's value.")
+    ] = 0.0,
     all_open: Annotated[
         bool, typer.Option("--all-open", help="Every open contribution whose head you have not reviewed.")
     ] = False,
@@ -40,7 +43,8 @@ def review(  # noqa: PLR0913 (a parameter is a flag)
 
     Refuses, before anything is loaded: pickles, code, files outside of patches/NAME, odd names, sizes and headers that
     do not fit, other tensors or hashes than declared, NaN. Then asks the claims again with documents that the author
-    could not foresee, and compares patch and base on the base's own suites. Nothing of the pull request is run.
+    could not foresee, and compares patch and base on the base's own suites: what is worse there is a reason to reject,
+    unless it is within --tolerance. Nothing of the pull request is run.
 
     The report becomes one comment on the pull request; repeated on the same head it is replaced. Exit codes: 0 accept,
     1 reject or a known error, 2 wrong usage, 3 incomplete (something could not be checked; the report says what).
@@ -49,6 +53,7 @@ def review(  # noqa: PLR0913 (a parameter is a flag)
     Examples:
       hub-moe review alice/base#3
       hub-moe review alice/base#3 --suite quick --documents 299 --no-post --json
+      hub-moe review alice/base#3 --tolerance 0.02 --yes    # 2 % worse elsewhere is a note
       hub-moe review alice/base --all-open --yes            # one line for cron, or for a webhook's script
     """
     from huggingface_hub import HfApi
@@ -59,9 +64,11 @@ def review(  # noqa: PLR0913 (a parameter is a flag)
 
     if not (no_post or yes or sys.stdin.isatty()):
         raise typer.BadParameter("Without a terminal to ask at, this needs --yes or --no-post.")
+    if limit is not None and suite is None:
+        raise typer.BadParameter("--limit is for the tasks of --suite; the base's own suites are asked as they are.")
     if all_open == ("#" in reference):
         raise ConfigError(f"{reference!r}: give REPO#N, or REPO with --all-open.")
-    options = ReviewOptions(suite, limit, data_dir, documents, nonce, device, batch_size)
+    options = ReviewOptions(suite, limit, data_dir, documents, nonce, device, batch_size, tolerance)
     api = HfApi()
     references = find_unreviewed(api, reference) if all_open else [reference]
     found = []

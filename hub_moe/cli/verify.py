@@ -53,14 +53,14 @@ def verify(  # noqa: PLR0913 (a parameter is a flag)
     Examples:
       hub-moe verify alice/law-experts
       hub-moe verify alice/base#3 --documents 299          # finds 1 % of fabrication with 95 %
-      hub-moe verify evals/offline-0a1b2c3d4e5f6071.json --model runs/demo/model
+      hub-moe verify evals/offline-0a1b2c3d4e5f6071.json --model runs/demo/base/model
     """
     from ..evals.claims import find_claims
     from ..evals.verify import Reviewer, verify_record
 
     claims = [
         each
-        for each in find_claims(claim, revision=revision, subfolder=subfolder)
+        for each in find_claims(claim, revision=revision, subfolder=subfolder, say=say)
         if record is None or each.path.name.startswith(record)
     ]
     if not claims:

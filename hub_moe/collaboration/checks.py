@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 
 from ..cards import lint_card, open_model
 from ..cards.facts import Facts
-from ..cards.licences import NOT_LEGAL_ADVICE
+from ..cards.licences import NOT_LEGAL_ADVICE, find_terms
 from ..errors import CheckpointError, HubError, HubMoeError
 from ..evals.compare import compare_records
 from ..evals.model_source import hash_model_files
@@ -47,9 +47,19 @@ def check_staged(staged: Staged, *, api: HfApi, tries_load: bool | None = None) 
 
 def note_licence(facts: Facts | None) -> list[str]:
     """What is not known of the licence, and so is for the publisher to know."""
-    checks = facts.license.checks if facts is not None and facts.license is not None else ()
-    unknown = [f"{each.source}: {each.reason}" for each in checks if each.verdict == "unknown"]
-    return [f"Not known whether the licence fits: {'; '.join(unknown)}. {NOT_LEGAL_ADVICE}"] if unknown else []
+    license = facts.license if facts is not None else None
+    if license is None:
+        return []
+    notes = []
+    if license.id not in (None, "other") and find_terms(license.id) is None:
+        notes.append(
+            f"{license.id} is no licence that hub_moe knows, and a Hub may refuse it; one without an id of its own is "
+            "called other, with license_name and license_link in the card."
+        )
+    unknown = [f"{each.source}: {each.reason}" for each in license.checks if each.verdict == "unknown"]
+    if unknown:
+        notes.append(f"Not known whether the licence fits: {'; '.join(unknown)}. {NOT_LEGAL_ADVICE}")
+    return notes
 
 
 def _check_weights(staged: Staged, tries_load: bool | None) -> Iterator[Problem]:

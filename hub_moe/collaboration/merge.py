@@ -1,7 +1,7 @@
 """Contributions into the base, or beside it: everything is checked before one commit on main, or nothing happens."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,142 +9,58 @@ from huggingface_hub import HfApi
 
 from ..cards.markdown import code, escape
 from ..errors import ConfigError, ConflictError, EvaluationError, HubError
+from ..evals.suites import Suite
 from ..hub.marks import ReviewMark
 from ..hub.merge_commits import MergedPatch, close, commit_files, find_merge, find_owners, tag_merge
 from ..hub.pull_requests import (
     PullRequest,
     describing,
     fetch_pull_request,
-    list_files,
     parse_reference,
-    read_bytes,
     read_proposal,
 )
-from ..patches.combination_methods import CombinationMethod
 from ..patches.combining import combine_patches, find_conflicts
-from ..patches.conflicts import ConflictTable, describe_conflicts
-from ..patches.expert_patch import ExpertPatch
+from ..patches.conflicts import describe_conflicts
 from ..patches.merging import merge_into_base
-from ..patches.metadata import WEIGHTS_FILE
 from ..patches.rebasing import rebase_patch
-from ..patches.tensor_file import hash_file
 from .gains import Examiner, Gain
-from .review import find_review, require_open
-from .safety import Contribution, list_faults, open_contribution
+from .merge_plan import Candidate, Merged, MergeOptions, MergePlan
+from .merged_files import BaseCard, complete_model, gather_files, open_card
+from .review import find_review, require_open, suites_of
+from .safety import list_faults, open_contribution
 
 Say = Callable[[str], None]
 
-_ROWS_END = "<!-- hub_moe:merges -->"
-_SECTION = (
-    "\n## Merged contributions\n\n"
-    "Records made before a merge are of the weights before it; each merge added those of its own to `evals/`.\n\n"
-    "| Patch | by | pull request | made for commit | merged into commit | how |\n"
-    "| --- | --- | --- | --- | --- | --- |\n"
-)
-_MOST_CARD_BYTES = 4_000_000
 
+def finish_merge(api: HfApi, references: Sequence[str], *, dry_run: bool = False, say: Say) -> Merged | None:
+    """Tag and close what an interrupted merge of these very pull requests left; None if they are not merged yet.
 
-@dataclass(frozen=True)
-class MergeOptions:
-    """How to merge.
-
-    Attributes:
-        side_by_side: Add the patches as they are, and leave the base alone.
-        accept_losses: Merge although a gain is lost, or nothing says what a patch gains.
-        without_review: Merge although nobody who may speak for the repo accepted this head.
-    """
-
-    method: CombinationMethod = CombinationMethod()
-    side_by_side: bool = False
-    accept_losses: bool = False
-    without_review: bool = False
-    data_dir: Path | None = None
-    device: str | None = None
-    batch_size: int = 16
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A pull request that is to be merged: `patch` is for the commit that it is merged into."""
-
-    pull_request: PullRequest
-    contribution: Contribution
-    patch: ExpertPatch
-    reviewer: str | None
-
-    @property
-    def was_stale(self) -> bool:
-        """Whether main went on since the patch was made."""
-        return self.patch is not self.contribution.patch
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """All that will be written, to main at `parent` and nowhere else; `method` is as the trailers say it."""
-
-    repo: str
-    parent: str
-    candidates: tuple[Candidate, ...]
-    method: str
-    files: tuple[tuple[str, Path], ...]
-    table: ConflictTable | None = None
-    gains: tuple[Gain, ...] = ()
-
-    @property
-    def losses(self) -> tuple[Gain, ...]:
-        """The gains that merging takes away."""
-        return tuple(each for each in self.gains if each.is_lost)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            "repo": self.repo,
-            "parent": self.parent,
-            "method": self.method,
-            "patches": [
-                {
-                    "name": each.contribution.name,
-                    "pull_request": each.pull_request.number,
-                    "contributor": each.pull_request.author,
-                    "reviewed_by": each.reviewer,
-                    "was_stale": each.was_stale,
-                }
-                for each in self.candidates
-            ],
-            "conflicts": self.table.to_dict() if self.table else None,
-            "gains": [each.to_dict() for each in self.gains],
-            "files": [path for path, _ in self.files],
-        }
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a merge made."""
-
-    commit: str
-    tag: str
-
-
-def finish_merge(api: HfApi, references: Sequence[str], *, say: Say) -> Merged | None:
-    """Tag and close what an interrupted merge committed already; None if these pull requests are not merged yet.
+    Nothing changes where it had come to its end, or with `dry_run`; the tag is then None.
 
     Raises:
-        HubError: If they were merged and closed, or only some of them are merged.
+        HubError: If only some of them are merged, or together with others.
     """
     repo, numbers = _parse(references)
+    pull_requests = [fetch_pull_request(api, repo, number) for number in numbers]
     found = {number: find_merge(api, repo, number) for number in numbers}
-    commits = {each[0] for each in found.values() if each is not None}
-    if not commits:
+    merges = {each for each in found.values() if each is not None}
+    if not merges:
         return None
-    open_ones = [
-        each for each in (fetch_pull_request(api, repo, n) for n in numbers) if each.status in ("open", "draft")
-    ]
+    open_ones = [each for each in pull_requests if each.status in ("open", "draft")]
     merged = [number for number, each in found.items() if each is not None]
-    if len(commits) > 1 or len(merged) < len(numbers) or not open_ones:
+    commit, together = min(merges)
+    is_one = len(merges) == 1 and len(merged) == len(numbers)
+    if not is_one or (not open_ones and together != set(numbers)):
         names = ", ".join(f"#{number}" for number in merged)
-        raise HubError(f"{repo}: {names} was merged already, by commit {', '.join(sorted(commits))[:90]}.")
-    commit = commits.pop()
-    say(f"{repo} has these patches already, by commit {commit[:12]}; tagging it and closing what is open.")
+        raise HubError(f"{repo}: {names} was merged already, by commit {', '.join(sorted(m[0] for m in merges))[:90]}.")
+    done = f"{repo} has these patches already, by commit {commit[:12]}"
+    if dry_run:
+        say(f"{done}; without --dry-run this tags it and closes what is open.")
+        return Merged(commit, None)
+    if not open_ones:
+        say(f"{done}.")
+        return Merged(commit, tag_merge(api, repo, commit))
+    say(f"{done}; tagging it and closing what is open.")
     return _announce(api, open_ones, commit, "Merged")
 
 
@@ -159,7 +75,8 @@ def prepare_merge(
         HubError: If a pull request is not open, was not reviewed, holds what it may not, or the Hub refuses.
         ConflictError: If main changed what a patch changes, or patches change the same and the method is "refuse".
         PatchError: If a patch is for another base.
-        EvaluationError: If a gain is lost and that was not accepted.
+        ConfigError: If the base's card, its facts or the records beside it are damaged.
+        EvaluationError: If a record was edited, or a suite cannot be asked.
     """
     repo, numbers = _parse(references)
     with describing(api, repo):
@@ -180,23 +97,25 @@ def prepare_merge(
             patch = rebase_patch(patch, f"{repo}@{parent}", token=api.token)
         candidates.append(Candidate(each, contribution, patch, reviewer))
     _require_different_names(candidates)
-    plan = MergePlan(repo, parent, tuple(candidates), "side-by-side", ())
+    base = open_card(api, repo, parent, work / "card")
+    plan = MergePlan(repo, parent, tuple(candidates), "side-by-side", (), tolerance=options.tolerance)
     if not options.side_by_side:
-        plan = _merge_models(plan, options, work, say=say, show=show)
+        plan = _merge_models(api, plan, options, work, base=base, say=say, show=show)
         if plan.losses and not options.accept_losses:
             return plan  # whoever shows it refuses it: see `refuse_losses`
-    return replace(plan, files=(*plan.files, *_evidence_files(api, plan, work)))
+    files, deleted = gather_files(base, plan, work, say=say)
+    return replace(plan, files=tuple(files), deleted=tuple(deleted))
 
 
 def refuse_losses(plan: MergePlan) -> None:
-    """Refuse a merge that takes away what somebody gained.
+    """Refuse a merge that takes away what somebody gained, or makes the base worse than is put up with.
 
     Raises:
         EvaluationError: Naming each.
     """
     if plan.losses:
-        told = ", ".join(f"{each.patch} on {each.task} ({each.own:.3f} -> {each.merged:.3f})" for each in plan.losses)
-        raise EvaluationError(f"Merging loses a gain: {told}; --accept-losses merges all the same.")
+        told = ", ".join(dict.fromkeys(each.loss for each in plan.losses))
+        raise EvaluationError(f"Merged, {told}; --accept-losses merges all the same.")
 
 
 def apply_merge(api: HfApi, plan: MergePlan, *, say: Say) -> Merged:
@@ -217,6 +136,7 @@ def apply_merge(api: HfApi, plan: MergePlan, *, say: Say) -> Merged:
         api,
         plan.repo,
         plan.files,
+        deleted=plan.deleted,
         message=f"Merge expert patch{'es' * (len(plan.candidates) > 1)} {names} ({numbers})",
         description="\n".join(line for each in plan.candidates for line in _describe(each, plan).to_trailers()),
         parent=plan.parent,
@@ -269,14 +189,21 @@ def _require_different_names(candidates: Sequence[Candidate]) -> None:
 
 
 def _merge_models(
-    plan: MergePlan, options: MergeOptions, work: Path, *, say: Say, show: Callable[[Any], None]
+    api: HfApi,
+    plan: MergePlan,
+    options: MergeOptions,
+    work: Path,
+    *,
+    base: BaseCard,
+    say: Say,
+    show: Callable[[Any], None],
 ) -> MergePlan:
-    """The merged model, its changed files, and what became of everybody's gains."""
-    base = f"{plan.repo}@{plan.parent}"
+    """The merged model, and what became of everybody's gains."""
+    place = f"{plan.repo}@{plan.parent}"
     patches = [each.patch for each in plan.candidates]
     patch, table = patches[0], None
     if len(patches) > 1:
-        table = find_conflicts(patches, base=base, method=options.method)
+        table = find_conflicts(patches, base=place, method=options.method)
         show(table)
         if table.conflicts and options.method.name == "refuse":
             holders = {each.tensor or "": each.patches for each in table.conflicts}
@@ -285,15 +212,18 @@ def _merge_models(
                 "(--method mean, ties, dare or slerp), or keep them apart (--side-by-side).",
                 tuple(holders),
             )
-        patch = combine_patches(patches, base=base, method=options.method).patch
+        patch = combine_patches(patches, base=place, method=options.method).patch
     say("Writing the merged model, and comparing every byte outside of the patch with the base")
     patch.save(work / "combined")
-    merge_into_base(work / "combined", work / "model", base=base)
+    merge_into_base(work / "combined", work / "model", base=place)
+    complete_model(api, base, plan.parent, work / "model")
     plan = replace(plan, table=table, method=options.method.name if table and table.conflicts else "exact")
-    return replace(plan, gains=_examine(plan, options, work, say))
+    return replace(plan, gains=_examine(plan, options, work, own_suites=suites_of(base.records), say=say))
 
 
-def _examine(plan: MergePlan, options: MergeOptions, work: Path, say: Say) -> tuple[Gain, ...]:
+def _examine(
+    plan: MergePlan, options: MergeOptions, work: Path, *, own_suites: Sequence[Suite], say: Say
+) -> tuple[Gain, ...]:
     alone = {}
     for each in plan.candidates if len(plan.candidates) > 1 else ():
         alone[each.contribution.name] = work / "alone" / each.contribution.name
@@ -307,6 +237,8 @@ def _examine(plan: MergePlan, options: MergeOptions, work: Path, say: Say) -> tu
         data_dir=options.data_dir,
         device=options.device,
         batch_size=options.batch_size,
+        tolerance=options.tolerance,
+        may_skip=options.accept_losses,
         say=say,
     )
     contributions = [each.contribution for each in plan.candidates]
@@ -314,44 +246,7 @@ def _examine(plan: MergePlan, options: MergeOptions, work: Path, say: Say) -> tu
         contributions = [
             each for each in contributions if any("expert_patch" in path.read_text("utf-8") for path in each.records)
         ]
-    return tuple(examiner.examine(contributions))
-
-
-def _evidence_files(api: HfApi, plan: MergePlan, work: Path) -> list[tuple[str, Path]]:
-    """What the commit holds: changed weights, records of the merged model, the card, and `patches/NAME`."""
-    files = []
-    known = list_files(api, plan.repo, plan.parent)
-    for path in sorted((work / "model").glob("*.safetensors")):
-        if path.name not in known or known[path.name].sha256 != hash_file(path):
-            files.append((path.name, path))
-    files += [(f"evals/{path.name}", path) for path in sorted((work / "evals" / "merged").glob("*-*.*"))]
-    for each in plan.candidates:
-        for listed in each.contribution.files:
-            name = listed.path.removeprefix(f"{each.contribution.subfolder}/")
-            if name != WEIGHTS_FILE or plan.method == "side-by-side":
-                files.append((listed.path, each.contribution.folder / name))
-    card = work / "card.md"
-    old = b""
-    if "README.md" in known:
-        old = read_bytes(api, plan.repo, "README.md", revision=plan.parent, count=_MOST_CARD_BYTES)
-    card.write_text(add_to_card(old.decode("utf-8"), plan), "utf-8")
-    return [*files, ("README.md", card)]
-
-
-def add_to_card(card: str, plan: MergePlan) -> str:
-    """The base's card with a row for each merged patch; all else stays as people wrote it."""
-    rows = "".join(
-        f"| {code(each.contribution.name)} | {escape(each.pull_request.author)} | #{each.pull_request.number} | "
-        f"`{_made_for(each)[:12]}` | `{plan.parent[:12]}` | {plan.method} |\n"
-        for each in plan.candidates
-    )
-    if _ROWS_END in card:
-        return card.replace(_ROWS_END, rows + _ROWS_END, 1)
-    return f"{card.rstrip()}\n{_SECTION}{rows}{_ROWS_END}\n"
-
-
-def _made_for(candidate: Candidate) -> str:
-    return str(candidate.contribution.patch.metadata.base.commit)
+    return tuple(examiner.examine(contributions, own_suites))
 
 
 def _describe(candidate: Candidate, plan: MergePlan) -> MergedPatch:
@@ -362,7 +257,7 @@ def _describe(candidate: Candidate, plan: MergePlan) -> MergedPatch:
         weights_sha256=sha256,
         number=candidate.pull_request.number,
         contributor=candidate.pull_request.author,
-        base_commit=_made_for(candidate),
+        base_commit=candidate.made_for,
         method=plan.method,
     )
 
@@ -377,6 +272,8 @@ def _describe_outcome(plan: MergePlan) -> str:
             f"{each.outcome} |"
             for each in plan.gains
         ]
+    if plan.notes:
+        lines += ["", *(f"- {escape(each)}" for each in plan.notes)]
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from ..errors import EvaluationError, HubError, HubMoeError
 from ..evals.claims import FOLDER
 from ..evals.compare import RecordComparison, compare_records
-from ..evals.models import ModelRequest
+from ..evals.models import ModelRequest, check_device
 from ..evals.records import StoredRecord, find_records, read_record
 from ..evals.session import Plan, evaluate
 from ..evals.suites import Suite, load_suite
@@ -28,6 +28,7 @@ from ..hub.pull_requests import (
 )
 from ..patches.bases import Place, fetch_base
 from ..patches.comparison import ExpertChange, measure_changes
+from .costs import check_tolerance, describe_costs, share_of
 from .safety import Contribution, list_faults, open_contribution, shown
 
 EXIT_CODES: dict[Verdict, int] = {"accept": 0, "reject": 1, "incomplete": 3}
@@ -46,6 +47,7 @@ class ReviewOptions:
         data_dir: Files in place of the Hub's datasets.
         num_documents: Of each record that are asked again.
         nonce: Chooses them; None draws one that nobody could foresee.
+        tolerance: By what share of the base's value a task may get worse.
     """
 
     suite: str | None = None
@@ -55,6 +57,12 @@ class ReviewOptions:
     nonce: str | None = None
     device: str | None = None
     batch_size: int = 16
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_tolerance(self.tolerance)
+        if self.device is not None:
+            check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Review:
         verifications: Of each record, by its file's name.
         gains: The claims: the patch's records against those of the base beside them.
         regressions: The patch against the base on the base's own suites, run by the reviewer.
+        tolerance: By what share of the base's value a task was allowed to get worse.
     """
 
     pull_request: PullRequest
@@ -82,6 +91,7 @@ class Review:
     verifications: dict[str, Verification] = field(default_factory=dict)
     gains: tuple[RecordComparison, ...] = ()
     regressions: tuple[RecordComparison, ...] = ()
+    tolerance: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
@@ -102,7 +112,13 @@ class Review:
             reasons=[each[:300] for each in self.reasons[:20]],
             records={each.record: each.outcome for each in self.verifications.values()},
             nonce=self.nonce,
-            regressions=[task.task for each in self.regressions for task in each.comparison.tasks if _is_worse(task)],
+            regressions=[
+                task.task
+                for each in self.regressions
+                for task in each.comparison.tasks
+                if task.verdict == "worse" and share_of(task, each) > self.tolerance
+            ],
+            tolerance=self.tolerance,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,6 +132,7 @@ class Review:
             "gaps": list(self.gaps),
             "notes": list(self.notes),
             "nonce": self.nonce,
+            "tolerance": self.tolerance,
             "changes": [asdict(each) for each in self.changes],
             "records": {name: each.to_dict() for name, each in self.verifications.items()},
             "gains": [each.to_dict() for each in self.gains],
@@ -134,7 +151,7 @@ def review_pull_request(api: HfApi, reference: str, options: ReviewOptions, *, s
     suites = None if options.suite is None else [load_suite(options.suite, limit=options.limit)]
     pull_request = fetch_pull_request(api, repo, number)
     require_open(pull_request)
-    review = Review(pull_request, options.nonce or secrets.token_hex(8))
+    review = Review(pull_request, options.nonce or secrets.token_hex(8), tolerance=options.tolerance)
     say(f"Looking at the files of {pull_request} at {pull_request.head[:12]}")
     contribution, faults = open_contribution(api, pull_request, read_proposal(api, pull_request))
     if contribution is None:
@@ -284,9 +301,13 @@ class _Replay:
                     continue
                 assert comparison is not None
                 found.append(comparison)
-        worse = [each for comparison in found for each in describe_losses(comparison)]
+        costs = [describe_costs(each, tolerance=self._options.tolerance) for each in found]
         return replace(
-            review, regressions=tuple(found), gaps=(*review.gaps, *gaps), rejections=(*review.rejections, *worse)
+            review,
+            regressions=tuple(found),
+            gaps=(*review.gaps, *gaps),
+            rejections=(*review.rejections, *(reason for beyond, _ in costs for reason in beyond)),
+            notes=(*review.notes, *(note for _, within in costs for note in within)),
         )
 
 
@@ -319,20 +340,6 @@ def compare_claims(stored: Sequence[StoredRecord]) -> Iterator[RecordComparison]
                 yield compare_records(base, each)
             except EvaluationError:
                 continue  # records of other documents are no comparison
-
-
-def describe_losses(comparison: RecordComparison) -> list[str]:
-    """Each task on which the candidate is worse than the base, in words."""
-    return [
-        f"it is worse than the base on {task.task}: {comparison.metrics[task.task]} {task.base.value:.3f} -> "
-        f"{task.candidate.value:.3f} (p = {task.adjusted_p_value:.2g}, suite {shown(comparison.suite)})"
-        for task in comparison.comparison.tasks
-        if _is_worse(task)
-    ]
-
-
-def _is_worse(task: Any) -> bool:
-    return bool(task.verdict == "worse")
 
 
 def _why_failed(verification: Verification) -> list[str]:

@@ -8,6 +8,7 @@ from ..evals.compare import RecordComparison
 from ..evals.verify import Verification
 from ..hub.marks import write_mark
 from ..patches.comparison import ExpertChange
+from .costs import percent
 from .review import Review
 
 _MOST_CHARACTERS = 40_000  # of the text before the mark; a comment may have 65,536
@@ -30,7 +31,8 @@ def render_review(review: Review) -> str:
     for comparison in review.regressions:
         lines += ["", "#### What it costs elsewhere, measured by the reviewer", "", *render_comparison(comparison)]
     lines += ["", *(f"- {escape(each)}" for each in review.notes)]
-    lines += ["", f"Checked by `hub-moe review` {__version__}, nonce {code(review.nonce)}."]
+    allowed = f", tolerance {percent(review.tolerance)}" if review.tolerance else ""
+    lines += ["", f"Checked by `hub-moe review` {__version__}, nonce {code(review.nonce)}{allowed}."]
     text = "\n".join(lines)
     if len(text) > _MOST_CHARACTERS:
         text = text[:_MOST_CHARACTERS].rpartition("\n")[0] + "\n\nThe rest is in the JSON report."

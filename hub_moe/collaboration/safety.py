@@ -19,10 +19,11 @@ from huggingface_hub import HfApi, snapshot_download
 
 from ..errors import CheckpointError, HubMoeError
 from ..evals.records import Record, is_record_name, read_record
+from ..hub.file_checks import find_scripts
 from ..hub.marks import ContributionMark, read_mark
 from ..hub.pull_requests import MAX_LISTED, Listed, Proposal, PullRequest, describing, list_history, read_bytes
 from ..patches.expert_patch import ExpertPatch, check_places, describe_config
-from ..patches.metadata import CONFIG_FILE, METADATA_FILE, WEIGHTS_FILE, PatchMetadata
+from ..patches.metadata import CONFIG_FILE, METADATA_FILE, TOKENIZER_FILES, WEIGHTS_FILE, PatchMetadata
 from ..patches.verification import verify_patch
 
 MAX_FILES = 200
@@ -43,17 +44,11 @@ _ALLOWED: tuple[tuple[str, int | None], ...] = (
     (r"([\w-]+/)?[\w.-]+\.(png|jpe?g|webp)", 10 * _MB),
     (r"\.eval_results/[\w.-]+\.yaml", _MB),
 )
-_OF_THE_BASE = re.compile(  # a patch saved with its base's tokenizer holds these, which must be the base's
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|generation_config)\.json|merges\.txt"
-    r"|tokenizer\.model|chat_template\.jinja"
-)
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+_PICTURE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
+_OF_THE_BASE = {*TOKENIZER_FILES, "generation_config.json"}
 _PICKLES = {".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".h5", ".keras"}
 _CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh", ".bat", ".ps1", ".js", ".ipynb", ".exe", ".jar", ".rb"}
-_SCRIPTS = re.compile(
-    r"<\s{0,5}/?(script|iframe|object|embed|form|meta|link|style|svg|base)\b|(java|vb)script\s{0,5}:|data:text/html"
-    r"|<[^<>]{1,300}\son[a-z]{2,20}\s{0,5}=",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -160,11 +155,6 @@ def list_faults(faults: Collection[Fault]) -> list[str]:
     return told + ([f"and {more} more of that kind"] if more > 0 else [])
 
 
-def find_scripts(text: str) -> list[str]:
-    """What in a card would be run or loaded by a careless page; the embedded Hub shows none of it."""
-    return sorted({shown(match.group().strip().lower()) for match in _SCRIPTS.finditer(text)})
-
-
 def _is_inside(path: str) -> bool:
     parts = path.split("/")
     return len(parts) > 2 and parts[0] == "patches"
@@ -188,7 +178,7 @@ def _find_file_fault(file: Listed) -> str | None:
         return "may be a pickle, which can run code when it is read; only safetensors are taken"
     if suffix in _CODE:
         return "is code, and a patch needs none"
-    if _OF_THE_BASE.fullmatch(relative):
+    if relative in _OF_THE_BASE:
         return None if file.size_bytes <= 100 * _MB else "is larger than any tokenizer"
     for pattern, limit in _ALLOWED:
         if re.fullmatch(pattern, relative):
@@ -217,6 +207,11 @@ class _Reader:
             faults.append(Fault(f"is not the config that {METADATA_FILE} gives", self._path(CONFIG_FILE)))
         for name in (each for each in self._files if each.endswith(".md")):
             faults += self._check_card(name)
+        faults += [
+            Fault("is no picture, whatever its name says", self._path(name))
+            for name in self._files
+            if name.lower().endswith(_PICTURES) and not _PICTURE.match(self._read(name, limit=12))
+        ]
         mark = read_mark(ContributionMark, self._pull_request.description)
         if mark is not None and (mark.name, mark.weights_sha256) != (
             self._folder.split("/")[1],
@@ -226,7 +221,7 @@ class _Reader:
         faults += [
             Fault("is not the base's, and decides what the model is asked", self._path(name))
             for name in self._files
-            if _OF_THE_BASE.fullmatch(name) and not self._is_of_base(name)
+            if name in _OF_THE_BASE and not self._is_of_base(name)
         ]
         return metadata, faults
 
@@ -282,7 +277,7 @@ class _Reader:
 
     def _check_card(self, name: str) -> Iterator[Fault]:
         try:
-            found = find_scripts(self._read(name).decode("utf-8"))
+            found = [shown(each) for each in find_scripts(self._read(name).decode("utf-8"))]
         except UnicodeDecodeError:
             yield Fault("is not UTF-8 text", self._path(name))
             return

@@ -127,7 +127,9 @@ def stage(source: Source, work: Path, options: StagingOptions, *, api: HfApi, sa
     is_new = bool(options.base or options.license or options.records) or read_facts(work) is None
     if is_new:
         compared = (*pairs[0], comparisons[0].to_dict()) if pairs else None
-        evidence = Evidence(records=own, run=source.run, comparison=compared, footprint=_measure(model, source, say))
+        evidence = Evidence(
+            records=own, run=source.run, comparison=compared, footprint=measure_sizes(model, source.run, say)
+        )
         _put_card(model, evidence, options, say=say)
     files = {name: (path.resolve() if path.is_symlink() else path) for name, path in list_folder(work).items()}
     files |= links
@@ -190,8 +192,9 @@ def _put_base_of_adapter(path: Path, base: str, *, api: HfApi) -> None:
 
 
 def _pair(own: Sequence[StoredRecord], known: Sequence[StoredRecord]) -> Iterator[tuple[StoredRecord, StoredRecord]]:
-    """Each record with the newest of the model below it on the same suite: (base's, own)."""
-    for candidate in own:
+    """The newest record of each suite with the newest of the model below it on that suite: (base's, own)."""
+    newest = {each.record.suite.sha256: each for each in sorted(own, key=lambda each: each.record.created)}
+    for candidate in newest.values():
         below = candidate.record.model.base
         fitting = [
             each
@@ -250,7 +253,7 @@ def _with_license(
     return readme.with_metadata({"license": license_id}) if license_id else readme
 
 
-def _measure(model: ModelFolder, source: Source, say: Say) -> dict[str, Any] | None:
+def measure_sizes(model: ModelFolder, run: TrainingRun | None, say: Say) -> dict[str, Any] | None:
     """The footprint of the model, or of the base of a patch or adapter; None where that cannot be had."""
     from transformers import AutoConfig
 
@@ -259,7 +262,7 @@ def _measure(model: ModelFolder, source: Source, say: Say) -> dict[str, Any] | N
 
     name, revision = str(model.folder), None
     if model.kind != "checkpoint":
-        base = find_base(model, source.run)
+        base = find_base(model, run)
         if base is None:
             return None
         name, revision = base.name, base.revision

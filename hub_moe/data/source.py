@@ -1,12 +1,13 @@
 """What to train on, as a person names it, and what was really read."""
 
+import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import DatasetError
+from ..errors import ConfigError, DatasetError
 
 RowFormat = Literal["chat", "prompt-completion", "text"]
 FormatName = RowFormat | Literal["auto"]
@@ -112,3 +113,35 @@ def record_file(path: Path, name: str) -> FileRecord:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return FileRecord(name, path.stat().st_size, sha256)
+
+
+def read_source(names: Sequence[str], settings: Mapping[str, str]) -> DataSource:
+    """The source `names` with `settings`, whose keys are fields of `DataSource` or `columns.PART`.
+
+    Raises:
+        ConfigError: If a key is unknown (the message names the nearest) or a value does not fit.
+    """
+    known = [field.name for field in fields(DataSource) if field.name not in ("source", "columns")]
+    values: dict[str, Any] = {"columns": {}}
+    for key, value in settings.items():
+        if key.startswith("columns."):
+            values["columns"][key.removeprefix("columns.")] = value
+        elif key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)} and columns.PART."
+            raise ConfigError(f"{key!r} is no setting of a data source; {hint}")
+        else:
+            values[key] = _read_value(key, value)
+    return DataSource(names[0] if len(names) == 1 else tuple(names), **values)
+
+
+def _read_value(key: str, value: str) -> Any:
+    if key == "limit":
+        if not value.isdigit():
+            raise ConfigError(f"limit={value} is not a number of rows.")
+        return int(value)
+    if key == "streaming":
+        if value not in ("true", "false"):
+            raise ConfigError(f"streaming={value} is neither true nor false.")
+        return value == "true"
+    return value

@@ -1,4 +1,4 @@
-"""A real text that is on every machine: the source of the running Python's own standard library."""
+"""Two real texts that are on every machine: the source of Python's standard library, and its language reference."""
 
 import hashlib
 import sysconfig
@@ -100,3 +100,18 @@ def _take(documents: Iterable[Document], max_bytes: int | None) -> Iterable[Docu
 def _draw(name: str, seed: int) -> float:
     """A number in [0, 1) that depends on the name and the seed only."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) / 2**64
+
+
+def read_language_reference() -> tuple[Document, ...]:
+    """What `help("TOPIC")` shows in the running Python: English prose about the language, one document a topic.
+
+    Raises:
+        DatasetError: If this Python was installed without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DatasetError(
+            "This Python lacks pydoc_data, the text of its own help(); use one with the whole standard library."
+        ) from error
+    return tuple(Document(name, topics[name]) for name in sorted(topics))

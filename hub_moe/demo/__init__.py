@@ -1,4 +1,4 @@
-"""The main job: a small Mixture-of-Experts model from nothing, on two cores, without network, in about four minutes."""
+"""The main job: a base, three contributions, reviews and a merge on a Hub of its own, offline, within six minutes."""
 
 from .plan import DemoPlan, plan_demo
 from .report import DemoReport

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, and whether it may be used."""
+"""The folder of a run: what lies where, which steps are done, and whether it may be used."""
 
 import json
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..training.folder import claim_folder, write_atomically
+from ..training.run_folder import claim_folder, write_atomically
+from .plan import CONTRIBUTORS
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class RunFolder:
         return self.path / "report.json"
 
     @property
-    def model(self) -> Path:
-        """The trained model and its tokenizer."""
-        return self.path / "model"
+    def steps(self) -> Path:
+        """The commands that came to their end, with what they said on stdout."""
+        return self.path / "steps.json"
 
     @property
-    def checkpoints(self) -> Path:
-        """From which an interrupted run goes on."""
-        return self.path / "checkpoints"
+    def logs(self) -> Path:
+        """All that each command said."""
+        return self.path / "logs"
 
     @property
     def hub(self) -> Path:
@@ -41,49 +42,74 @@ class RunFolder:
         return self.path / "hub"
 
     @property
-    def scratch(self) -> Path:
-        """Only there while a run is."""
-        return self.path / ".unfinished-exchange"
+    def home(self) -> Path:
+        """HF_HOME of everybody: the cache of their clients."""
+        return self.path / "hf_home"
 
     @property
-    def num_threads(self) -> Path:
-        """With how many of torch's threads the run trains."""
-        return self.path / "num_threads.txt"
+    def people(self) -> Path:
+        """`NAME.env` for each: what to source in a shell to be that person."""
+        return self.path / "people"
 
     @property
-    def loss_curve(self) -> Path:
-        """Picture."""
-        return self.path / "loss_curve.png"
+    def corpus(self) -> Path:
+        """The dataset's files."""
+        return self.path / "corpus"
 
     @property
-    def expert_load(self) -> Path:
-        """Picture."""
-        return self.path / "expert_load.png"
-
-    @property
-    def chosen_experts(self) -> Path:
-        """Picture."""
-        return self.path / "chosen_experts.png"
+    def suites(self) -> Path:
+        """The suites that are asked, as TOML."""
+        return self.path / "suites"
 
     @property
     def reference(self) -> Path:
-        """Rows that the contributor fine-tunes on."""
+        """Python's language reference as rows, for runs of one's own."""
         return self.path / "reference.jsonl"
 
     @property
-    def tuning_settings(self) -> Path:
-        """The contributor's run, as `hub-moe train` takes it."""
-        return self.path / "tuning.toml"
+    def script(self) -> Path:
+        """What somebody runs who knows the model's name."""
+        return self.path / "use.py"
 
     @property
-    def tuning(self) -> Path:
-        """The contributor's run folder, with the expert patch."""
-        return self.path / "tuning"
+    def base(self) -> Path:
+        """The owner's training run, with `model` in it."""
+        return self.path / "base"
 
     @property
     def evals(self) -> Path:
-        """Records of the base and of the patch."""
+        """The records that the base is published with."""
         return self.path / "evals"
+
+    @property
+    def reviews(self) -> Path:
+        """The reviews as JSON."""
+        return self.path / "reviews"
+
+    @property
+    def lineage(self) -> Path:
+        """Picture of who made what of what."""
+        return self.path / "lineage.png"
+
+    def rows(self, domain: str) -> Path:
+        """What a contributor trains on."""
+        return self.path / f"{domain}.jsonl"
+
+    def suite(self, name: str) -> Path:
+        """One of `suites`."""
+        return self.suites / f"{name}.toml"
+
+    def run_settings(self, name: str) -> Path:
+        """A training run as `hub-moe train` takes it: "base", or a contributor's."""
+        return self.path / f"{name}.toml"
+
+    def person(self, name: str) -> Path:
+        """A contributor's training run."""
+        return self.path / name
+
+    def inside(self, path: Path) -> str:
+        """As it is called by commands, which run in this folder."""
+        return path.relative_to(self.path).as_posix()
 
     @property
     def is_finished(self) -> bool:
@@ -109,13 +135,16 @@ def open_run_folder(path: Path, settings: dict[str, Any], *, fresh: bool) -> Run
         read=json.loads,
         write=lambda settings: json.dumps(settings, indent=2, sort_keys=True),
         what="demo run",
-        made=_made(folder) if fresh else None,
+        made=_made(folder, settings) if fresh else None,
     )
     return folder
 
 
-def _made(folder: RunFolder) -> list[Path]:
+def _made(folder: RunFolder, settings: dict[str, Any]) -> list[Path]:
     """What a run writes beside its settings, the report first."""
-    folders = [folder.model, folder.checkpoints, folder.tuning, folder.evals, folder.hub]
-    pictures = [folder.loss_curve, folder.expert_load, folder.chosen_experts]
-    return [folder.report, *folders, folder.num_threads, folder.reference, folder.tuning_settings, *pictures]
+    names = ("base", *CONTRIBUTORS)
+    runs = [folder.base, *(folder.person(name) for name in CONTRIBUTORS), *map(folder.run_settings, names)]
+    rows = [folder.rows(domain["name"]) for domain in settings["plan"]["domains"]]
+    folders = [folder.hub, folder.home, folder.people, folder.corpus, folder.suites, folder.evals, folder.reviews]
+    return [folder.report, folder.steps, folder.logs, *folders, *runs, *rows, folder.reference, folder.script,
+            folder.lineage]  # fmt: skip

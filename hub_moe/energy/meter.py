@@ -1,6 +1,7 @@
 """Energy from now until stop: each component by the best method that the machine allows."""
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,9 @@ Estimates = Literal["if installed", "required", "never"]
 class EnergyMeter:
     """Energy of the machine from now until `stop`: NVML and RAPL counters, and codecarbon for what has none.
 
-    Counters cost nothing; codecarbon takes a thread and 2 s at the start. Nothing goes over the network or into files.
-    A component that nothing can meter is in the report with the method `none`; a GPU only where there is one.
+    Counters cost nothing; codecarbon takes a thread, and 2 s at the start (see `prepare_metering`). Nothing goes over
+    the network or into files. A component that nothing can meter is in the report with the method `none`; a GPU only
+    where there is one.
 
     Args:
         estimates: Whether codecarbon may fill gaps; "required" makes its absence an error.
@@ -104,6 +106,22 @@ class EnergyMeter:
         scope: Literal["machine", "board"] = "board" if component == "gpu" else "machine"
         note = self._notes.get(component) or "this machine has no counter for it that hub_moe can read"
         return ComponentEnergy(component, "none", None, window_s, scope, note)
+
+
+def prepare_metering() -> None:
+    """Start what an `EnergyMeter` of this process will need, in a thread, so that the meter itself starts at once.
+
+    codecarbon looks at a machine once a process, for one to two seconds. Where it cannot, the meter tells.
+    """
+    threading.Thread(target=_try_a_meter, name="prepare metering", daemon=True).start()
+
+
+def _try_a_meter() -> None:
+    try:
+        EnergyMeter().stop()
+    except RuntimeError:
+        if threading.main_thread().is_alive():  # else the process is ending, and codecarbon gets no threads any more
+            raise
 
 
 def require_codecarbon() -> None:

@@ -77,12 +77,13 @@ def locate_model(
 
 def hash_model_files(folder: Path) -> dict[str, str]:
     """sha256 by name of every file directly in `folder` that makes the model what it is."""
-    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and _counts(path)]
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and decides_answers(path)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip((path.name for path in paths), pool.map(_hash_file, paths), strict=True))
 
 
-def _counts(path: Path) -> bool:
+def decides_answers(path: Path) -> bool:
+    """Whether a file, by its name, is one of those that a record says a model is."""
     return path.suffix in _SUFFIXES and path.name not in _NOT_THE_MODEL and not path.name.startswith(".")
 
 

@@ -75,7 +75,7 @@ class ModelRequest:
         if self.max_length is not None and self.max_length < 1:
             raise ConfigError(f"The longest sequence is {self.max_length} tokens; it must be at least 1.")
         if self.device is not None:
-            _check_device(self.device)
+            check_device(self.device)
 
 
 @dataclass
@@ -235,7 +235,12 @@ def _place(model: PreTrainedModel, request: ModelRequest) -> PreTrainedModel:
     return model.to(device).eval()
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuse a device that cannot be used here.
+
+    Raises:
+        ConfigError: Saying why.
+    """
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without it

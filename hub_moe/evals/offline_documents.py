@@ -61,6 +61,36 @@ def make_text(num_documents: int = 60, seed: int = 0, **_: Any) -> Any:
     return _make_splits(_text, num_documents, seed)
 
 
+def make_rows(entry: str, count: int, *, seed: int) -> list[str]:
+    """Texts to train on, of the kind that an entry of the suite `offline` asks about; none is one of its documents.
+
+    Args:
+        entry: Its name, such as "sorting".
+        count: Texts; short documents stand eight to a text.
+        seed: Other texts by another seed.
+
+    Raises:
+        ConfigError: If there is no such entry.
+    """
+    if entry not in _MAKERS:
+        from ..errors import ConfigError
+
+        raise ConfigError(f"The suite offline has no entry {entry!r}; it has {', '.join(_MAKERS)}.")
+    make, make_splits = _MAKERS[entry]
+    asked = {row["query"] for split in make_splits().values() for row in split}
+    rng = random.Random(f"rows {entry} {seed}")
+    rows: list[str] = []
+    while len(rows) < count:
+        documents = [make(rng) for _ in range(1 if make is _text else 8)]
+        rows.append("\n\n".join(_answered(each) for each in documents if each["query"] not in asked))
+    return [row for row in rows if row]
+
+
+def _answered(document: Document) -> str:
+    answer = document.get("answer", "")
+    return str(document["query"]) + str(document["choices"][answer] if "choices" in document else answer)
+
+
 def cut_documents(documents: Any, size_chars: int = 4000) -> Any:
     """Documents with the column `text` cut at line ends, so that a long text has more than one score."""
     from datasets import Dataset
@@ -184,3 +214,14 @@ def _cut(text: str, size: int) -> list[str]:
             piece = ""
         piece += line
     return [*pieces, piece]
+
+
+_MAKERS: Mapping[str, tuple[Callable[[random.Random], Document], Callable[..., Any]]] = {
+    "cloze": (_cloze, make_cloze),
+    "arithmetic": (_arithmetic, make_arithmetic),
+    "brackets": (_brackets, make_brackets),
+    "induction": (_induction, make_induction),
+    "sorting": (_sorting, make_sorting),
+    "running_text": (_text, make_text),
+    "copying": (_copying, make_copying),
+}

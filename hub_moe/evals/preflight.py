@@ -14,7 +14,6 @@ from .task_files import TaskFile, find_task_files, hush_lm_eval
 from .tasks import BuiltSuite, BuiltTask, build_suite, find_suite_files
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_BLOCKING = ("gated", "script-only", "missing", "unreachable", "unreadable")
 _PROBED_REQUESTS = 200
 _DEFAULT_GENERATED_TOKENS = 256  # lm_eval's, where a task sets none
 

@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..energy import EnergyMeter, EnergyReport
 from ..environment import describe_versions
 from ..errors import EvaluationError
+from ..experts import describe_for_record
 from .journal import Journal, hash_question, is_drawn
 from .models import LoadedModel
 from .records import EntryResult, Execution, NoiseFloor, Record, SampleFile, StoredRecord, write_record
@@ -76,7 +79,7 @@ def evaluate_suite(
             created=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             command=tuple(facts.command),
             seeds={"fewshot": built.suite.fewshot_seed, "torch": facts.seed},
-            versions=describe_versions(),
+            versions=describe_versions() | _describe_experts(loaded),
             wall_s=round(time.monotonic() - started_s, 3),
             tokens=tokens,
             energy=_describe_energy(energy, tokens, loaded),
@@ -92,7 +95,14 @@ def journal_key(loaded: LoadedModel) -> dict[str, Any]:
     """What makes answers comparable; equal keys share a journal."""
     execution = asdict(loaded.execution)
     del execution["reuses_prefix"]  # scores are the same with and without
-    return {"model": loaded.source.sha256, "execution": execution}
+    return {"model": loaded.source.sha256, "execution": execution | _describe_experts(loaded)}
+
+
+def _describe_experts(loaded: LoadedModel) -> dict[str, str]:
+    execution = loaded.execution
+    if execution.experts is None or execution.device is None or execution.dtype is None:
+        return {}
+    return describe_for_record(execution.experts, execution.device, getattr(torch, execution.dtype))
 
 
 def answer_instances(

@@ -17,8 +17,6 @@ from .tasks import BuiltTask
 _DEFAULT_GENERATED_TOKENS = 256  # lm_eval's, where a task sets none
 UNPARSABLE = "[invalid]"  # what lm_eval's filters put where a pattern finds nothing
 
-_LOG_LIKELIHOOD_KINDS = ("loglikelihood", "multiple_choice")
-
 
 @dataclass
 class ScoredTask:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..energy import prepare_metering
 from .compare import RecordComparison, compare_records
 from .model_source import LocatedModel, locate_model
 from .models import LoadedModel, ModelRequest, check_endpoint, load_model, load_tokenizer
@@ -26,6 +27,7 @@ class Plan:
         noise_floor: Whether to measure what rounding does.
         command: The words of the command, for the record.
         run_code: Whether code that the model writes may run here, for suites that need it.
+        reuses: Whether a model that has the very record in `folder` already is not run again; a base never is.
     """
 
     suite: Suite
@@ -34,6 +36,7 @@ class Plan:
     noise_floor: bool = False
     command: Sequence[str] = ()
     run_code: bool = False
+    reuses: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,9 @@ def _evaluate_one(
     built = preflight.built
     for line in preflight.to_lines() if is_first else ():
         say(f"  {line}")
+    prepare_metering()
     loaded = load_model(request, located, say=say)
-    known = _find_known(plan, loaded, built) if is_base else None
+    known = _find_known(plan, loaded, built) if is_base or plan.reuses else None
     if known is not None:
         say(f"{known.path} has this evaluation of {located.source} already.")
         return known

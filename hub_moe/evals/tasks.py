@@ -154,18 +154,20 @@ def build_suite(
 def find_suite_files(
     suite: Suite, files: Sequence[tuple[SuiteEntry, TaskFile]], *, data_dir: Path | None
 ) -> dict[str, LocalFiles]:
-    """The user's files by task; tasks that have none there are read from the Hub.
+    """The user's files by task; tasks that have none there are read from the Hub, or make their documents themselves.
 
     Raises:
-        DatasetError: If `data_dir` is no folder or has nothing for any task, or a task needs it and has nothing there.
+        DatasetError: If `data_dir` is no folder or has nothing for any task that reads documents, or a task needs it
+            and has nothing there.
     """
     if data_dir is not None and not data_dir.is_dir():
         raise DatasetError(f"The data folder {data_dir} does not exist.")
     found = {} if data_dir is None else {file.name: find_local_files(data_dir, file.settings) for _, file in files}
     local = {name: each for name, each in found.items() if each is not None}
     lacking = [file for entry, file in files if entry.needs_data_dir and file.name not in local]
-    if lacking or (data_dir is not None and not local):
-        unread = lacking or [file for _, file in files]
+    reading = [file for _, file in files if not file.settings.get("custom_dataset")]
+    if lacking or (data_dir is not None and reading and not local):
+        unread = lacking or reading
         wanted = sorted({str(file.settings.get("dataset_path")).rpartition("/")[2] for file in unread})
         raise DatasetError(
             f"The suite {suite.name} reads its documents from a data folder with {' or '.join(wanted)}/ in it; "

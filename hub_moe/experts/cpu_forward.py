@@ -1,7 +1,7 @@
 """Experts on the CPU, forward and backward, for every family that uses transformers' ExpertsInterface.
 
 Importing this registers `experts_implementation="hub_moe"`, which on a GPU stands for the kernels of `triton_forward`,
-where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `products`.
+where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `stacks`.
 
 Pairs are sorted once; each expert's matrix is read once
 per product; sums run in float32 (float64 for float64 weights) and are rounded once, at the end. For backward only the
@@ -21,9 +21,8 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .pairs import SortedPairs, sort_pairs_by_expert, sum_over_experts
-from .products import choose_products, uses_triton
-from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, stacks_of
-from .torch_products import Products
+from .products import Products, choose_products
+from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, stacks_of, uses_triton
 
 _Gradients = tuple[Tensor | None, ...]
 

@@ -1,29 +1,117 @@
-"""Which products the experts use: on the CPU compiled ones or those of torch, on a GPU Triton's or transformers'.
+"""The products of which experts on the CPU consist, in torch alone, and the choice between these and compiled ones.
+
+torch: a matrix narrower than float32 is cast into one float32 buffer that all experts share, unless this processor was
+measured to multiply bfloat16 faster than that. So sums run in float32, and no copy of a whole stack exists.
 
 `HUB_MOE_CPU_EXPERTS` says which: `compiled` (an error where they cannot be had), `torch`, or, where it is not set,
-compiled if this machine can build and run them, and torch otherwise.
+compiled if this machine can build and run them, and torch otherwise. `hub-moe env` tells which that is, and why.
 
-`HUB_MOE_GPU_EXPERTS` says which: `triton` (an error where those cannot compute a layer), `grouped_mm`, or, where it is
-not set, triton where it can, and otherwise, and while torch compiles, grouped_mm. `hub-moe env` tells which, and why.
+Shape letters: S rows, E experts, A what goes into a product, B what comes out.
 """
 
-import importlib.util
 import os
-import shutil
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedModelError
+from .bfloat16_speed import has_fast_bfloat16
 from .compiled_products import DTYPES, load_compiled_products
-from .stacks import has_post_expert_norm, stacks_of
-from .torch_products import Products, TorchProducts
+from .stacks import IMPLEMENTATION, describe_gpu_choice
 
 VARIABLE = "HUB_MOE_CPU_EXPERTS"
-GPU_VARIABLE = "HUB_MOE_GPU_EXPERTS"
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_LEAST_CAPABILITY = (8, 0)
+
+
+class Products(Protocol):
+    """The two products of which forward and backward of an experts layer consist."""
+
+    name: str
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What rows are computed in beside stacks of `dtype`."""
+        ...
+
+    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+        """Each row times its expert's matrix, (S, B) in the dtype of `x`.
+
+        Args:
+            x_SA: In the work dtype.
+            stack_EAB: Any strides, such as a transposed view has.
+            ends: Where the rows of each expert end.
+            rows: int64 (S,): row s is `x[rows[s]]`.
+        """
+        ...
+
+    def stack_gradient(
+        self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], ends: tuple[int, ...],
+        like_EAB: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The sum over each expert's rows of outer products left x right, laid out and typed as `like`.
+
+        Args:
+            left: (S, A) in the work dtype, and which of its rows each row is, as in `multiply`.
+            right: The same, (S, B).
+        """
+        ...
+
+
+class TorchProducts:
+    """One matrix product of torch per expert that has rows."""
+
+    name = "torch"
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See `Products`."""
+        if dtype == torch.bfloat16 and has_fast_bfloat16():
+            return dtype
+        return torch.promote_types(dtype, torch.float32)
+
+    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+        """See `Products`."""
+        x_SA = x_SA if rows is None else x_SA[rows]
+        y_SB = x_SA.new_empty(x_SA.shape[0], stack_EAB.shape[-1])
+        buffer_AB = None
+        if stack_EAB.dtype != x_SA.dtype:
+            buffer_AB = torch.empty_like(stack_EAB[0], dtype=x_SA.dtype)  # keeps the strides: a plain cast
+        with torch.autocast("cpu", enabled=False):
+            for matrix_AB, (start, end) in zip(stack_EAB.unbind(), pairwise((0, *ends)), strict=True):
+                if start < end:
+                    right_AB = matrix_AB if buffer_AB is None else buffer_AB.copy_(matrix_AB)
+                    torch.mm(x_SA[start:end], right_AB, out=y_SB[start:end])
+        return y_SB
+
+    def stack_gradient(
+        self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], ends: tuple[int, ...],
+        like_EAB: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """See `Products`."""
+        left_SA, right_SB = (rows if places is None else rows[places] for rows, places in (left, right))
+        gradient_EAB = torch.empty_like(like_EAB)
+        buffer_AB = None
+        if gradient_EAB.dtype != left_SA.dtype:
+            buffer_AB = torch.empty_like(gradient_EAB[0], dtype=left_SA.dtype)
+        with torch.autocast("cpu", enabled=False):
+            for matrix_AB, (start, end) in zip(gradient_EAB.unbind(), pairwise((0, *ends)), strict=True):
+                if start == end:
+                    matrix_AB.zero_()
+                    continue
+                _outer(matrix_AB if buffer_AB is None else buffer_AB, left_SA[start:end], right_SB[start:end])
+                if buffer_AB is not None:
+                    matrix_AB.copy_(buffer_AB)
+        return gradient_EAB
+
+
+def _outer(out_AB: Tensor, left_RA: Tensor, right_RB: Tensor) -> None:
+    """Writes left^T right; into a transposed `out` as its transpose, which torch writes without a copy."""
+    if out_AB.stride(-1) == 1:
+        torch.mm(left_RA.mT, right_RB, out=out_AB)
+    else:
+        torch.mm(right_RB.mT, left_RA, out=out_AB.mT)
+
+
 _TORCH = TorchProducts()
 
 
@@ -59,84 +147,22 @@ def describe_choice() -> tuple[str, str]:
     return name, f"{VARIABLE}={asked}" if asked else _default()[1]
 
 
+def describe_for_record(implementation: str | None, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """What stands beside the versions in the record of a run, as other products round differently.
+
+    Empty unless the run's experts implementation is ours and its device a CPU or a CUDA GPU; there
+    `{"hub_moe experts": name}`.
+    """
+    kind = device.split(":")[0]
+    if implementation != IMPLEMENTATION or kind not in ("cpu", "cuda"):
+        return {}
+    name = choose_products(dtype).name if kind == "cpu" else describe_gpu_choice()[0]
+    return {f"{IMPLEMENTATION} experts": name}
+
+
 @cache
 def _default() -> tuple[Products, str]:
     try:
         return load_compiled_products(), "a compiler was found, and this processor is one of those it is for"
     except ConfigError as error:
         return _TORCH, str(error)
-
-
-def uses_triton(experts: Any, device: torch.device) -> bool:
-    """Whether Triton's kernels compute this module on this device, which is no CPU.
-
-    Raises:
-        ConfigError: For another value of HUB_MOE_GPU_EXPERTS, or `triton` where it cannot be had.
-    """
-    asked = _asked_on_gpu()
-    if asked == "grouped_mm":
-        return False
-    if torch.compiler.is_compiling():
-        why_not: str | None = "torch is compiling the model, and they run outside of that; do not compile it"
-    else:
-        why_not = why_no_triton(device) or why_not_triton_for(experts)
-    if why_not and asked:
-        raise ConfigError(f"{GPU_VARIABLE}=triton cannot be had: {why_not}. Set it to grouped_mm, or unset it.")
-    return why_not is None
-
-
-def describe_gpu_choice() -> tuple[str, str]:
-    """What computes experts on the GPUs of this machine, and why that.
-
-    Raises:
-        ConfigError: As `uses_triton`, as far as the machine goes.
-    """
-    asked = _asked_on_gpu()
-    if asked == "grouped_mm":
-        return "grouped_mm of transformers", f"{GPU_VARIABLE}=grouped_mm"
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    reasons = [why_no_triton(device) for device in devices] or ["there is no GPU that CUDA can use"]
-    why_not = next((reason for reason in reasons if reason), None)
-    if why_not and asked and devices:
-        raise ConfigError(f"{GPU_VARIABLE}=triton cannot be had: {why_not}. Set it to grouped_mm, or unset it.")
-    if why_not:
-        return "grouped_mm of transformers", why_not
-    why = f"{GPU_VARIABLE}=triton" if asked else "triton is installed, and the GPUs are of the kind it is for"
-    return "triton", f"{why}; grouped_mm for layouts it does not know and while torch compiles"
-
-
-@cache
-def why_no_triton(device: torch.device) -> str | None:
-    """What speaks against Triton's kernels on a device, as half a sentence; None if nothing does."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"the kernels are for CUDA devices, not for {device.type if device.type != 'cuda' else 'ROCm'}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        return "triton needs a C compiler, and none is on the PATH"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _LEAST_CAPABILITY:
-        least, found = (".".join(map(str, each)) for each in (_LEAST_CAPABILITY, capability))
-        return f"the kernels need compute capability {least}; {torch.cuda.get_device_name(device)} has {found}"
-    return None
-
-
-def why_not_triton_for(experts: Any) -> str | None:
-    """What speaks against Triton's kernels for a module, as half a sentence; None if nothing does."""
-    try:
-        stacks = stacks_of(experts)
-    except UnsupportedModelError as error:
-        return str(error).rstrip(".")
-    if has_post_expert_norm(experts):
-        return "the kernels have no norm behind the experts"
-    dtypes = {each.dtype for each in stacks if each is not None}
-    if len(dtypes) > 1 or not dtypes <= set(TRITON_DTYPES):
-        return f"the kernels are for bfloat16, float16 or float32, one for all stacks, not {sorted(map(str, dtypes))}"
-    return None
-
-
-def _asked_on_gpu() -> str:
-    asked = os.environ.get(GPU_VARIABLE, "")
-    if asked not in ("", "triton", "grouped_mm"):
-        raise ConfigError(f"{GPU_VARIABLE} is {asked!r}; triton, grouped_mm or nothing was expected.")
-    return asked

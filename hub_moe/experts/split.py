@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import MoeLayer, expert_tensors, find_moe_layers, named_tensors
-from ..anatomy.chosen_experts import CHOSEN, ChosenExperts, find_chosen
+from ..anatomy.moe_layers import CHOSEN, ChosenExperts, find_chosen
 from ..anatomy.parameters import sort_names
 from ..errors import ConfigError, UnsupportedModelError
 from .split_forward import SPLIT_IMPLEMENTATION

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from ..anatomy.chosen_experts import ChosenExperts, find_chosen
+from ..anatomy.moe_layers import ChosenExperts, find_chosen
 from ..errors import ConfigError
 from .grouped_products import Part, bias_gradient, multiply, repeat_rows, weight_gradient
 

@@ -1,13 +1,25 @@
-"""The weights of an experts module as stacks that both of our implementations compute with."""
+"""The weights of an experts module as stacks, and whether Triton's kernels compute with them on a GPU.
 
+`HUB_MOE_GPU_EXPERTS` says so: `triton` (an error where those cannot compute a layer), `grouped_mm` of transformers, or,
+where it is not set, triton where it can, and otherwise, and while torch compiles, grouped_mm. `hub-moe env` tells
+which, and why.
+"""
+
+import importlib.util
+import os
+import shutil
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedModelError
+from ..errors import ConfigError, UnsupportedModelError
 
-IMPLEMENTATION = "hub_moe"
+IMPLEMENTATION = "hub_moe"  # in transformers' ExpertsInterface
+GPU_VARIABLE = "HUB_MOE_GPU_EXPERTS"
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed")
 _INSTEAD = 'set experts_implementation="grouped_mm" for it'
@@ -62,3 +74,78 @@ def _check_other_parameters(experts: nn.Module, names: tuple[str, ...]) -> None:
                 f"{type(experts).__name__} trains {name}, which experts_implementation={IMPLEMENTATION!r} gives no "
                 f"gradient; {_INSTEAD}."
             )
+
+
+def uses_triton(experts: Any, device: torch.device) -> bool:
+    """Whether Triton's kernels compute this module on this device, which is no CPU.
+
+    Raises:
+        ConfigError: For another value of HUB_MOE_GPU_EXPERTS, or `triton` where it cannot be had.
+    """
+    asked = _asked_on_gpu()
+    if asked == "grouped_mm":
+        return False
+    if torch.compiler.is_compiling():
+        why_not: str | None = "torch is compiling the model, and they run outside of that; do not compile it"
+    else:
+        why_not = why_no_triton(device) or why_not_triton_for(experts)
+    if why_not and asked:
+        raise ConfigError(f"{GPU_VARIABLE}=triton cannot be had: {why_not}. Set it to grouped_mm, or unset it.")
+    return why_not is None
+
+
+def describe_gpu_choice() -> tuple[str, str]:
+    """What computes experts on the GPUs of this machine, and why that.
+
+    Raises:
+        ConfigError: As `uses_triton`, as far as the machine goes.
+    """
+    asked = _asked_on_gpu()
+    if asked == "grouped_mm":
+        return "grouped_mm of transformers", f"{GPU_VARIABLE}=grouped_mm"
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    reasons = [why_no_triton(device) for device in devices] or ["there is no GPU that CUDA can use"]
+    why_not = next((reason for reason in reasons if reason), None)
+    if why_not and asked and devices:
+        raise ConfigError(f"{GPU_VARIABLE}=triton cannot be had: {why_not}. Set it to grouped_mm, or unset it.")
+    if why_not:
+        return "grouped_mm of transformers", why_not
+    why = f"{GPU_VARIABLE}=triton" if asked else "triton is installed, and the GPUs are of the kind it is for"
+    return "triton", f"{why}; grouped_mm for layouts it does not know and while torch compiles"
+
+
+@cache
+def why_no_triton(device: torch.device) -> str | None:
+    """What speaks against Triton's kernels on a device, as half a sentence; None if nothing does."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for CUDA devices, not for {device.type if device.type != 'cuda' else 'ROCm'}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        return "triton needs a C compiler, and none is on the PATH"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        least, found = (".".join(map(str, each)) for each in (_LEAST_CAPABILITY, capability))
+        return f"the kernels need compute capability {least}; {torch.cuda.get_device_name(device)} has {found}"
+    return None
+
+
+def why_not_triton_for(experts: Any) -> str | None:
+    """What speaks against Triton's kernels for a module, as half a sentence; None if nothing does."""
+    try:
+        stacks = stacks_of(experts)
+    except UnsupportedModelError as error:
+        return str(error).rstrip(".")
+    if has_post_expert_norm(experts):
+        return "the kernels have no norm behind the experts"
+    dtypes = {each.dtype for each in stacks if each is not None}
+    if len(dtypes) > 1 or not dtypes <= set(TRITON_DTYPES):
+        return f"the kernels are for bfloat16, float16 or float32, one for all stacks, not {sorted(map(str, dtypes))}"
+    return None
+
+
+def _asked_on_gpu() -> str:
+    asked = os.environ.get(GPU_VARIABLE, "")
+    if asked not in ("", "triton", "grouped_mm"):
+        raise ConfigError(f"{GPU_VARIABLE} is {asked!r}; triton, grouped_mm or nothing was expected.")
+    return asked

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 
 def triton_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """As `hub_moe_experts_forward`, for modules that `products.why_not_triton` has nothing against.
+    """As `hub_moe_experts_forward`, for modules that `stacks.why_not_triton_for` has nothing against.
 
     An expert id that no expert has stops the GPU by a device-side assertion, as torch's own indexing does.
     """

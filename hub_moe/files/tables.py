@@ -107,11 +107,11 @@ def read_value(hint: Any, value: Any, *, where: str) -> Any:
         return {key: read_value(inner, item, where=f"{where} {key!r}") for key, item in value.items()}
     if get_origin(hint) in _ARRAYS:
         return tuple(read_value(get_args(hint)[0], item, where=f"{where}, item {i},") for i, item in enumerate(value))
-    return float(value) if hint is float else value
+    return _to_float(value, where) if hint is float else value
 
 
 def write_toml(tables: Mapping[str, Any]) -> str:
-    """TOML of nested mappings of numbers, texts and arrays; what is None is left out."""
+    """TOML of nested mappings of numbers, texts and arrays, of mappings too; what is None is left out."""
     return "\n".join(_table_lines(tables, name="")).strip() + "\n"
 
 
@@ -148,6 +148,13 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         table[keys[-1]] = value
 
 
+def _to_float(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"{where} is too large for a number.") from None
+
+
 def _is_of(hint: Any, value: Any) -> bool:
     plain = get_origin(hint) or hint
     if plain is float:
@@ -167,15 +174,26 @@ def _describe(value: Any) -> str:
     return f"the array {value!r}" if isinstance(value, list | tuple) else repr(value)
 
 
-def _table_lines(table: Mapping[str, Any], *, name: str) -> Iterable[str]:
-    values = {key: value for key, value in table.items() if value is not None and not isinstance(value, Mapping)}
-    if name and (values or not table):
+def _table_lines(table: Mapping[str, Any], *, name: str, in_array: bool = False) -> Iterable[str]:
+    values = {key: value for key, value in table.items() if value is not None and not _holds_tables(value)}
+    if in_array:
+        yield f"\n[[{name}]]"
+    elif name and (values or not table):
         yield f"\n[{name}]"
     for key, value in values.items():
         yield f"{_key(key)} = {_value(value)}"
     for key, value in table.items():
+        inner = f"{name}.{_key(key)}" if name else _key(key)
         if isinstance(value, Mapping):
-            yield from _table_lines(value, name=f"{name}.{_key(key)}" if name else _key(key))
+            yield from _table_lines(value, name=inner)
+        elif _holds_tables(value):
+            for item in value:
+                yield from _table_lines(item, name=inner, in_array=True)
+
+
+def _holds_tables(value: Any) -> bool:
+    is_array = isinstance(value, list | tuple) and bool(value)
+    return isinstance(value, Mapping) or (is_array and all(isinstance(item, Mapping) for item in value))
 
 
 def _key(key: str) -> str:

@@ -1,5 +1,6 @@
 """What must not get into a public repo: pickles, links, secrets, and where things lie on somebody's machine."""
 
+import html
 import os
 import re
 from collections import Counter
@@ -11,6 +12,12 @@ from pathlib import Path
 from ..cards.lint import LOCAL_PATH
 from ..errors import ConfigError
 
+
+def _apart(word: str) -> str:
+    """A pattern for a word between whose letters there may be what browsers leave out of an address."""
+    return r"[\x00-\x20]{0,3}".join(map(re.escape, word))
+
+
 _PICKLES = {
     *(".bin", ".ckpt", ".dill", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".h5", ".keras"),
     ".msgpack",
@@ -21,7 +28,7 @@ _SECRET_FILES = (
     *("*.pem", "*.p12", "*.pfx", "*.key", "credentials", "credentials.json"),
 )
 _SECRETS = {
-    "a token of Hugging Face": r"\bhf_[A-Za-z0-9]{20,}\b",
+    "a token of a Hub": r"\bhf_(?:[A-Za-z0-9]{20,}\b|(?=[a-z0-9_-]*[A-Z])(?=[A-Z0-9_-]*[a-z])[A-Za-z0-9_-]{30,})",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY(?: BLOCK)?-----",
     "a key of AWS": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a secret key of AWS": r"(?i:aws_secret_access_key)[\"']?\s{0,3}[=:]\s{0,3}[\"']?[A-Za-z0-9/+=]{40}",
@@ -38,6 +45,22 @@ _TEXTS = {
     *(".log", ".html", ".xml", ""),
 }
 _VOCABULARIES = {"tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json"}  # may spell any path
+_ACTIVE_TAGS = {"script", "iframe", "object", "embed", "form", "meta", "link", "style", "svg", "base"}
+_EVENTS = (
+    "abort|after|animation|aux|before|begin|blur|can|change|click|close|command|context|copy|cue|cut|dbl|drag|drop|duration|"
+    "emptied|end|error|focus|form|full|got|hash|input|invalid|key|load|lost|message|mouse|offline|online|page|paste|pause|"
+    "play|pointer|pop|progress|rate|rejection|repeat|reset|resize|scroll|search|seek|select|show|slot|stalled|storage|"
+    "submit|suspend|time|toggle|touch|transition|unhandled|unload|volume|waiting|webkit|wheel"
+)
+_LINK = re.compile(
+    rf"[\x00-\x20]*+(?:{'|'.join(map(_apart, ('javascript:', 'vbscript:', 'data:text/html')))})", re.IGNORECASE
+)
+_HANDLER = re.compile(rf"on(?:{_EVENTS})[a-z]*", re.IGNORECASE)
+_TAG = re.compile(r"<[a-z][^\s/>\"']*+(?P<attributes>(?:[^>\"']++|\"[^\"]*+\"|'[^']*+')*+)", re.IGNORECASE)
+_ATTRIBUTE = re.compile(r"(?P<name>[^\s/>\"'=]++)(?:\s*+=\s*+(?P<value>\"[^\"]*+\"|'[^']*+'|[^\s/>]*+))?")
+_ACTIVE = re.compile(
+    rf"<\s{{0,5}}/?(?:{'|'.join(sorted(_ACTIVE_TAGS))})\b|(?:\]\(|\]:|<){_LINK.pattern}[^\s)>]{{0,40}}", re.IGNORECASE
+)
 _MAX_TEXT_BYTES = 50_000_000
 _MAX_FILES = 100_000  # of a repo, and below in a folder: https://huggingface.co/docs/hub/storage-limits
 _MAX_FILES_IN_FOLDER = 10_000
@@ -92,6 +115,25 @@ def find_local_paths(text: str) -> list[str]:
     homes = [re.escape(str(place)) for place in {Path.home(), Path.cwd()} if len(place.parts) > 2]
     own = [match.group() for match in re.finditer(rf"(?<![\w.:-])(?:{'|'.join(homes)})[\w./-]*", text)] if homes else []
     return sorted({*own, *(match.group() for match in LOCAL_PATH.finditer(text))})
+
+
+def find_scripts(text: str) -> list[str]:
+    """What in a card would be run or loaded by a careless page: tags, event handlers and links, however they are spelt.
+
+    Comments are read like everything else, as browsers and parsers differ in where they end; so is what entities say.
+    """
+    found = [each for version in {text, html.unescape(text)} for each in _scripts(version)]
+    return sorted({" ".join(each.lower().split()) for each in found})
+
+
+def _scripts(text: str) -> Iterator[str]:
+    yield from (match.group() for match in _ACTIVE.finditer(text))
+    for tag in _TAG.finditer(text):
+        for attribute in _ATTRIBUTE.finditer(tag["attributes"]):
+            if _HANDLER.fullmatch(attribute["name"]):
+                yield f"{attribute['name']}="
+            if _LINK.match((attribute["value"] or "").strip("\"'")):
+                yield attribute.group()
 
 
 def _check_names(files: Mapping[str, Path]) -> Iterator[Problem]:

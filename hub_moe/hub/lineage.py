@@ -124,11 +124,7 @@ def read_lineage(api: HfApi, repo: str, *, depth: int = DEFAULT_DEPTH, limit: in
         ConfigError: If `repo` is no id of a repo.
         HubError: If there is no such model, or it cannot be read.
     """
-    if not is_hub_id(repo):
-        raise ConfigError(f"{repo!r} is no id of a model; expected OWNER/NAME.")
-    with describing(api, repo):
-        info = _fetch_info(api, repo)
-    return _Reader(api, info, depth, limit).read()
+    return _Reader(api, fetch_info(api, repo), depth, limit).read()
 
 
 def parse_merge(commit: GitCommitInfo) -> Merge | None:
@@ -152,9 +148,58 @@ def parse_merge(commit: GitCommitInfo) -> Merge | None:
             MergedPatch(match[1], match[2], int(number) if number else None, person)
             for match, number, person in zip(merged, numbers, people, strict=True)
         ),
-        base_commit=_values_for(1, found, "Base-Commit")[0],
-        method=_values_for(1, found, "Merge-Method")[0],
+        base_commit=_common_value(found, "Base-Commit"),
+        method=_common_value(found, "Merge-Method"),
     )
+
+
+def read_merges(api: HfApi, repo: str, maintainers: Maintainers) -> tuple[list[Merge], int]:
+    """The merges on main by those who maintain the repo, newest first, and how many others say that they are merges.
+
+    Raises:
+        HubError: If the Hub refuses.
+    """
+    with describing(api, repo):
+        commits = api.list_repo_commits(repo)
+    merges = [merge for commit in commits if (merge := parse_merge(commit))]
+    trusted = [merge for merge in merges if any(author in maintainers for author in merge.authors)]
+    return trusted, len(merges) - len(trusted)
+
+
+def list_children(api: HfApi, base: str, *, limit: int) -> Iterator[tuple[ModelInfo, str]]:
+    """At most `limit` models whose card names the base, most downloaded first, each with its relation to it.
+
+    Raises:
+        HfHubHTTPError: If the Hub refuses; use it inside of `describing`.
+    """
+    found = api.list_models(filter=f"base_model:{base}", sort="downloads", expand=["sha", "tags"], limit=limit)
+    for info in found:
+        relations = {name.lower(): relation for name, relation in _read_relations(info).items()}
+        yield info, relations.get(base.lower(), "finetune")
+
+
+def _common_value(found: Mapping[str, Sequence[str]], name: str) -> str | None:
+    """What all trailers of a name say, one for each patch; None where they differ, as the commits of some bases do."""
+    values = set(_values_for(len(found.get(name, [])), found, name))
+    return values.pop() if len(values) == 1 else None
+
+
+def fetch_info(api: HfApi, repo: str) -> ModelInfo:
+    """What the Hub says of a model, without its card, which may have keys that the client cannot read, such as `self`.
+
+    Raises:
+        ConfigError: If `repo` is no id of a repo.
+        HubError: If there is no such model, or it cannot be read.
+    """
+    if not is_hub_id(repo):
+        raise ConfigError(f"{repo!r} is no id of a model; expected OWNER/NAME.")
+    with describing(api, repo):
+        return api.model_info(repo, expand=["sha", "tags", "gated", "private"])
+
+
+def is_expert_patch(info: ModelInfo) -> bool:
+    """Whether a model says that it is an expert patch in a repo of its own."""
+    return "expert-patch" in (info.tags or [])
 
 
 def _values_for(count: int, found: Mapping[str, Sequence[str]], name: str) -> list[str | None]:
@@ -163,11 +208,6 @@ def _values_for(count: int, found: Mapping[str, Sequence[str]], name: str) -> li
     if len(matches) != count:
         return [None] * count
     return [match[1] if match else None for match in matches]
-
-
-def _fetch_info(api: HfApi, repo: str) -> ModelInfo:
-    # not the card itself: the client cannot read a card with keys such as `self`
-    return api.model_info(repo, expand=["sha", "tags", "gated", "private"])
 
 
 def _read_relations(info: ModelInfo) -> dict[str, str]:
@@ -233,8 +273,7 @@ class _Reader:
             return "unread", None
         self._seen.add(name.lower())
         try:
-            with describing(self._api, name):
-                info = _fetch_info(self._api, name)
+            info = fetch_info(self._api, name)
         except HubError as error:
             if isinstance(error.__cause__, RepositoryNotFoundError):
                 return "gated" if isinstance(error.__cause__, GatedRepoError) else "missing", None
@@ -255,7 +294,7 @@ class _Reader:
 
     def _read_used_commits(self, info: ModelInfo) -> dict[str, str]:
         """By name of the base, the commit that a patch in a repo of its own was made for."""
-        if "expert-patch" not in (info.tags or []):
+        if not is_expert_patch(info):
             return {}
         try:
             base = read_metadata(self._api, info.id, METADATA_FILE, revision=str(info.sha)).base
@@ -267,23 +306,19 @@ class _Reader:
     def _read_children(self, name: str, depth: int) -> tuple[Relative, ...]:
         most = self._left + 1 if depth > 0 else 1
         with describing(self._api, name):
-            found = self._api.list_models(
-                filter=f"base_model:{name}", sort="downloads", expand=["sha", "tags"], limit=most
-            )
-            return tuple(self._read_child(name, info, depth) for info in self._take(found, depth))
+            found = self._take(list_children(self._api, name, limit=most), depth)
+        return tuple(self._read_child(info, relation, depth) for info, relation in found)
 
-    def _take(self, found: Iterable[ModelInfo], depth: int) -> list[ModelInfo]:
+    def _take(self, found: Iterable[tuple[ModelInfo, str]], depth: int) -> list[tuple[ModelInfo, str]]:
         taken = []
-        for info in found:
+        for info, relation in found:
             if info.id.lower() not in self._seen and not self._may_take(depth):
                 break
-            taken.append(info)
+            taken.append((info, relation))
         return taken
 
-    def _read_child(self, base: str, info: ModelInfo, depth: int) -> Relative:
-        relations = {name.lower(): relation for name, relation in _read_relations(info).items()}
-        relation = relations.get(base.lower(), "finetune")
-        is_patch = "expert-patch" in (info.tags or [])
+    def _read_child(self, info: ModelInfo, relation: str, depth: int) -> Relative:
+        is_patch = is_expert_patch(info)
         if info.id.lower() in self._seen:
             return Relative(info.id, relation, "repeated", info.sha, is_expert_patch=is_patch)
         self._seen.add(info.id.lower())
@@ -296,14 +331,11 @@ class _Reader:
             yield read_patch(self._api, name, each, revision=commit)
 
     def _read_merges(self, name: str, maintainers: Maintainers) -> Iterator[Merge]:
-        with describing(self._api, name):
-            commits = self._api.list_repo_commits(name)
-        merges = [merge for commit in commits if (merge := parse_merge(commit))]
-        trusted = [merge for merge in merges if any(author in maintainers for author in merge.authors)]
-        if len(trusted) < len(merges):
+        trusted, num_others = read_merges(self._api, name, maintainers)
+        if num_others:
             self._notes.append(
-                f"{len(merges) - len(trusted)} commits on main say that they are merges and are by nobody who "
-                f"maintains {name}; they were left out."
+                f"{num_others} commits on main say that they are merges and are by nobody who maintains {name}; they "
+                "were left out."
             )
         yield from self._cut(trusted, "merges")
 

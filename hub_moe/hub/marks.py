@@ -33,7 +33,12 @@ class ContributionMark:
 
 @dataclass(frozen=True)
 class ReviewMark:
-    """The verdict on the commit of a pull request; `records` has the outcome of each replay by the record's id."""
+    """The verdict on the commit of a pull request.
+
+    Attributes:
+        records: The outcome of each replay by the record's id.
+        regressions: The tasks that get worse by more than `tolerance`, a share of the base's value.
+    """
 
     commit: str
     verdict: Verdict
@@ -41,6 +46,7 @@ class ReviewMark:
     records: Mapping[str, str] = field(default_factory=dict)
     nonce: str = ""
     regressions: Sequence[str] = ()
+    tolerance: float = 0.0
     format_version: int = _FORMAT_VERSION
 
 
@@ -49,7 +55,10 @@ _KINDS: dict[type[Any], str] = {ContributionMark: "contribution", ReviewMark: "r
 
 def write_mark(mark: ContributionMark | ReviewMark) -> str:
     """The comment of HTML that a text ends with; nothing in it can end the comment early."""
-    data = json.dumps(asdict(mark), ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
+    fields = asdict(mark)
+    if not fields.get("tolerance", True):
+        del fields["tolerance"]  # so that a hub_moe from before it was there reads the mark
+    data = json.dumps(fields, ensure_ascii=True).replace("<", "\\u003c").replace(">", "\\u003e")
     return f"<!-- hub_moe:{_KINDS[type(mark)]} {data} -->"
 
 
@@ -60,6 +69,6 @@ def read_mark(cls: type[_T], text: str) -> _T | None:
         return None
     try:
         mark = read_table(cls, json.loads(found[1]), where="The mark")
-    except (ConfigError, ValueError, RecursionError):
+    except (ConfigError, ValueError, OverflowError, RecursionError):
         return None
     return mark if getattr(mark, "format_version", None) == _FORMAT_VERSION else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..errors import HubError
@@ -63,31 +63,39 @@ def _read_patch(fields: dict[str, str]) -> MergedPatch | None:
     return MergedPatch(patch["name"], patch["sha256"], int(number["number"]), *rest)
 
 
-def find_merge(api: HfApi, repo: str, number: int) -> tuple[str, MergedPatch] | None:
-    """The commit of main that merged a pull request, and what it says of its patch.
+def find_merge(api: HfApi, repo: str, number: int) -> tuple[str, frozenset[int]] | None:
+    """The commit of main that merged a pull request, and the numbers of all that it merged.
 
     Raises:
         HubError: If the Hub refuses.
     """
     with describing(api, repo):
         for commit in api.list_repo_commits(repo):
-            for patch in read_trailers(commit.message):
-                if patch.number == number:
-                    return commit.commit_id, patch
+            numbers = frozenset(patch.number for patch in read_trailers(commit.message))
+            if number in numbers:
+                return commit.commit_id, numbers
     return None
 
 
 def commit_files(
-    api: HfApi, repo: str, files: Sequence[tuple[str, Path]], *, message: str, description: str, parent: str
+    api: HfApi,
+    repo: str,
+    files: Sequence[tuple[str, Path]],
+    *,
+    message: str,
+    description: str,
+    parent: str,
+    deleted: Sequence[str] = (),
 ) -> str:
-    """One commit on main of `(path in the repo, file)`; the new commit.
+    """One commit on main that adds `(path in the repo, file)` and deletes; the new commit.
 
     Either main is still at `parent` and gets all of it, or nothing happens.
 
     Raises:
         HubError: If somebody committed in the meantime, the Hub refuses, or the connection breaks.
     """
-    operations = [CommitOperationAdd(path, file) for path, file in files]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [CommitOperationDelete(path) for path in deleted]
+    operations += [CommitOperationAdd(path, file) for path, file in files]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tables of samples belong to a model's evidence
         try:

@@ -40,7 +40,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TENSOR = re.compile(r"(?:.{0,80}\.)?layers\.(\d{1,4})\..{0,80}\bexperts\.(\d{1,5})\..{1,80}")
 _RECORD_NAME = re.compile(r".+-[0-9a-f]{16}\.json")
 _REVIEW = re.compile(r"<!-- hub_moe:review (\{[^<>]*\}) -->\s*\Z")
-_TRAILER = re.compile(r"(Merged-Patch|Pull-Request|Contributor|Merge-Method): (\S.{0,300})")
+_TRAILER = re.compile(r"(Merged-Patch|Pull-Request|Contributor|Base-Commit|Merge-Method): (\S.{0,300})")
 _FORMS = {
     "Merged-Patch": re.compile(rf"({_NAME}) weights_sha256=[0-9a-f]{{64}}"),
     "Pull-Request": re.compile(r"#([1-9]\d{0,8})"),

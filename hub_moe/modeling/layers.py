@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP
@@ -24,8 +25,12 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
+from .absorbed_attention import LatentCache, attend_to_latents, should_absorb
 from .configuration_hub_moe import HubMoeConfig
+from .latent_cache import give_room
 from .routing import route_tokens
+
+_OUR_EXPERTS = "hub_moe"  # as hub_moe.experts registers them
 
 
 class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):
@@ -88,7 +93,11 @@ class HubMoeMoE(DeepseekV3MoE):
 
 
 class HubMoeAttention(DeepseekV3Attention):
-    """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`)."""
+    """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`).
+
+    Few new tokens over a long cache attend to the latents themselves (`attend_to_latents`); prompts and training expand
+    them, as the stock class always does.
+    """
 
     def forward(
         self,
@@ -113,15 +122,27 @@ class HubMoeAttention(DeepseekV3Attention):
         rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
         q_rot, k_rot = (part.to(query.dtype) for part in rotate(q_rot, k_rot, *position_embeddings))
         if past_key_values is not None:
+            give_room(past_key_values, self.layer_idx)
             latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
-        key, value = self.expand_kv(latent, k_rot)
+        query = torch.cat((q_pass, q_rot), dim=-1)
+        if past_key_values is not None and should_absorb(self, query, latent, attention_mask):
+            output, weights = attend_to_latents(
+                query,
+                LatentCache(latent.squeeze(1), k_rot.squeeze(1)),
+                self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)),
+                mask=attention_mask,
+                scaling=self.scaling,
+                needs_weights=self.config._attn_implementation == "eager",
+            )
+            return self.o_proj(output.reshape(batch_size, seq_length, -1)), weights
 
+        key, value = self.expand_kv(latent, k_rot)
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attend(
             self,
-            torch.cat((q_pass, q_rot), dim=-1),
+            query,
             key,
             value,
             attention_mask,
@@ -166,3 +187,24 @@ class HubMoeMtpLayer(HubMoeDecoderLayer):
         both = torch.cat([self.enorm(inputs_embeds), self.hnorm(previous_hidden_state)], dim=-1)
         hidden: Tensor = self.shared_head["norm"](super().forward(self.eh_proj(both), **kwargs))
         return hidden
+
+
+class DefaultExpertsMixin:
+    """Chooses the experts implementation where none is asked for.
+
+    That is `hub_moe`, or transformers' own default where hub_moe is not installed, as beside exported code.
+    """
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for "@use_experts_implementation" in the text of the model's file; the decorator itself
+        # sits on the parent of HubMoeExperts
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """See `transformers.PreTrainedModel.get_correct_experts_implementation`."""
+        if requested_experts is None and _OUR_EXPERTS in ALL_EXPERTS_FUNCTIONS:
+            requested_experts = _OUR_EXPERTS
+        parent: Any = super()
+        chosen: str = parent.get_correct_experts_implementation(requested_experts)
+        return chosen

@@ -22,8 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from .causal_lm import MoeCausalLMMixin
 from .checkpoint import CheckpointMixin
 from .configuration_deepseek import DeepseekConfig
-from .default_experts import DefaultExpertsMixin
-from .layers import HubMoeExperts, HubMoeMoE, HubMoeRouter
+from .layers import DefaultExpertsMixin, HubMoeExperts, HubMoeMoE, HubMoeRouter
 from .registration import register_model_classes
 
 

@@ -27,8 +27,8 @@ from ..errors import ConfigError
 from .causal_lm import MoeCausalLMMixin, MtpOutput
 from .checkpoint import CheckpointMixin
 from .configuration_hub_moe import HubMoeConfig
-from .default_experts import DefaultExpertsMixin
 from .layers import (
+    DefaultExpertsMixin,
     HubMoeAttention,
     HubMoeDecoderLayer,
     HubMoeMtpLayer,

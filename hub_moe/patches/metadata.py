@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CheckpointError
-from ..files.json_object import JsonObject, shorten
+from ..files.json_files import JsonObject, shorten
 from .names import check_declared
 
 METADATA_FILE = "expert_patch.json"
@@ -17,6 +17,17 @@ WEIGHTS_FILE = "expert_patch.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT_VERSION = 1
 MODEL_TYPE = "hub_moe_expert_patch"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""What may lie beside a patch and must be the base's, byte for byte: it decides what the model is asked."""
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}  # what a patch may hold -> bytes per number
 
 _MAX_METADATA_BYTES = 100_000_000

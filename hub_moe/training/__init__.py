@@ -11,7 +11,6 @@ from .routing_traces import read_traces
 from .run import RunResult, run_training
 from .run_config import RunConfig, parse_run_config, read_run_config
 from .selection import ExpertChoice, Scores, score_experts, select_experts
-from .train import TrainingPlan, TrainingRecord, TrainingSession, read_record, train_causal_lm
 from .trainer import MoeTrainer
 
 __all__ = [
@@ -25,21 +24,16 @@ __all__ = [
     "RunResult",
     "Sample",
     "Scores",
-    "TrainingPlan",
-    "TrainingRecord",
-    "TrainingSession",
     "draw_sample",
     "find_checkpoint",
     "measure_imbalance",
     "parse_run_config",
     "read_metrics",
-    "read_record",
     "read_run_config",
     "run_training",
     "profile_experts",
     "read_traces",
     "score_experts",
     "select_experts",
-    "train_causal_lm",
     "update_balancing_bias",
 ]

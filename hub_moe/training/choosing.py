@@ -68,7 +68,9 @@ def profile_rows(base: Any, data: PreparedData, config: RunConfig, *, num_rows: 
         batch_size=fit_rows(config.data, _ROWS_AT_A_TIME) if data.packing else _ROWS_AT_A_TIME,
         dataset=data.report.provenance.to_dict(),
     )
-    return profile_experts(base, sample, name=str(config.model.name), domain="training rows")
+    return profile_experts(
+        base, sample, name=str(config.model.name), revision=config.model.revision, domain="training rows"
+    )
 
 
 def read_choice_file(method: Method) -> ExpertChoice | None:

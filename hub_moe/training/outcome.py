@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from ..anatomy import ChangeTable, find_moe_layers, named_tensors
 from ..errors import DivergenceError
 from ..patches import Base, Selection, make_patch
-from .folder import write_atomically
 from .non_finite import find_non_finite
 from .run_config import RunConfig
-from .run_folder import TrainingFolder
+from .run_folder import TrainingFolder, write_atomically
+from .tokenizer_files import keep_files_of_base
 
 
 def check_finite(model: nn.Module) -> None:
@@ -52,8 +52,12 @@ def save_patch(
         selection=Selection("esft", score=method.score, top_p=method.top_p) if is_selected else None,
         training={"method": "experts", **figures},
     )
-    target = folder.result("experts")
-    write_atomically(target, lambda path: patch.save(path, tokenizer=tokenizer))
+
+    def save(path: Path) -> None:
+        patch.save(path, tokenizer=tokenizer)
+        keep_files_of_base(path, config.model)
+
+    write_atomically(folder.result("experts"), save)
 
 
 def save_adapter(model: Any, folder: TrainingFolder, config: RunConfig) -> None:

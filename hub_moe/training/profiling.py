@@ -69,14 +69,15 @@ def profile_experts(
     *,
     name: str,
     domain: str,
+    revision: str | None = None,
     output_norms: bool = False,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> ExpertProfile:
     """What the experts of a transformers model do on a sample, in evaluation mode and without gradients.
 
-    The model's training mode is as before afterwards. `name` is the model's in the profile; its revision is the commit
-    that transformers loaded it from, if it did. `on_batch` hears how many batches are done, and of how many. In
-    distributed runs give each process its own rows, and call `reduce` on the profile.
+    The model's training mode is as before afterwards. `name` is the model's in the profile, `revision` the
+    commit that it was loaded from. `on_batch` hears how many batches are done, and of how many. In distributed runs
+    give each process its own rows, and call `reduce` on the profile.
 
     Raises:
         UnsupportedModelError: If the model has no experts that hub_moe finds.
@@ -90,7 +91,7 @@ def profile_experts(
     return ExpertProfile.from_routing(
         routing,
         model=name,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=revision,
         domain=domain,
         dataset=sample.dataset,
         num_sequences=len(sample.rows),

@@ -14,17 +14,17 @@ from ..bars import quiet_bars
 from ..data import PreparedData, load_rows
 from ..environment import describe_versions
 from ..errors import HubMoeError, MissingExtraError
+from ..experts import describe_for_record
 from ..patches import hash_base
 from . import outcome
 from .checkpoints import explain_failed_writes, scratch_folder
 from .choosing import find_choice, read_choice_file
-from .folder import remove, write_atomically
 from .method_config import ExpertsMethod, LoraMethod, PretrainMethod
 from .methods import Prepared, make_whole, prepare_model
 from .processes import count, device, in_first, is_first, wait_for_all
 from .run_config import RunConfig
 from .run_data import check_fit, check_packed_model, find_tokenizer, prepare_rows, report_data
-from .run_folder import TrainingFolder, find_training_folder, open_training_folder
+from .run_folder import TrainingFolder, find_training_folder, open_training_folder, remove, write_atomically
 from .run_inputs import FolderLock, check_inputs
 from .run_model import Architecture, build_model, fit_vocabulary, load_base, read_architecture
 from .session import Session, find_trackers, train
@@ -201,6 +201,8 @@ class _Run:
             folder.write_json(folder.report, report)
 
     def _figures(self, session: Session, data: PreparedData, prepared: Prepared) -> dict[str, Any]:
+        model: Any = prepared.model
+        experts = describe_for_record(model.config._experts_implementation, str(device()), model.dtype)
         return {
             "method": self.config.method.NAME,
             "model": {
@@ -220,7 +222,7 @@ class _Run:
             "energy_kwh": session.energy and session.energy.kwh,
             "energy": session.energy and session.energy.to_dict(),
             "peak_memory_bytes": outcome.peak_memory_bytes(),
-            "versions": describe_versions(),
+            "versions": describe_versions() | experts,
         }
 
     def _draw(self, session: Session, data: PreparedData) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import modeling
 from ..errors import ConfigError, DatasetError
+from ..files.hub_cache import find_commit
 from ..patches.folders import is_repo_id
 from ..patches.metadata import METADATA_FILE, MODEL_TYPE
 from .run_config import ModelConfig
@@ -53,7 +54,7 @@ def read_architecture(model: ModelConfig) -> Architecture:
         raise ConfigError(f"[model] overrides has the key {unknown[0]!r}, which {type(config).__name__} does not know.")
     for key, value in model.overrides.items():
         setattr(config, key, value)
-    return Architecture(config, revision=getattr(config, "_commit_hash", None))
+    return Architecture(config, revision=find_commit(model.name, model.revision))
 
 
 def load_base(model: ModelConfig, *, revision: str | None) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hub_moe.anatomy import expert_tensors, find_moe_layers, hash_tensor, named_tensors, sort_parameters
-from hub_moe.anatomy.chosen_experts import CHOSEN, ChosenExperts
+from hub_moe.anatomy.moe_layers import CHOSEN, ChosenExperts
 from hub_moe.errors import CheckpointError, ConfigError
 
 from .families import FAMILIES, tiny_config

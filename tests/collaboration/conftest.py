@@ -29,6 +29,28 @@ def world(hub, tmp_path_factory):  # noqa: F811
 
 
 @pytest.fixture
+def repo(world, tiny_tokenizer, request):
+    """A base of the test's own; see `proposals.Repo`."""
+    from .proposals import Repo
+
+    return Repo(world, name_of(request.node), tiny_tokenizer)
+
+
+@pytest.fixture
+def make_repo(world, tiny_tokenizer, request):
+    """Likewise, where a function put the base's evidence and card into its folder."""
+    from .proposals import Repo
+
+    return lambda prepare: Repo(world, name_of(request.node), tiny_tokenizer, prepare=prepare)
+
+
+def name_of(test):
+    """Of a test's own repo."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in test.name)[5:60].strip("-")
+    return f"m-{name}".replace("--", "-")
+
+
+@pytest.fixture
 def run(capsys, monkeypatch):
     """Run `hub-moe` in this process: `(exit code, stdout, stderr)`."""
     from hub_moe.cli.main import main

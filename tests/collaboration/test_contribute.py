@@ -2,10 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
 from hub_moe.collaboration.safety import open_contribution
+from hub_moe.evals.records import find_records, write_record
 from hub_moe.hub.marks import ContributionMark, read_mark
 from hub_moe.hub.pull_requests import fetch_pull_request, list_open, read_proposal
 from hub_moe.patches.metadata import PatchMetadata
@@ -67,6 +69,18 @@ def test_a_changed_patch_updates_the_open_pull_request_and_leaves_nothing_old_be
     assert faults == ()
     assert contribution.records == ()
     assert read_mark(ContributionMark, found.description).weights_sha256 == PatchMetadata.read(other).weights_sha256
+
+
+def test_a_patch_that_was_evaluated_twice_is_described_by_the_newer_record(world, made, run, as_bob):
+    repo, commit, _ = made
+    folder = world.make_patch(repo, commit, "twice", {1: [2]}, seed=7)
+    of_patch = [each for each in find_records(folder / "evals") if each.record.model.kind == "expert_patch"]
+    later = replace(of_patch[0].record, created="2999-01-01T00:00:00Z")
+    newer = write_record(folder / "evals", later, of_patch[0].read_samples())
+    code, out, err = run("contribute", folder, repo, "--as", "twice", "--dry-run", "--json")
+    assert code == 0, err
+    (comparison,) = json.loads(out)["comparisons"]
+    assert comparison["candidate"] == newer.record.id
 
 
 def test_a_draft_without_files_is_resumed_and_opened(world, made, run, as_bob):
@@ -149,6 +163,6 @@ def test_what_is_no_safetensors_patch_is_listed_with_all_its_problems(world, mad
     problems = json.loads(out)["problems"]
     whats = " ".join(each["what"] for each in problems)
     assert "may hold code" in whats
-    assert "a token of Hugging Face" in whats
+    assert "a token of a Hub" in whats
     assert "hf_aaa" not in err + out
     assert list_open(world.alice, repo) == []

@@ -5,17 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, hf_hub_download
-from safetensors.torch import load_file
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from hub_moe.collaboration.gains import Gain
 from hub_moe.collaboration.merge import MergeOptions, MergePlan, apply_merge, prepare_merge, refuse_losses
 from hub_moe.errors import EvaluationError, HubError
-from hub_moe.hub.marks import ReviewMark, write_mark
 from hub_moe.hub.merge_commits import MergedPatch, read_trailers
 from hub_moe.hub.pull_requests import fetch_pull_request, list_files
 from hub_moe.patches import ExpertPatch
-from tests.anatomy.families import tiny_config
 
 pytestmark = [
     pytest.mark.slow,  # models are loaded and asked
@@ -23,46 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning"),
 ]
 FAST = ("--yes", "--batch-size", "4")
-EXPERTS = {"law": {1: [0, 3]}, "tax": {1: [1], 2: [2]}, "rival": {1: [3, 5]}}
-
-
-class Repo:
-    """A base on the Hub and patches for its first commit, small enough to cost nobody a gain."""
-
-    def __init__(self, world, name, tokenizer):
-        self.world, self.api = world, world.alice
-        self.name, self.commit = world.publish_base(name, tiny_config("hub_moe"), tokenizer)
-
-    def propose(self, name, *, accepted=True, experts=None, seed=1, with_records=True):
-        """The number of a pull request whose head alice accepts."""
-        chosen = experts or EXPERTS[name]
-        folder = self.world.make_patch(
-            self.name, self.commit, name, chosen, size=0.001, seed=seed, with_records=with_records
-        )
-        number = self.world.propose(self.name, folder, name)
-        if accepted:
-            self.accept(number)
-        return number
-
-    def accept(self, number, *, verdict="accept", by=None):
-        head = fetch_pull_request(self.api, self.name, number).head
-        mark = ReviewMark(head, verdict, [] if verdict == "accept" else ["it is bad"])
-        (by or self.api).comment_discussion(self.name, number, f"Looked at.\n\n{write_mark(mark)}")
-
-    def weights(self, revision):
-        return load_file(hf_hub_download(self.name, "model.safetensors", revision=revision))
-
-    def head(self):
-        return self.api.repo_info(self.name).sha
-
-    def status(self, number):
-        return fetch_pull_request(self.api, self.name, number).status
-
-
-@pytest.fixture
-def repo(world, tiny_tokenizer, request):
-    name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)[5:60].strip("-")
-    return Repo(world, f"m-{name}".replace("--", "-"), tiny_tokenizer)
 
 
 class Cut(HfApi):
@@ -115,11 +72,11 @@ def test_disjoint_patches_merge_exactly_by_one_commit(repo, run):
     files = list_files(repo.api, repo.name, "main")
     assert "patches/law/expert_patch.json" in files
     assert "patches/law/expert_patch.safetensors" not in files
-    assert len([path for path in files if path.startswith("evals/") and path.endswith(".json")]) == 2
     old = list_files(repo.api, repo.name, repo.commit)
     assert all(files[name] == old[name] for name in ("config.json", "tokenizer.json"))
     card = Path(hf_hub_download(repo.name, "README.md")).read_text("utf-8")
-    assert card.startswith("---\nlicense: mit\n---\n# Base\n\nWords.\n")
+    assert card.startswith("---\nlicense: mit\n")
+    assert "\n# Base\n\nWords.\n" in card
     assert f"| `tax` | bob | #{second} | `{repo.commit[:12]}` |" in card
     for number in (first, second):
         pull_request = fetch_pull_request(repo.api, repo.name, number)
@@ -129,6 +86,42 @@ def test_disjoint_patches_merge_exactly_by_one_commit(repo, run):
     code, _, err = run("merge", f"{repo.name}#{first}", *FAST)
     assert code == 1
     assert "was merged already, by commit" in err
+    code, out, err = run("merge", f"{repo.name}#{first}", f"{repo.name}#{second}", *FAST, "--json")
+    done = {"state": "merged before", "commit": report["commit"]}
+    assert (code, json.loads(out)) == (0, {**done, "tag": "merge-1"}), err
+    code, out, err = run("merge", f"{repo.name}#{first}", f"{repo.name}#{second}", "--dry-run", "--json")
+    assert (code, json.loads(out)) == (0, {**done, "tag": None})
+    assert "has these patches already, by commit" in err
+    assert repo.head() == report["commit"]
+
+
+def test_after_a_merge_the_repo_says_what_is_true_of_the_merged_weights(repo, run):
+    code, _, err = run("merge", f"{repo.name}#{repo.propose('law')}", *FAST)
+    assert code == 0, err
+    old, new = (list_files(repo.api, repo.name, commit) for commit in (repo.commit, "main"))
+    records = [{name for name in files if name.startswith("evals/") and name.endswith(".json")} for files in (old, new)]
+    assert (len(records[0]), len(records[1]), len(records[0] & records[1])) == (1, 1, 0)
+    assert len([name for name in new if name.startswith("evals/")]) == 2  # the record and its answers
+    code, out, err = run("verify", repo.name, "--documents", "3", "--json")
+    assert code == 0, out + err
+    assert {each["outcome"] for each in json.loads(out).values()} <= {"bit-equal", "within tolerance"}
+    snapshot = snapshot_download(repo.name)
+    code, out, err = run("card", "lint", snapshot)
+    assert code == 0, out + err
+    facts = json.loads((Path(snapshot) / "model_card.json").read_text("utf-8"))
+    assert facts["weights"] == {"model.safetensors": new["model.safetensors"].sha256}
+    assert [evaluation["suite"] for evaluation in facts["evaluations"]] == ["offline"]
+
+
+def test_a_second_merge_adds_its_row_and_replaces_the_records_again(repo, run):
+    for name in ("law", "tax"):
+        code, _, err = run("merge", f"{repo.name}#{repo.propose(name)}", *FAST)
+        assert code == 0, err
+    files = list_files(repo.api, repo.name, "main")
+    assert len([name for name in files if name.startswith("evals/") and name.endswith(".json")]) == 1
+    card = Path(hf_hub_download(repo.name, "README.md")).read_text("utf-8")
+    assert card.count("## Merged contributions") == 1
+    assert card.index("| `law` | bob |") < card.index("| `tax` | bob |")
 
 
 def test_overlapping_patches_are_refused_with_a_table_and_merge_by_a_method_that_is_named(repo, run):
@@ -275,18 +268,31 @@ def test_a_patch_without_records_merges_only_if_that_is_accepted(repo, run):
 
 
 def test_a_gain_is_lost_when_the_merged_model_does_not_show_it_or_is_worse():
-    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.5, "better", "better", "tied")
-    assert (gain.is_lost, gain.outcome) == (False, "kept")
-    assert replace(gain, merged_verdict="tied").is_lost
-    assert replace(gain, against_own="worse").outcome == "lost"
-    assert replace(gain, own_verdict="tied", merged_verdict="worse").is_lost
+    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.5, "better", "better")
+    assert (gain.is_lost, gain.kept_share, gain.outcome) == (False, 1.0, "kept")
+    assert replace(gain, merged=0.4, merged_verdict="tied", against_own="worse").is_lost
+    assert not replace(gain, merged=0.4, merged_verdict="tied").is_lost  # too few documents to tell
+    assert (replace(gain, merged=0.4).is_lost, replace(gain, merged=0.4).outcome) == (False, "kept in part (75 %)")
+    assert replace(gain, merged=0.29).outcome == "lost"
+    assert replace(gain, own_verdict="tied", merged_verdict="worse", merged=0.09).is_lost
     assert replace(gain, own_verdict="tied", merged_verdict="tied").outcome == "no gain shown"
 
 
+def test_what_gets_worse_within_the_tolerance_is_no_loss_and_is_told():
+    gain = Gain("law", "s", "t", "bits_per_byte", 2.0, 2.1, 2.05, "worse", "worse", lower_is_better=True)
+    assert (gain.is_lost, gain.outcome) == (True, "lost")
+    assert (replace(gain, tolerance=0.03).is_lost, replace(gain, tolerance=0.03).outcome) == (False, "costs 2.5 %")
+    assert replace(gain, tolerance=0.02).is_lost
+    assert replace(gain, base=0.0, merged=0.1, tolerance=0.9).is_lost
+
+
 def test_a_lost_gain_refuses_the_merge(repo):
-    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.1, "better", "tied", "worse")
+    gain = Gain("law", "s", "t", "acc", 0.1, 0.5, 0.1, "better", "tied")
     plan = MergePlan(repo.name, repo.commit, (), "exact", (), gains=(gain,))
-    with pytest.raises(EvaluationError, match=r"loses a gain: law on t \(0.500 -> 0.100\); --accept-losses"):
+    with pytest.raises(
+        EvaluationError,
+        match=r"the gain of law on t is lost \(base 0.100, alone 0.500, merged 0.100\); --accept-losses",
+    ):
         refuse_losses(plan)
 
 

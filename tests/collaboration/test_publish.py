@@ -44,7 +44,11 @@ def test_a_dry_run_says_what_it_would_do_and_makes_nothing(world, run, model):
     code, out, err = run("publish", model, "alice/not-yet", "--license", "apache-2.0", "--dry-run")
     assert code == 0, err
     assert "model.safetensors" in out + err
+    assert "no licence that hub_moe knows" not in out + err
     assert not has_repo(world, "alice/not-yet")
+    code, out, err = run("publish", model, "alice/not-yet", "--license", "no-such", "--dry-run")
+    assert code == 0, err
+    assert "no-such is no licence that hub_moe knows" in out + err
 
 
 def test_off_a_terminal_it_wants_yes(world, run, model):

@@ -1,17 +1,19 @@
 """`hub-moe review` on a real Hub: honest, dishonest and hostile pull requests."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
+from hub_moe.collaboration.costs import percent, share_lost
 from hub_moe.evals.records import read_record, write_record
 from hub_moe.hub.marks import ReviewMark, read_mark
 from hub_moe.hub.pull_requests import fetch_pull_request
 from tests.anatomy.families import tiny_config
 from tests.evals.checkpoints import save_model
 
-from .proposals import copy
+from .proposals import SPOILING, copy, fill_spoilable
 
 pytestmark = [
     pytest.mark.slow,  # models are loaded and asked
@@ -83,6 +85,63 @@ def test_a_patch_that_spoils_the_model_elsewhere_is_rejected_by_the_bases_suite(
     assert read_mark(ReviewMark, fetch_pull_request(world.alice, repo, number).comments[-1].text).regressions
 
 
+def test_what_it_costs_elsewhere_is_a_note_within_the_tolerance_and_a_reason_beyond_it(world, tiny_tokenizer, run):
+    repo, commit = world.publish_base(
+        "review-costs",
+        tiny_config("hub_moe"),
+        tiny_tokenizer,
+        prepare=lambda folder: fill_spoilable(folder, tiny_tokenizer),
+    )
+    number = world.propose(repo, world.make_patch(repo, commit, "law", SPOILING, size=3.0), "law")
+    options = (f"{repo}#{number}", *FAST, "--data-dir", world.root / "data", "--json")
+    code, out, err = run("review", *options)
+    assert code == 1, err
+    report = json.loads(out)
+    assert report["tolerance"] == 0
+    assert report["rejections"][0].startswith("it is worse than the base on text: bits_per_byte ")
+    mark = read_mark(ReviewMark, fetch_pull_request(world.alice, repo, number).comments[-1].text)
+    assert (list(mark.regressions), mark.tolerance) == (["text"], 0)
+    code, out, err = run("review", *options, "--tolerance", "0.02")
+    assert code == 0, out + err
+    report = json.loads(out)
+    task = report["regressions"][0]["comparison"]["tasks"][0]
+    cost = percent(task["candidate"]["value"] / task["base"]["value"] - 1)
+    note = f"it costs {cost} on text, within the tolerance of 2 %: bits_per_byte "
+    assert (report["verdict"], report["tolerance"]) == ("accept", 0.02)
+    assert any(each.startswith(note) for each in report["notes"])
+    text = fetch_pull_request(world.alice, repo, number).comments[-1].text
+    assert f"it costs {cost} on text, within the tolerance of 2 %" in text
+    assert ", tolerance 2 %." in text
+    mark = read_mark(ReviewMark, text)
+    assert (mark.verdict, list(mark.regressions), mark.tolerance) == ("accept", [], 0.02)
+
+
+@pytest.mark.parametrize("tolerance", ["-0.1", "1", "2", "nan", "inf"])
+def test_a_tolerance_that_is_no_share_is_refused_in_a_sentence(run, tolerance):
+    for command in ("review", "merge"):
+        code, out, err = run(command, "alice/base#1", "--yes", f"--tolerance={tolerance}")
+        assert (code, out) == (1, "")
+        assert "--tolerance is a share from 0 to below 1, such as 0.02 for 2 %, not" in err
+        assert err.count("\n") == 1
+
+
+def test_shares_are_of_the_bases_value_and_of_perplexities_themselves():
+    assert share_lost("acc", 0.5, 0.49, lower_is_better=False) == pytest.approx(0.02)
+    assert share_lost("bits_per_byte", 2.0, 2.05, lower_is_better=True) == pytest.approx(0.025)
+    assert share_lost("bits_per_byte", 2.0, 1.9, lower_is_better=True) < 0
+    assert share_lost("word_perplexity", math.log(20), math.log(21), lower_is_better=True) == pytest.approx(0.05)
+    assert share_lost("acc", 0.0, 0.0, lower_is_better=False) == 0
+    assert share_lost("cost", 0.0, 0.1, lower_is_better=True) == math.inf
+    assert [percent(share) for share in (0.02, 0.0134, 0.5, 0.0005, 1.0, 0.0)] == [
+        "2 %",
+        "1.3 %",
+        "50 %",
+        "0.05 %",
+        "100 %",
+        "0 %",
+    ]
+
+
 def test_without_records_or_a_suite_of_the_base_a_review_is_incomplete(world, tiny_tokenizer, run):
     folder = save_model(world.root / "bare", tiny_config("hub_moe"), tiny_tokenizer)
     world.alice.create_repo("alice/review-bare")
@@ -125,6 +184,14 @@ def test_what_cannot_be_reviewed_is_told_in_one_sentence(world, base, honest, ru
         code, out, err = run("review", reference, "--no-post")
         assert (code, out) == (1, "")
         assert reason in err
-    code, _, err = run("review", f"{repo}#1")
-    assert code == 2
-    assert "needs --yes or --no-post" in err
+    for options, reason in [
+        ((), "needs --yes or --no-post"),
+        (("--yes", "--limit", 3), "--limit is for the tasks of --suite"),
+    ]:
+        code, _, err = run("review", f"{repo}#1", *options)
+        assert code == 2
+        assert reason in " ".join(err.replace("│", " ").split())
+    code, out, err = run("review", f"{repo}#1", "--yes", "--device", "quatsch")
+    assert (code, out) == (1, "")
+    assert "Looking at" not in err
+    assert "The device 'quatsch' cannot be used here" in err

@@ -6,7 +6,8 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hub_moe.collaboration.safety import check_listing, find_scripts, open_contribution
+from hub_moe.collaboration.safety import check_listing, open_contribution
+from hub_moe.hub.file_checks import find_scripts, find_secrets
 from hub_moe.hub.marks import ContributionMark, ReviewMark, read_mark, write_mark
 from hub_moe.hub.pull_requests import Listed, Proposal, fetch_pull_request, parse_reference, read_bytes, read_proposal
 from hub_moe.patches.tensor_file import hash_file
@@ -190,6 +191,10 @@ HOSTILE = {
         lambda f: (f / "README.md").write_text("# Hi\n<script>steal()</script>"),
         "holds what a page could run or load: </script, <script",
     ),
+    "a pickle that is called a picture": (
+        lambda f: (f / "change.png").write_bytes(b"\x80\x04K\x01."),
+        "is no picture, whatever its name says",
+    ),
     "nested metadata": (lambda f: (f / "expert_patch.json").write_text('{"a":' * 5000), "not valid JSON"),
     "another tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "is not the base's"),
 }
@@ -245,7 +250,17 @@ def test_no_more_of_a_file_crosses_the_network_than_asked_for(world, base):
         "[a](javascript:alert(1))",
         '<img src="x" onerror="y()">',
         "<iframe src=x>",
-        "data:text/html,x",
+        "<a href='data:text/html,x'>y</a>",
+        "<img/src=x/onerror=alert(1)>",
+        "<details/open/ontoggle=alert(1)>",
+        '<img src="x>" onerror=alert(1)>',
+        "<!--><img src=x onerror=alert(1)>-->",
+        "[a](jav&#x61;script:alert(1))",
+        "[a](java\tscript:alert(1))",
+        "[a]: java\nscript:alert(1)",
+        "<a href=' jAvAsCrIpT&colon;alert(1)'>y</a>",
+        "<javascript:alert(1)>",
+        "&lt;b onclick=x&gt;",
     ],
 )
 def test_what_a_page_could_run_is_found_in_a_card(text):
@@ -254,10 +269,24 @@ def test_what_a_page_could_run_is_found_in_a_card(text):
 
 def test_plain_words_are_no_script():
     assert find_scripts("One < two, on = off; a <b>bold</b> word. `x<y` turns on the light=bright.") == []
+    assert find_scripts("<b>Languages</b> once = 2, online=True, one=1. Python: 45.2, JavaScript: 40.1, R: 12 %.") == []
+    assert find_scripts("See [data](https://a.org/data:text) <https://a.org/?q=javascript> and `only=1`.") == []
+
+
+@pytest.mark.parametrize("token", ["hf_" + "aB" * 17, "hf_aBc-dE_fGhIjKlMnOpQrStUvWxYz0123456789"])
+def test_tokens_are_found_in_texts_and_names_of_functions_are_not(token):
+    assert find_secrets(f"export HF_TOKEN={token}\n") == ["a token of a Hub"]
+    assert find_secrets("call hf_hub_download_with_progress_and_retries(), not HF_HUB_ENABLE_HF_TRANSFER_x") == []
+
+
+def test_tokens_of_the_embedded_hub_are_found_in_texts(hub):
+    assert all(find_secrets(f"token {token}") for token in hub.tokens.values())
 
 
 def test_looking_for_scripts_takes_no_long_time_on_hostile_text():
     assert find_scripts("<" * 500_000 + " on") == []
+    assert find_scripts("<a " * 200_000) == []
+    assert find_scripts("<!" * 200_000 + '<a "' * 100_000) == []
 
 
 def test_marks_are_read_as_written_and_nothing_else_is():
@@ -276,6 +305,15 @@ def test_marks_are_read_as_written_and_nothing_else_is():
     ):
         assert read_mark(ReviewMark, damaged) is None
     assert read_mark(ContributionMark, text) is None
+
+
+def test_a_mark_from_before_there_was_a_tolerance_is_read_and_one_without_reads_there():
+    assert "tolerance" not in write_mark(ReviewMark("0" * 40, "accept"))
+    assert read_mark(ReviewMark, write_mark(ReviewMark("0" * 40, "accept"))).tolerance == 0
+    text = write_mark(ReviewMark("0" * 40, "accept", tolerance=0.02))
+    assert read_mark(ReviewMark, text).tolerance == 0.02
+    for hostile in ('"much"', "1" + "0" * 400, "null", "[0.02]"):
+        assert read_mark(ReviewMark, text.replace("0.02", hostile)) is None
 
 
 @pytest.mark.parametrize("reference", ["alice/base", "alice/base#0", "alice/base#x", "alice#3", "../x#1", "a/b#1#2"])

@@ -4,8 +4,8 @@ import pytest
 
 from hub_moe.data import LoadedRows, prepare, set_chat_template
 from hub_moe.data.chat import ChatEncoder, Encoded
+from hub_moe.data.documents import mark_row
 from hub_moe.data.formats import BadRowError
-from hub_moe.data.marking import mark_row
 from hub_moe.errors import DatasetError
 
 CHATML = (

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from hub_moe.energy import EnergyMeter
+from hub_moe.energy import EnergyMeter, prepare_metering
 from hub_moe.energy.counters import NvmlCounter, _visible_boards, find_gpus, find_rapl
 
 
@@ -342,3 +342,18 @@ def test_a_run_that_is_not_metered_has_no_energy(tiny_model, tmp_path):
 
     metrics, _ = _train(tiny_model, tmp_path, steps=1)
     assert metrics.energy is None
+
+
+def test_a_meter_that_was_prepared_reports_as_any_other():
+    def facts(report):
+        return [(each.component, each.method, each.note) for each in report.components]
+
+    expected = facts(EnergyMeter().stop())
+    prepare_metering()
+    assert facts(EnergyMeter().stop()) == expected
+
+
+def test_a_process_that_ends_while_metering_is_prepared_says_nothing():
+    code = "from hub_moe.energy import prepare_metering; prepare_metering()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -19,6 +19,7 @@ from hub_moe.evals.models import ModelRequest, load_model
 from hub_moe.evals.records import find_records, read_record
 from hub_moe.evals.records.record import hash_json
 from hub_moe.evals.run import RunFacts, evaluate_suite, journal_key
+from hub_moe.experts.products import choose_products
 
 from .checkpoints import TASKS, build, evaluate, save_model, save_patch
 
@@ -58,6 +59,7 @@ def test_the_record_says_what_was_run_and_how(model, tmp_path):
     assert [entry.name for entry in record.entries] == list(TASKS)
     assert all(entry.limit == 6 and entry.tasks[0].num_documents == 6 for entry in record.entries)
     assert {"torch", "transformers", "lm_eval", "datasets", "python"} <= record.versions.keys()
+    assert record.versions["hub_moe experts"] == choose_products(torch.float32).name
     assert record.entry("running_text").main.name == "bits_per_byte"
     assert record.entry("cloze").main.standard_error is not None
     assert not record.resumed

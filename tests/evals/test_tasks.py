@@ -229,6 +229,11 @@ def test_a_data_folder_that_is_none_or_not_given_is_refused(tmp_path):
         build_suite(load_suite("text"))
 
 
+def test_tasks_that_make_their_documents_themselves_want_nothing_of_a_data_folder(data_dir):
+    suite = load_suite("offline", tasks=["brackets"], limit=2)
+    assert asked_of(build_suite(suite, data_dir=data_dir)) == asked_of(build_suite(suite))
+
+
 @pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
 def test_ones_own_text_is_cut_at_line_ends_and_loses_nothing(tmp_path, ending):
     from datasets import Dataset

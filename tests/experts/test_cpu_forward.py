@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hub_moe.errors import ConfigError, UnsupportedModelError
-from hub_moe.experts import IMPLEMENTATION, cpu_forward, hub_moe_experts_forward, torch_products
+from hub_moe.experts import IMPLEMENTATION, cpu_forward, hub_moe_experts_forward
+from hub_moe.experts import products as products_module
 from hub_moe.experts.compiled_products import find_levels, load_level
 
 from ..anatomy.families import FAMILIES, tiny_config
@@ -35,7 +36,7 @@ def products(request, monkeypatch):
         monkeypatch.setattr(cpu_forward, "choose_products", lambda dtype: load_level("avx2"))
     else:
         monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", request.param.split()[0])
-    monkeypatch.setattr(torch_products, "has_fast_bfloat16", lambda: "fast" in request.param)
+    monkeypatch.setattr(products_module, "has_fast_bfloat16", lambda: "fast" in request.param)
     return request.param
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import use_experts_implementation
 
 from hub_moe.anatomy import find_moe_layers
-from hub_moe.anatomy.chosen_experts import CHOSEN, ChosenExperts
+from hub_moe.anatomy.moe_layers import CHOSEN, ChosenExperts
 from hub_moe.errors import ConfigError
 from hub_moe.experts import split_experts
 from hub_moe.experts.grouped_products import Part, multiply, multiply_at_once

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton has no build for this system")
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
-from hub_moe.experts import hub_moe_experts_forward, products, triton_forward, triton_kernels
+from hub_moe.experts import hub_moe_experts_forward, stacks, triton_forward, triton_kernels
 from hub_moe.experts.triton_forward import triton_experts_forward
 
 from ..anatomy.families import tiny_config
@@ -254,7 +254,7 @@ def test_a_model_gives_the_logits_and_gradients_of_eager(model_type):
 
 @pytest.mark.gpu
 def test_on_a_gpu_the_name_hub_moe_stands_for_these_kernels(monkeypatch):
-    monkeypatch.setenv(products.GPU_VARIABLE, "triton")
+    monkeypatch.setenv(stacks.GPU_VARIABLE, "triton")
     experts, inputs = on_device(make_experts(), draw_inputs(ids(MIXED)))
     expected = run(triton_experts_forward, experts, inputs)
     monkeypatch.setattr("hub_moe.experts.cpu_forward.grouped_mm_experts_forward", None)

@@ -174,6 +174,10 @@ def test_a_merge_of_several_patches_pairs_them_with_people_and_pull_requests():
     merge = parse_merge(make_commit("\n".join(["Merge", "", *lines])))
     assert [(each.pull_request, each.contributor) for each in merge.patches] == [(1, "bob"), (2, "carol")]
     assert merge.method == "ties"
+    each_with_its_own = parse_merge(make_commit("\n".join(["Merge", "", *lines, "Merge-Method: ties"])))
+    assert each_with_its_own.method == "ties"
+    mixed = parse_merge(make_commit("\n".join(["Merge", "", *lines, "Merge-Method: mean"])))
+    assert mixed.method is None
     unpaired = parse_merge(make_commit("\n".join(["Merge", "", *lines[:3]])))
     assert [each.pull_request for each in unpaired.patches] == [None, None]
 
@@ -210,3 +214,7 @@ def test_the_command_prints_a_tree_and_draws_it(village, hub, tmp_path):
 def test_the_command_says_in_one_sentence_what_is_wrong(hub):
     done = run_command(hub, "alice/never-there")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+    for place, reason in [("nowhere/x.png", "there is no folder nowhere"), ("x.exe", "must end in .png, .svg, .pdf")]:
+        done = run_command(hub, "alice/never-there", "--plot", place)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        assert reason in done.stderr

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ...errors import EvaluationError
@@ -87,7 +88,9 @@ def read_samples(path: Path, *, num_rows: int | None = None) -> list[Sample]:
             if num_rows is not None and file.metadata.num_rows != num_rows:
                 raise EvaluationError(f"{path} has {file.metadata.num_rows:,} rows; {num_rows:,} were expected.")
             _refuse_bomb(path, file.metadata)
-            return _read_rows(path, file)
+            columns = [file.schema.column(index) for index in range(len(file.schema))]
+        texts = [column.path for column in columns if column.physical_type == "BYTE_ARRAY"]
+        return _read_rows(path, texts)
     except pa.ArrowException as error:
         raise EvaluationError(f"{path} is no table of samples: {error}.") from error
 
@@ -98,19 +101,37 @@ def _refuse_bomb(path: Path, metadata: pq.FileMetaData) -> None:
     num_values = max((g.column(c).num_values for g in groups for c in range(g.num_columns)), default=0)
     if num_values > _MAX_VALUES:
         raise EvaluationError(f"{path} has {num_values:,} values in a column, more than the answers of any suite.")
+    if sum(group.total_byte_size for group in groups) > _MAX_BYTES:
+        raise _too_large(path)
 
 
-def _read_rows(path: Path, file: pq.ParquetFile) -> list[Sample]:
+def _read_rows(path: Path, texts: Sequence[str]) -> list[Sample]:
     samples, size_bytes = [], 0
-    for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-        size_bytes += batch.nbytes
-        if size_bytes > _MAX_BYTES:
-            raise EvaluationError(f"{path} unpacks to more than {_MAX_BYTES:,} bytes; no table of samples is so large.")
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            if name != "group" and _has_gap(column):
-                raise EvaluationError(f"{path} has a gap in its column {name}.")
-        samples += [_from_row(row) for row in batch.to_pylist()]
+    with pq.ParquetFile(path, read_dictionary=texts) as file:  # a text that repeats is first unpacked once
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            size_bytes += sum(map(_unpacked_bytes, batch.columns))
+            if size_bytes > _MAX_BYTES:
+                raise _too_large(path)
+            unpacked = batch.cast(_SCHEMA)
+            for name, column in zip(unpacked.schema.names, unpacked.columns, strict=True):
+                if name != "group" and _has_gap(column):
+                    raise EvaluationError(f"{path} has a gap in its column {name}.")
+            samples += [_from_row(row) for row in unpacked.to_pylist()]
     return samples
+
+
+def _too_large(path: Path) -> EvaluationError:
+    return EvaluationError(f"{path} unpacks to more than {_MAX_BYTES:,} bytes; no table of samples is so large.")
+
+
+def _unpacked_bytes(column: pa.Array) -> int:
+    """What a column takes with every text as often as it is used."""
+    if pa.types.is_dictionary(column.type):
+        lengths = pc.cast(pc.binary_length(column.dictionary), pa.int64())
+        return pc.sum(lengths.take(column.indices)).as_py() or 0
+    if pa.types.is_map(column.type):
+        return _unpacked_bytes(column.keys) + _unpacked_bytes(column.items)
+    return _unpacked_bytes(column.flatten()) if pa.types.is_list(column.type) else column.nbytes
 
 
 def _has_gap(column: pa.Array) -> bool:

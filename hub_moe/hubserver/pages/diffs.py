@@ -15,6 +15,7 @@ _MAX_LINES = 6000
 _MAX_LINE = 2000
 _OPEN_LINES = 400
 _HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
+_RECORD = re.compile(r"(?:^|/)evals/[^/]+-[0-9a-f]{16}\.json\Z")
 _KINDS = {"+": "added", "-": "removed", " ": "same"}
 
 
@@ -109,7 +110,8 @@ def _lay_out_file(store: Store, git: GitRepo, change: FileDiff, lines_left: int)
         return ShownFile(change.path, kind, [], note, is_open=True)
     if len(lines) > lines_left:
         return ShownFile(change.path, kind, [], f"This page is full; {_describe(before, after)}.", is_open=False)
-    return ShownFile(change.path, kind, lines, "", is_open=len(lines) <= _OPEN_LINES)
+    is_evidence = _RECORD.search(change.path) is not None  # the numbers stand above, and it is long
+    return ShownFile(change.path, kind, lines, "", is_open=len(lines) <= _OPEN_LINES and not is_evidence)
 
 
 def _describe(before: FileFacts | None, after: FileFacts | None) -> str:

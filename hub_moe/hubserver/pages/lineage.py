@@ -10,6 +10,7 @@ from .urls import parse_repo_id
 
 _MAX_DEPTH = 4
 _MAX_SHOWN = 12
+_RELATIONS = ("finetune", "adapter", "merge", "quantized")
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,15 @@ def _find(store: Store, kind: str, name: str, who: Identity | None) -> Repo | No
 def _group(relations: dict[str, list[Profile]]) -> tuple[Children, ...]:
     return tuple(
         Children(relation, tuple(profiles[:_MAX_SHOWN]), len(profiles))
-        for relation, profiles in sorted(relations.items())
+        for relation, profiles in sorted(relations.items(), key=_order)
         if profiles
     )
+
+
+def _order(group: tuple[str, list[Profile]]) -> tuple[int, str]:
+    """Fine-tunes before what else was made of a model."""
+    relation, _ = group
+    return _RELATIONS.index(relation) if relation in _RELATIONS else len(_RELATIONS), relation
 
 
 def _holds(names: list[str], name: str) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import secrets
 import sqlite3
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ SELECT_IDENTITY = (
 )
 """The rows of `Identity`, by the table `t` of tokens."""
 _MAX_NAMED = 10
+_TOKEN_LETTERS = 34  # as the public Hub has
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class Accounts:
             raise InvalidInputError(f"A token's role is read or write; got {role!r}.")
         if name is not None and not name.strip():
             raise InvalidInputError("The name of a token cannot be empty.")
-        token = f"hf_{secrets.token_urlsafe(27)}"
+        token = f"hf_{''.join(secrets.choice(string.ascii_letters) for _ in range(_TOKEN_LETTERS))}"
         with self._database.transaction() as connection:
             rows = connection.execute("SELECT name FROM tokens WHERE user = ?", (user,)).fetchall()
             taken = {row["name"] for row in rows}

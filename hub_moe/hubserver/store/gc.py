@@ -6,6 +6,7 @@ and what is younger than `older_than_s` stays, because its commit may be on the 
 worse than garbage.
 """
 
+import contextlib
 import shutil
 import time
 import zlib
@@ -124,13 +125,17 @@ class _Run:
     def clean_folders(self) -> None:
         """Delete git repositories that belong to no repo."""
         for path in sorted((self._store.root / "repos").glob("*.git")):
-            if path.stat().st_mtime > min(self._before_s, time.time() - 60):
-                continue
-            with take(path / IN_USE) as is_held:  # who makes a new repo holds it until the repo has its row
-                if is_held and not self._store.database.row("SELECT 1 FROM repos WHERE id = ?", path.stem):
-                    self.freed.add("git repositories", _count_bytes(path))
-                    if not self._dry_run:
-                        shutil.rmtree(path)
+            with contextlib.suppress(FileNotFoundError):  # its repo is being deleted at this moment
+                if path.stat().st_mtime <= min(self._before_s, time.time() - 60):
+                    self._clean_folder(path)
+
+    def _clean_folder(self, path: Path) -> None:
+        with take(path / IN_USE) as is_held:  # who makes a new repo holds it until the repo has its row
+            if is_held and not self._store.database.row("SELECT 1 FROM repos WHERE id = ?", path.stem):
+                size_bytes = _count_bytes(path)
+                if not self._dry_run:
+                    shutil.rmtree(path)
+                self.freed.add("git repositories", size_bytes)
 
     def clean_contents(self) -> None:
         """Delete large contents that belong to no repo, and files of those that have a recipe too."""
@@ -177,10 +182,12 @@ class _Run:
     def clean_incoming(self) -> None:
         """Delete uploads that nobody goes on with."""
         for path in sorted(self._store.contents.blobs.incoming.iterdir()):
-            if _newest_s(path) <= min(self._before_s, time.time() - _ACTIVE_S):
-                self.freed.add("unfinished uploads", _count_bytes(path))
-                if not self._dry_run:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # an upload that ends while one looks at it
+                if _newest_s(path) <= min(self._before_s, time.time() - _ACTIVE_S):
+                    size_bytes = _count_bytes(path)
+                    if not self._dry_run:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    self.freed.add("unfinished uploads", size_bytes)
 
 
 def _count_bytes(path: Path) -> int:

@@ -4,8 +4,13 @@ import re
 
 import pytest
 
+from hub_moe.hub.lineage import read_lineage
+from hub_moe.hub.marks import ReviewMark, write_mark
+from hub_moe.hub.merge_commits import MergedPatch
+
 from .conftest import Visitor
-from .patch_town import BASE, NASTY, PatchTown, commit, make_files, write_review
+from .patch_town import BASE, NASTY, PatchTown, commit, make_files, make_metadata, write_review
+from .test_browser import CONTRAST, UNNAMED, overflow
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
@@ -68,22 +73,23 @@ def test_a_review_of_the_owner_reproduces_and_that_of_others_is_an_opinion(town,
 def test_a_record_that_the_owner_could_not_reproduce_is_said_to_be_so(town, stranger):
     files, record = make_files("inflated")
     number, head = town.propose(files)
-    reasons = ["3 of 4 answers differ", NASTY]
-    review = write_review(head, "reject", records={record: "failed"}, reasons=reasons).replace(
-        NASTY, NASTY.replace("<", "\\u003c").replace(">", "\\u003e").replace('"', "\\u0022").lstrip("\\")
-    )
-    town.alice.comment_discussion(BASE, number, write_review(head, "reject", records={record: "failed"}))
-    assert review  # marks with angle brackets are no marks: see the test below
-    assert "not reproduced by alice" in words(town.show(stranger, number))
+    mark = ReviewMark(head, "reject", ["3 of 4 answers differ", NASTY], {record: "failed"})
+    town.alice.comment_discussion(BASE, number, f"I looked.\n\n{write_mark(mark)}")
+    html = town.show(stranger, number)
+    text = words(html)
+    assert "not reproduced by alice" in text
+    assert "claimed better" in text
+    assert 'class="verdict better"' not in html  # what did not hold is not shown as a gain
+    assert "<details open><summary>2 reasons" in html
+    assert "alice rejects this head" in text
+    assert "<script" not in html
 
 
 def test_a_review_is_stale_once_the_head_moves_on(town, stranger):
     files, record = make_files("moving")
     number, head = town.propose(files)
     town.alice.comment_discussion(BASE, number, write_review(head, records={record: "bit-equal"}))
-    commit(
-        town.bob, {"patches/moving/README.md": "# Moving\n"}, pr=False, description=None, message="More", repo=BASE
-    ) if False else town.bob.upload_file(
+    town.bob.upload_file(
         repo_id=BASE,
         path_or_fileobj=b"# Moving\n",
         path_in_repo="patches/moving/README.md",
@@ -92,3 +98,47 @@ def test_a_review_is_stale_once_the_head_moves_on(town, stranger):
     text = words(town.show(stranger, number))
     assert "stale: the head has moved on since" in text
     assert "self-reported" in text.partition("The numbers are")[0]
+
+
+def test_records_are_closed_among_the_changes_and_the_rest_is_open(town, stranger):
+    files, _ = make_files("folded")
+    number, _ = town.propose(files)
+    html = town.show(stranger, number)
+    opened = re.findall(r'<details class="diff" open>\s*<summary><span class="path">([^<]+)', html)
+    closed = re.findall(r'<details class="diff">\s*<summary><span class="path">([^<]+)', html)
+    assert "patches/folded/expert_patch.json" in opened
+    assert sorted(closed) == sorted(path for path in files if "/evals/" in path and path.endswith(".json"))
+
+
+def test_merged_patches_are_shown_as_hub_moe_merge_records_them(town, stranger):
+    merged = [MergedPatch(name, "ab" * 32, n, "bob", "c" * 40, "ties") for n, name in ((1, "law"), (2, "tax"))]
+    files = {f"patches/{each.name}/expert_patch.json": make_metadata() for each in merged}
+    files["patches/beside/expert_patch.json"] = make_metadata()
+    trailers = "\n".join(line for each in merged for line in each.to_trailers())
+    commit(town.alice, files, pr=False, message="Merge expert patches law, tax", description=trailers)
+    text = words(stranger.get(f"/{BASE}").text)
+    shown = text.partition("Merged into it")[2]
+    assert "law by bob , #1 , 20 experts" in shown.partition("Patches beside it")[0]
+    assert "tax by bob , #2 , 20 experts" in shown.partition("Patches beside it")[0]
+    assert "beside 20 experts in 6 layers" in shown.partition("Patches beside it")[2]
+    (merge,) = read_lineage(town.alice, BASE).merges
+    assert (merge.method, merge.base_commit) == ("ties", "c" * 40)
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 360), ("dark", 360)])
+def test_an_accepted_and_a_rejected_patch_read_well(town, open_page, scheme, width):
+    numbers = []
+    for verdict, outcome in (("accept", "bit-equal"), ("reject", "failed")):
+        files, record = make_files(f"{verdict}-{scheme}-{width}")
+        number, head = town.propose(files)
+        mark = ReviewMark(head, verdict, ["a reason"], {record: outcome})
+        town.alice.comment_discussion(BASE, number, f"I looked.\n\n{write_mark(mark)}")
+        numbers.append(number)
+    with open_page(town.url, width=width, color_scheme=scheme) as page:
+        for number in numbers:
+            page.goto(f"{town.url}/{BASE}/discussions/{number}")
+            assert overflow(page) == 0
+            assert page.evaluate(CONTRAST) == []
+            assert page.evaluate(UNNAMED) == []
+            word = page.locator(".compared .word").bounding_box()
+            assert 0 <= word["x"] < word["x"] + word["width"] <= width  # whose word it is needs no scrolling

@@ -162,6 +162,26 @@ def test_a_stale_upload_is_deleted(store):
     assert collect(store, older_than_s=3600).sizes_bytes == {"unfinished uploads": 3}
 
 
+def test_uploads_may_end_while_gc_looks_at_them(store):
+    incoming, stop = store.contents.blobs.incoming, threading.Event()
+
+    def upload():
+        while not stop.is_set():
+            for number in range(20):
+                (incoming / str(number)).touch()
+            for number in range(20):
+                (incoming / str(number)).unlink()
+
+    uploads = threading.Thread(target=upload)
+    uploads.start()
+    try:
+        for _ in range(300):
+            assert collect(store, **EVERYTHING).counts == {}
+    finally:
+        stop.set()
+        uploads.join()
+
+
 def test_a_repo_that_is_open_all_the_time_is_left_alone(store, repo, alice, commit, monkeypatch):
     monkeypatch.setattr("hub_moe.hubserver.store.gc._WAIT_S", 0.1)
     commit(AddFile("a", b"1"))

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hub_moe.errors import ConfigError
-from hub_moe.experts import products
-from hub_moe.experts.products import GPU_VARIABLE, uses_triton, why_not_triton_for
+from hub_moe.experts import stacks
+from hub_moe.experts.stacks import GPU_VARIABLE, uses_triton, why_not_triton_for
 
 from .naive import LAYOUTS, make_experts
 
@@ -22,9 +22,9 @@ def test_a_device_that_triton_cannot_use_gets_grouped_mm_unless_triton_was_asked
 
 def test_grouped_mm_that_was_asked_for_is_used_whatever_else_could_be(monkeypatch):
     monkeypatch.setenv(GPU_VARIABLE, "grouped_mm")
-    monkeypatch.setattr(products, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(stacks, "why_no_triton", lambda device: None)
     assert not uses_triton(make_experts(), META)
-    assert products.describe_gpu_choice() == ("grouped_mm of transformers", f"{GPU_VARIABLE}=grouped_mm")
+    assert stacks.describe_gpu_choice() == ("grouped_mm of transformers", f"{GPU_VARIABLE}=grouped_mm")
 
 
 def test_another_choice_is_an_error_that_names_the_choices(monkeypatch):
@@ -47,14 +47,14 @@ def test_weights_of_other_dtypes_cannot_use_triton(monkeypatch):
     assert "torch.float64" in why_not_triton_for(make_experts().double())
     assert "act_fn.weight" in why_not_triton_for(trained)
     monkeypatch.setenv(GPU_VARIABLE, "triton")
-    monkeypatch.setattr(products, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(stacks, "why_no_triton", lambda device: None)
     assert uses_triton(make_experts(), META)
     with pytest.raises(ConfigError, match="one for all stacks"):
         uses_triton(mixed, META)
 
 
 def test_while_torch_compiles_grouped_mm_is_used_unless_triton_was_asked_for(monkeypatch):
-    monkeypatch.setattr(products, "why_no_triton", lambda device: None)
+    monkeypatch.setattr(stacks, "why_no_triton", lambda device: None)
     experts = make_experts()
 
     @torch.compile(backend="eager", fullgraph=True)
