@@ -4,6 +4,7 @@ torch and transformers are imported inside the fixtures, so that the structural 
 """
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 
 # workers share the cores, and torch's threads slow each other down a lot where there are more of them than cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU, kernels run in Triton's interpreter. It is read when triton is imported, as transformers does early.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SENTENCES = [
     "A router scores every token against every expert and picks a few of them.",

@@ -12,7 +12,8 @@ def env(
 ) -> None:
     """Tell versions, processor, and how the experts of a model are computed here, and why so.
 
-    HUB_MOE_CPU_EXPERTS=compiled or =torch chooses how on the CPU. The first run on a machine compiles the experts'
+    HUB_MOE_CPU_EXPERTS=compiled or =torch chooses how on the CPU, HUB_MOE_GPU_EXPERTS=triton or =grouped_mm how on a
+    GPU; what was asked for and cannot be had is an error. The first run on a machine compiles the experts'
     code, which takes some seconds, and measures the processor's bfloat16.
 
     \b
@@ -35,6 +36,7 @@ def env(
             f"{bfloat16['bfloat16_gflops']} GFLOP/s, {faster} than by float32 ({bfloat16['cast_gflops']} GFLOP/s)",
         )
     ]
+    rows += [("experts on a GPU", facts["gpu_experts"]["products"]), ("  because", facts["gpu_experts"]["why"])]
     rows += [("experts elsewhere", facts["other_experts"])]
     print_table(("What", "here"), rows)
 
@@ -47,8 +49,10 @@ def _describe() -> dict[str, Any]:
     from ..environment import describe_versions
     from ..experts.bfloat16_speed import bfloat16_record
     from ..experts.products import describe_choice
+    from ..experts.stacks import describe_gpu_choice
 
     products, why = describe_choice()
+    gpu_products, gpu_why = describe_gpu_choice()
     return {
         "versions": describe_versions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -56,5 +60,6 @@ def _describe() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cpu_experts": {"products": products, "why": why},
         "torch_bfloat16": bfloat16_record(),
+        "gpu_experts": {"products": gpu_products, "why": gpu_why},
         "other_experts": "grouped_mm of transformers",
     }

@@ -1,11 +1,12 @@
 """Experts on the CPU, forward and backward, for every family that uses transformers' ExpertsInterface.
 
-Importing this registers `experts_implementation="hub_moe"`. Pairs are sorted once; each expert's matrix is read once
+Importing this registers `experts_implementation="hub_moe"`, which on a GPU stands for the kernels of `triton_forward`,
+where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `stacks`.
+
+Pairs are sorted once; each expert's matrix is read once
 per product; sums run in float32 (float64 for float64 weights) and are rounded once, at the end. For backward only the
 input, the pre-activations and the routing are kept. A stack's gradient is written once, whole; a frozen stack costs
 none.
-
-On other devices, and while torch compiles, the name stands for transformers' own `grouped_mm`.
 
 Shape letters: T tokens, K experts per token, S token-expert pairs, D hidden, F expert inner, H what the first product
 gives (2F with a gate), E routed experts.
@@ -15,27 +16,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from ..errors import UnsupportedModelError
 from .pairs import SortedPairs, sort_pairs_by_expert, sum_over_experts
-from .products import IMPLEMENTATION, Products, choose_products
+from .products import Products, choose_products
+from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, stacks_of, uses_triton
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_LAYOUT_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
-_INSTEAD = 'set experts_implementation="grouped_mm" for it'
 _Gradients = tuple[Tensor | None, ...]
-
-
-class Stacks(NamedTuple):
-    """The weights of all experts, (E, in, out), which may be transposed views, and their biases, (E, out)."""
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
 
 
 class Plan(NamedTuple):
@@ -61,18 +50,23 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
     Raises:
         UnsupportedModelError: For experts whose weights are not plain floating-point stacks, or that train parameters
             besides them.
-        ConfigError: For an expert id out of range, or where the compiled products were asked for and are missing.
+        ConfigError: For an expert id out of range, or where what was asked for by HUB_MOE_CPU_EXPERTS or, on a GPU,
+            HUB_MOE_GPU_EXPERTS cannot be had.
     """
+    if hidden_states.device.type != "cpu" and uses_triton(experts, hidden_states.device):
+        from .triton_forward import triton_experts_forward
+
+        return triton_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
         out: Tensor = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
         return out
-    stacks = _stacks_of(experts)
+    stacks = stacks_of(experts)
     is_parallel = getattr(experts, "_is_expert_parallel", False)
     pairs = sort_pairs_by_expert(top_k_index, stacks.up.shape[0], may_be_elsewhere=is_parallel)
     products = choose_products(stacks.up.dtype)
     plan = Plan(pairs, products, experts._apply_gate if experts.has_gate else experts.act_fn)
     weight_S = top_k_weights.reshape(-1)
-    if not experts.has_post_expert_norm:
+    if not has_post_expert_norm(experts):
         out_TD = _apply(_Experts, hidden_states, weight_S, plan, *stacks)
     else:
         y_SD = _apply(_Experts, hidden_states, None, plan, *stacks)
@@ -84,37 +78,6 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, hub_moe_experts_forward)
-
-
-def _stacks_of(experts: Any) -> Stacks:
-    if not all(hasattr(experts, flag) for flag in _LAYOUT_FLAGS):
-        raise UnsupportedModelError(
-            f"{type(experts).__name__} does not say how its experts are laid out; a class with transformers' "
-            "use_experts_implementation was expected."
-        )
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    names = (up, "down_proj", f"{up}_bias", "down_proj_bias") if experts.has_bias else (up, "down_proj")
-    tensors = [getattr(experts, name) for name in names]
-    for name, tensor in zip(names, tensors, strict=True):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in _DTYPES:
-            raise UnsupportedModelError(
-                f"{name} of {type(experts).__name__} is a {type(tensor).__name__} of {tensor.dtype}, not a plain "
-                f"floating-point tensor, which experts_implementation={IMPLEMENTATION!r} needs; {_INSTEAD}."
-            )
-    _check_other_parameters(experts, names)
-    stacks = Stacks(*tensors, *[None] * (4 - len(names)))
-    return stacks if experts.is_transposed else stacks._replace(up=stacks.up.mT, down=stacks.down.mT)
-
-
-def _check_other_parameters(experts: nn.Module, names: tuple[str, ...]) -> None:
-    """The activation is differentiated by its input alone, so what else it may train would silently stay as it is."""
-    for name, parameter in experts.named_parameters():
-        first = name.partition(".")[0]
-        if parameter.requires_grad and first not in (*names, "post_expert_norm", "parametrizations"):
-            raise UnsupportedModelError(
-                f"{type(experts).__name__} trains {name}, which experts_implementation={IMPLEMENTATION!r} gives no "
-                f"gradient; {_INSTEAD}."
-            )
 
 
 def _apply(function: Any, *inputs: Any) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModelError
 from .bfloat16_speed import has_fast_bfloat16
 from .compiled_products import DTYPES, load_compiled_products
+from .stacks import IMPLEMENTATION, describe_gpu_choice
 
-IMPLEMENTATION = "hub_moe"  # in transformers' ExpertsInterface
 VARIABLE = "HUB_MOE_CPU_EXPERTS"
 
 
@@ -150,11 +150,14 @@ def describe_choice() -> tuple[str, str]:
 def describe_for_record(implementation: str | None, device: str, dtype: torch.dtype) -> dict[str, str]:
     """What stands beside the versions in the record of a run, as other products round differently.
 
-    Empty unless the run's experts implementation is ours and its device a CPU; there `{"hub_moe experts": name}`.
+    Empty unless the run's experts implementation is ours and its device a CPU or a CUDA GPU; there
+    `{"hub_moe experts": name}`.
     """
-    if implementation != IMPLEMENTATION or device.split(":")[0] != "cpu":
+    kind = device.split(":")[0]
+    if implementation != IMPLEMENTATION or kind not in ("cpu", "cuda"):
         return {}
-    return {f"{IMPLEMENTATION} experts": choose_products(dtype).name}
+    name = choose_products(dtype).name if kind == "cpu" else describe_gpu_choice()[0]
+    return {f"{IMPLEMENTATION} experts": name}
 
 
 @cache

@@ -11,6 +11,7 @@ def test_env_tells_versions_and_the_products_that_were_asked_for():
 
     assert facts["versions"].keys() >= {"python", "hub_moe", "torch", "transformers"}
     assert facts["cpu_experts"] == {"products": "torch", "why": "HUB_MOE_CPU_EXPERTS=torch"}
+    assert facts["gpu_experts"].keys() == {"products", "why"}
     assert facts["torch_bfloat16"]["bfloat16_gflops"] > 0
 
 
@@ -43,3 +44,13 @@ def test_another_choice_is_an_error_that_names_the_choices():
 
     assert done.returncode == 1
     assert "HUB_MOE_CPU_EXPERTS is 'fast'; compiled, torch or nothing was expected." in done.stderr
+
+
+def test_env_tells_what_was_asked_for_on_a_gpu_and_refuses_what_it_does_not_know():
+    done = run("env", "--json", HUB_MOE_CPU_EXPERTS="torch", HUB_MOE_GPU_EXPERTS="grouped_mm")
+    expected = {"products": "grouped_mm of transformers", "why": "HUB_MOE_GPU_EXPERTS=grouped_mm"}
+    assert json.loads(done.stdout)["gpu_experts"] == expected
+
+    done = run("env", HUB_MOE_CPU_EXPERTS="torch", HUB_MOE_GPU_EXPERTS="fast")
+    assert done.returncode == 1
+    assert "HUB_MOE_GPU_EXPERTS is 'fast'; triton, grouped_mm or nothing was expected." in done.stderr
