@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from .compare import print_comparison
-from .output import print_json, print_table, print_text, say
-from .progress import show_progress
+from .output import print_json, print_table, print_text, say, show_progress
 
 if TYPE_CHECKING:
     from ..evals.models import ModelRequest
@@ -182,3 +181,22 @@ def _print_preflight(found: "Preflight", *, as_json: bool) -> None:
         for line in found.to_lines():
             print_text(line)
     found.raise_if_blocked()
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Pass every argument on to lm_eval's command, with our models known to it.
+
+    `--model hf` loads HubMoe checkpoints and expert patches, and `--model hub_moe` computes what prompts share once.
+    Nothing is recorded: use `hub-moe eval` for numbers that others can check. In Python, `import hub_moe.modeling` does
+    the same for `lm_eval.simple_evaluate(model="hf", ...)`.
+
+    \b
+    Examples:
+      hub-moe lm-eval run --model hf --model_args pretrained=runs/demo/base/model --tasks arc_easy
+      hub-moe lm-eval ls tasks
+      hub-moe lm-eval -- run --help        # lm_eval's own help
+    """
+    from .. import modeling  # noqa: F401  (registers hub_moe)
+    from ..evals.prefix_lm import run_lm_eval
+
+    raise typer.Exit(run_lm_eval(context.args))

@@ -8,8 +8,7 @@ import typer
 
 from ..errors import ConfigError
 from .data import ChatTemplate, Settings, load_source, load_tokenizer
-from .output import describe_count, print_json, print_table, print_text, say
-from .progress import show_progress
+from .output import describe_count, print_json, print_table, print_text, say, show_progress
 
 if TYPE_CHECKING:
     from ..anatomy import DomainProfile, ExpertProfile

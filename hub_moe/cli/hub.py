@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .hub_options import DEFAULT_ROOT, AsJson, Root
-from .hub_storage import backup, check, gc, restore
+from .hub_storage import DEFAULT_ROOT, AsJson, Root, backup, check, gc, restore
 from .mirror import mirror
 from .output import print_json, print_table, print_text, say
 

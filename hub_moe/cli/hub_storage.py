@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .hub_options import DEFAULT_ROOT, AsJson, Root
-from .output import describe_bytes, print_json, print_text, say
-from .progress import show_progress
+from .output import describe_bytes, print_json, print_text, say, show_progress
+
+Root = Annotated[Path, typer.Option(metavar="DIR", help="The folder that holds everything.", envvar="HUB_MOE_HUB_ROOT")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DEFAULT_ROOT = Path("hub")
 
 
 def check(

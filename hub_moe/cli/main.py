@@ -14,14 +14,13 @@ from .contribute import contribute
 from .data import data
 from .demo import demo
 from .env import env
-from .eval import evaluate, suites
+from .eval import evaluate, lm_eval, suites
 from .experts import experts
 from .export import export
 from .find import find
 from .hub import hub
 from .inspect import inspect
 from .lineage import lineage
-from .lm_eval import lm_eval
 from .merge import merge
 from .output import say
 from .patch import patch

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 Row = Sequence[str]
@@ -68,3 +69,19 @@ def _scale(number: float, units: Sequence[str]) -> str:
         number, place = number / 1000, place + 1
     digits = 0 if not place else 2 if number < 9.995 else 1
     return f"{number:.{digits}f} {units[place]}".rstrip()
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that is told what is done and what there is in all; shows nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True, highlight=False)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from ..data import Corpus
 from ..errors import EvaluationError
 from ..modeling import HubMoeConfig, HubMoeForCausalLM
-from ..training.threads import choose_num_threads
+from ..training.processes import choose_num_threads
 from .folder import RunFolder
 from .local_hub import LocalHub
 from .plan import ALICE, BOB, DATASET, MALLORY, MODEL, OWNER, DemoPlan, Domain

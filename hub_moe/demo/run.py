@@ -14,8 +14,7 @@ from .folder import RunFolder, open_run_folder
 from .local_hub import LocalHub, open_local_hub
 from .loop import Loop
 from .plan import MODEL, DemoPlan, plan_demo
-from .report import DemoReport
-from .scoring import score_held_out
+from .report import DemoReport, score_held_out
 
 
 def run_demo(

@@ -1,10 +1,13 @@
-"""The processes of a run: one, or those that torchrun or accelerate started."""
+"""The processes of a run, one or those that torchrun or accelerate started, and the threads of each."""
 
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import HubMoeError
 
@@ -67,3 +70,31 @@ def in_first(work: Callable[[], _T]) -> _T:
         raise box[1]
     result: _T = box[0]
     return result
+
+
+def choose_num_threads(model: PreTrainedModel, tokens_BL: Tensor, *, steps: int = 4) -> int:
+    """1 or all of torch's threads, whichever makes the faster training step now; leaves that number set.
+
+    Threads wait for each other by spinning. On an idle machine all of them are faster; beside another busy program, and
+    with operations as small as a small model's, they can be a hundred times slower than one.
+    """
+    most = torch.get_num_threads()
+    seconds = {count: _time_steps(model, tokens_BL, count, steps=steps) for count in {1, most}}
+    best = min(seconds, key=seconds.__getitem__)
+    torch.set_num_threads(best)
+    return best
+
+
+def _time_steps(model: PreTrainedModel, tokens_BL: Tensor, num_threads: int, *, steps: int) -> float:
+    """Seconds for `steps` forward and backward passes after one to warm up; gradients are gone afterwards."""
+    torch.set_num_threads(num_threads)
+    was_training = model.training
+    model.train()
+    start = 0.0
+    for step in range(steps + 1):
+        if step == 1:
+            start = time.perf_counter()
+        model(input_ids=tokens_BL, labels=tokens_BL).loss.backward()
+        model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return time.perf_counter() - start

@@ -1,6 +1,6 @@
 import torch
 
-from hub_moe.training.threads import choose_num_threads
+from hub_moe.training.processes import choose_num_threads
 
 
 def test_choice_is_one_or_all_threads_and_leaves_the_model_as_it_was(tiny_model):
