@@ -1,6 +1,6 @@
 """Experts on a GPU: ours against transformers' grouped_mm, liger-kernel, and the dense product of the same operations.
 
-    python evals/speed/experts_gpu.py [--rounds 9] [--only qwen3_30b deepseek_v2_lite] [--plot experts_gpu.png]
+    python evals/speed/experts_gpu.py [--rounds 9] [--only qwen3_30b deepseek_v2_lite] [--out evals/results/speed]
 
 32 k tokens in bfloat16 through 128 experts, 8 a token, hidden 2048, inner 768 (Qwen3-30B-A3B), and through 64 experts,
 6 a token, hidden 2048, inner 1408 (DeepSeek-V2-Lite); forward as in training, and forward and backward.
@@ -26,6 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rounds import Spread, add_options, report, spread
+
 SHAPES = {  # experts, experts a token, hidden, inner
     "qwen3_30b": (128, 8, 2048, 768),
     "deepseek_v2_lite": (64, 6, 2048, 1408),
@@ -42,12 +44,11 @@ DEVICE = "cuda"
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    add_options(parser)
     parser.add_argument("--repeats", type=int, default=3, help="calls of a rival in a round")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--without-liger", action="store_true")
-    parser.add_argument("--plot", type=Path, help="write a chart of TFLOP/s here")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -90,13 +91,12 @@ def goals_of(name: str, rivals: list[str]) -> dict[str, float]:
     return goals
 
 
-def spread_of(prefix: str, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median, lowest and highest of ours / other by round."""
-    spread = {}
-    for other in seconds.keys() - {"ours"}:
-        each = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds[other], strict=True)]
-        spread[f"{prefix}_{other}"] = {"median": statistics.median(each), "low": min(each), "high": max(each)}
-    return spread
+def spread_of(prefix: str, seconds: dict[str, list[float]]) -> dict[str, Spread]:
+    """Ours / other by round."""
+    return {
+        f"{prefix}_{other}": spread([a / b for a, b in zip(seconds["ours"], seconds[other], strict=True)])
+        for other in sorted(seconds.keys() - {"ours"})
+    }
 
 
 def make_layer(shape: tuple[int, int, int, int]) -> Any:
@@ -291,36 +291,31 @@ def main() -> None:
     require_gpu()
     os.environ["HUB_MOE_GPU_EXPERTS"] = "triton"  # whatever speaks against it is an error then, and no fallback
     import torch
-    from rounds import report
 
     import hub_moe.experts  # noqa: F401  (registers hub_moe)
-    from hub_moe.environment import describe_versions
 
-    spread: dict[str, dict[str, float]] = {}
-    ratios, goals, figures = {}, {}, {}
+    ratios: dict[str, Spread | float] = {}
+    goals, figures = {}, {}
     for name in arguments.only:
         figures[name] = compare(name, arguments)
         print(json.dumps({name: figures[name]["tflops"]}), file=sys.stderr, flush=True)
         for which in PASSES:
-            spread |= spread_of(f"{name}_{which}", figures[name]["seconds"][which])
+            ratios |= spread_of(f"{name}_{which}", figures[name]["seconds"][which])
         needed_bytes = 2 * count_needed(arguments.tokens, SHAPES[name])
         ratios[f"{name}_saved"] = figures[name]["saved_bytes"]["ours"] / needed_bytes
         goals |= goals_of(name, list(figures[name]["saved_bytes"]))
-    ratios |= {ratio: values["median"] for ratio, values in sorted(spread.items())}
-    if arguments.plot:
-        plot(figures, arguments.plot)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        plot(figures, arguments.out / "experts_gpu_tflops.png")
     report(
         "experts_gpu",
         ratios,
         goals,
-        spread=spread,
+        arguments,
+        headline=[ratio for ratio in goals if ratio.endswith(("_forward_grouped_mm", "_both_grouped_mm"))],
         figures=figures,
-        environment={
-            "gpu": torch.cuda.get_device_name(),
-            "versions": describe_versions(),
-            "liger_autotunes": os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1"),
-        },
-        options={key: str(value) for key, value in vars(arguments).items()},
+        gpu=torch.cuda.get_device_name(),
+        liger_autotunes=os.environ.get("LIGER_FUSED_MOE_AUTOTUNE", "1"),
     )
 
 

@@ -50,7 +50,7 @@ def test_goals_are_ratios_of_seconds_and_spread_is_taken_round_by_round(benchmar
     assert goals["a_both_dense"] == pytest.approx(1 / 0.6)
     assert "a_both_liger" not in benchmark.goals_of("a", ["ours", "grouped_mm"])
     spread = benchmark.spread_of("a", {"ours": [1, 2, 3], "dense": [2, 2, 2]})
-    assert spread == {"a_dense": {"median": 1, "low": 0.5, "high": 1.5}}
+    assert spread == {"a_dense": {"median": 1, "lowest": 0.5, "highest": 1.5}}
 
 
 def test_rivals_agree_with_float64_and_what_they_save_is_counted(benchmark):
