@@ -119,8 +119,8 @@ class Offloading:
         total = sum(layer.found.num_experts * layer.expert_bytes for layer in layers)
         if total <= self._budget:
             logger.warning(
-                f"All routed experts ({_readable(total)}) fit in the expert_budget of {_readable(self._budget)}, so the model is "
-                "an ordinary one."
+                f"All routed experts ({_readable(total)}) fit in the expert_budget of {_readable(self._budget)}, so "
+                "the model is an ordinary one."
             )
             return stacks
         if any(layer.shapes != layers[0].shapes for layer in layers):
