@@ -25,7 +25,7 @@ from ..errors import CheckpointError, ConfigError, MissingExtraError
 from .conversion import (
     SCALE_SUFFIX,
     copy_experts_by_name,
-    find_dequantized,
+    find_matrices,
     find_missing_expert,
     find_stacks,
 )
@@ -210,22 +210,25 @@ def _load_directly(
     checkpoint_files: list[str],
     load_config: Any,
 ) -> tuple[Any, Any]:
-    """transformers' loading with experts and FP8 tensors read by us; everything else stays mapped from its file."""
+    """transformers' loading with tensors that are read by us, except for types that we do not know.
+
+    Nothing stays mapped, unlike with transformers: a file may change while the model is in use, and where in a file a
+    weight lies should not decide how products with it are rounded, which MKL lets the place in memory do.
+    """
     offloading = _OFFLOADING.get()
     stacks = find_stacks(model, stored, load_config.weight_mapping or [], fused_too=offloading is not None)
     done = {name for stack in stacks.values() for name in stack.names()}
+    done |= {name + SCALE_SUFFIX for name, tensor in stored.items() if tensor.dtype in FP8_DTYPES}
+    matrices = find_matrices(stored, [name for name in stored if name not in done])
+    done |= matrices.keys()
     if offloading is not None:
         stacks = offloading.take(model, stacks, load_config.device_map)
-    others = [name for name in stored if name not in done]
-    dequantized = find_dequantized(stored, others)
-    done |= {name + end for name in dequantized for end in ("", SCALE_SUFFIX)}
     with ExitStack() as files:
-        state_dict: dict[str, Any] = {**stacks, **dequantized}
-        for path in checkpoint_files:
-            names = [name for name in others if name not in done and stored[name].path == path]
-            if names:
-                file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
-                state_dict.update((name, file.get_slice(name)) for name in names)
+        state_dict: dict[str, Any] = {**stacks, **matrices}
+        for path in sorted({tensor.path for name, tensor in stored.items() if name not in done}):
+            file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
+            names = (name for name in file.keys() if name not in done)  # noqa: SIM118
+            state_dict.update((name, file.get_slice(name)) for name in names)
         result: tuple[Any, Any] = load(model, state_dict, checkpoint_files, load_config)
     return result
 

@@ -179,7 +179,7 @@ class StoredParameter:
 
 
 class StoredMatrix(StoredParameter):
-    """A parameter that is one stored tensor."""
+    """A parameter or buffer that is one stored tensor."""
 
     def __init__(self, part: Part) -> None:
         self.part, self.shape, self.dtype = part, part.stored.shape, part.dtype
@@ -329,10 +329,6 @@ def _stack(by_place: dict[int, dict[int, Part]], num_places: int, shape: tuple[i
     return stack if stack.shape == shape else None
 
 
-def find_dequantized(stored: Mapping[str, StoredTensor], others: Iterable[str]) -> dict[str, StoredMatrix]:
-    """Those of the tensors `others` that are in FP8 with a scale beside them."""
-    return {
-        name: StoredMatrix(_part(name, stored))
-        for name in others
-        if stored[name].dtype in FP8_DTYPES and name + SCALE_SUFFIX in stored
-    }
+def find_matrices(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, StoredMatrix]:
+    """Those of the tensors `names` whose type we read."""
+    return {name: StoredMatrix(_part(name, stored)) for name in names if stored[name].dtype is not None}

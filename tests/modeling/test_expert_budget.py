@@ -314,7 +314,7 @@ def test_a_model_twice_as_large_as_the_memory_limit_runs(tmp_path):
     whole = HubMoeForCausalLM(HubMoeConfig(**LARGE)).eval()
     whole.save_pretrained(tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
-    assert size > 200 * 2**20
+    assert size > 190 * 2**20
     tokens = torch.arange(40)[None]
     expected = whole.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
 
