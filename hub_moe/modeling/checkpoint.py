@@ -25,6 +25,7 @@ from ..errors import CheckpointError, ConfigError, MissingExtraError
 from .conversion import (
     SCALE_SUFFIX,
     copy_experts_by_name,
+    find_fused_stacks,
     find_matrices,
     find_missing_expert,
     find_stacks,
@@ -216,7 +217,10 @@ def _load_directly(
     weight lies should not decide how products with it are rounded, which MKL lets the place in memory do.
     """
     offloading = _OFFLOADING.get()
-    stacks = find_stacks(model, stored, load_config.weight_mapping or [], fused_too=offloading is not None)
+    mapping = load_config.weight_mapping or []
+    stacks = find_stacks(model, stored, mapping)
+    if offloading is not None:
+        stacks |= find_fused_stacks(model, stored, mapping)
     done = {name for stack in stacks.values() for name in stack.names()}
     done |= {name + SCALE_SUFFIX for name, tensor in stored.items() if tensor.dtype in FP8_DTYPES}
     matrices = find_matrices(stored, [name for name in stored if name not in done])

@@ -221,51 +221,53 @@ class StoredStack(StoredParameter):
 
 
 def find_stacks(
-    model: Any, stored: Mapping[str, StoredTensor], mapping: Iterable[WeightTransform], *, fused_too: bool = False
+    model: Any, stored: Mapping[str, StoredTensor], mapping: Iterable[WeightTransform]
 ) -> dict[str, StoredStack]:
     """The parameters of `model` that stack experts which have tensors of their own in a checkpoint, by name.
 
     What the conversions `mapping` do otherwise than stacking, and what does not fit the model or is of another type
     than floats, is left out, for transformers to convert or to report.
-
-    Args:
-        fused_too: Also those that the checkpoint stores whole.
     """
-    shapes = model.state_dict()
-    transforms = list(mapping)
-    rename = _Renaming(transforms, model.base_model_prefix, shapes)
+    rename = _Renaming(model, mapping)
     columns: dict[tuple[str, str], dict[int, Part]] = defaultdict(dict)
-    fused: list[str] = []
     for name in stored:
-        if ".experts." not in name or name.endswith(SCALE_SUFFIX):
-            continue
-        if match := _OF_AN_EXPERT.match(name):
+        match = None if name.endswith(SCALE_SUFFIX) else _OF_AN_EXPERT.match(name)
+        if match is not None:
             columns[match[1], match[3]][int(match[2])] = _part(name, stored)
-        else:
-            fused.append(name)
-    stacks: dict[str, dict[int, dict[int, Part]]] = defaultdict(dict)
+    by_target: dict[str, dict[int, dict[int, Part]]] = defaultdict(dict)
     for column in columns.values():
         target, place = rename.find_stack(next(iter(column.values())).stored.name)
         if target is not None:
-            stacks[target][place] = column
-    found = {}
-    for target, by_place in stacks.items():
-        if stack := _stack(by_place, rename.num_places[target], tuple(shapes[target].shape)):
-            found[target] = stack
-    for name in fused if fused_too else ():
-        target = rename.find_whole(name)
-        if target is not None and tuple(shapes[target].shape) == stored[name].shape and _is_plain(stored[name]):
-            found[target] = StoredStack([[Part(stored[name].row(row))] for row in range(stored[name].shape[0])])
-    return found
+            by_target[target][place] = column
+    stacks = {
+        target: _stack(by_place, rename.num_places[target], rename.shapes[target])
+        for target, by_place in by_target.items()
+    }
+    return {target: stack for target, stack in stacks.items() if stack is not None}
+
+
+def find_fused_stacks(
+    model: Any, stored: Mapping[str, StoredTensor], mapping: Iterable[WeightTransform]
+) -> dict[str, StoredStack]:
+    """The parameters of `model` that stack experts and that a checkpoint stores whole, in plain floats, by name."""
+    rename = _Renaming(model, mapping)
+    stacks = {}
+    for name, tensor in stored.items():
+        target = None if _OF_AN_EXPERT.match(name) or not _is_plain(tensor) else rename.find_whole(name)
+        if target is not None and ".experts." in target and rename.shapes[target] == tensor.shape:
+            stacks[target] = StoredStack([[Part(tensor.row(row))] for row in range(tensor.shape[0])])
+    return stacks
 
 
 class _Renaming:
     """Names in the checkpoint to names in the model, as transformers' loading finds them."""
 
-    def __init__(self, transforms: list[WeightTransform], prefix: str, shapes: dict[str, Tensor]) -> None:
+    def __init__(self, model: Any, mapping: Iterable[WeightTransform]) -> None:
+        transforms = list(mapping)
         self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
         self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
-        self._prefix, self._shapes = prefix, shapes
+        self._prefix, self._tensors = model.base_model_prefix, model.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self._places = {
             pattern: (place, len(converter.source_patterns))
             for converter in self._converters
@@ -277,7 +279,7 @@ class _Renaming:
     def find_stack(self, name: str) -> tuple[str | None, int]:
         """The parameter that stacks experts of this name, and which part of it they are; None if it does not."""
         target, pattern = self._rename(name)
-        if target not in self._shapes or pattern not in self._places:
+        if target not in self.shapes or pattern not in self._places:
             return None, 0
         place, self.num_places[target] = self._places[pattern]
         return target, place
@@ -285,11 +287,11 @@ class _Renaming:
     def find_whole(self, name: str) -> str | None:
         """The parameter that is this tensor, unconverted."""
         target, pattern = self._rename(name)
-        return target if pattern is None and target in self._shapes else None
+        return target if pattern is None and target in self.shapes else None
 
     def _rename(self, name: str) -> tuple[str, Any]:
         renamed: tuple[str, Any] = rename_source_key(
-            name, self._renamings, self._converters, self._prefix, self._shapes
+            name, self._renamings, self._converters, self._prefix, self._tensors
         )
         return renamed
 
