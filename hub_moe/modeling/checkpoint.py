@@ -1,6 +1,5 @@
 """Loading and saving of HubMoe checkpoints: checked before they are read, whole once they have a name."""
 
-import json
 import os
 import re
 import shutil
@@ -358,25 +357,6 @@ def _refuse_pickle(name_or_path: Any, subfolder: str) -> None:
                 f"{folder / pickle} is a pickle, which can run code when it is read; pass use_safetensors=False to "
                 "load it all the same."
             )
-
-
-def find_weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint folder, by its index where it has one.
-
-    Raises:
-        CheckpointError: If there are none, or the index names a file that is not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index: a JSON object with 'weight_map' was expected.") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
-    return [str(folder / name) for name in names]
 
 
 @contextmanager

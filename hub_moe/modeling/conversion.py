@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 )
 
 from ..errors import CheckpointError
-from .safetensors_files import FP8_DTYPES, StoredTensor, empty_in_large_pages
+from .safetensors_files import FP8_DTYPES, StoredTensor
 
 SCALE_SUFFIX = "_scale_inv"
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
@@ -165,11 +165,7 @@ class StoredParameter:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """The values, in newly allocated memory."""
-        device, dtype = torch.device(device or "cpu"), dtype or self.dtype
-        is_here = device.type == "cpu"
-        target = (
-            empty_in_large_pages(self.shape, dtype) if is_here else torch.empty(self.shape, dtype=dtype, device=device)
-        )
+        target = torch.empty(self.shape, dtype=dtype or self.dtype, device=device or "cpu")
         self.fill(target)
         return target
 

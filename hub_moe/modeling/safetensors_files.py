@@ -6,12 +6,12 @@ The format: 8 bytes header length, a JSON header of name -> dtype, shape, offset
 
 import json
 import math
-import mmap
 import os
 import struct
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ _DTYPES = {
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_LARGE_BYTES = 4 * 2**20
 
 
 class WeightFile:
@@ -146,17 +145,23 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def empty_in_large_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory on the CPU; where the system has large pages on request, it is asked for them.
+def find_weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint folder, by its index where it has one.
 
-    Filling fresh memory costs one page fault per page, with 4 KiB pages about as long as copying what goes into it.
+    Raises:
+        CheckpointError: If there are none, or the index names a file that is not there.
     """
-    size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index: a JSON object with 'weight_map' was expected.") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
+    return [str(folder / name) for name in names]
 
 
 def read_headers(paths: Iterable[str]) -> dict[str, StoredTensor]:
