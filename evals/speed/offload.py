@@ -1,13 +1,14 @@
 """Decoding a model in half its memory: HubMoe with an `expert_budget` against accelerate's disk offload.
 
-    python evals/speed/offload.py [--rounds 9] [--tokens 32] [--prompt 64] [--experts 64]
+    python evals/speed/offload.py [--rounds 9] [--tokens 32] [--prompt 64] [--experts 64] [--warm]
 
 A random float32 model of 1.2 GB; both get half of its size. Ours spends on experts what the rest leaves of it; the
 peer is the stock class with a `device_map` that keeps as many layers as fit and puts the others on the disk, which
-accelerate reads anew for every token. Each run is a fresh process with a warm page cache, so both read at the speed of
-memory; a disk makes what is read dearer for both. Figures are seconds per token of greedy decoding, and the tokens of
-both must be the same. The limit is the time to copy the experts that ours had to read, in the same process. A random
-router chooses evenly, which no cache can foresee: trained ones repeat themselves, and then less is read.
+accelerate maps anew for every token. Each run is a fresh process, and before each token the files leave the page cache,
+as where there is no memory for them; with `--warm` they stay, and then the rest of the model is most of the time.
+Figures are seconds per token; the tokens are given, each another one, since a random model left to itself repeats one
+token and its experts. Both must find the same next ones. The limit is the time to copy the experts that ours had to
+read, in the same process. A random router chooses evenly, which no cache can foresee: trained ones repeat themselves.
 """
 
 import argparse
@@ -74,7 +75,14 @@ def load_peer(folder: Path, size: int, scratch: str) -> Any:
     return DeepseekV3ForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=scratch)
 
 
-def decode_once(which: str, folder: Path, num_prompt: int, num_tokens: int) -> dict[str, Any]:
+def forget_files(*folders: Path) -> None:
+    """Take what is not mapped out of the page cache, as on a machine whose memory the model fills."""
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def decode_once(which: str, folder: Path, num_prompt: int, num_tokens: int, *, is_cold: bool) -> dict[str, Any]:
     """Seconds per token behind the prompt, and the tokens."""
     import torch
     import transformers
@@ -88,13 +96,17 @@ def decode_once(which: str, folder: Path, num_prompt: int, num_tokens: int) -> d
         model = load_ours(folder, size) if which == "ours" else load_peer(folder, size, scratch)
         tokens = (torch.arange(num_prompt) * 7919 % SHAPE["vocab_size"])[None]
         output = model(tokens, use_cache=True)
-        chosen = []
+        chosen: list[int] = []
+        seconds = 0.0
         before = count_reads(model)
-        start = time.perf_counter()
-        for _ in range(num_tokens):
+        for index in range(num_tokens):
+            given = torch.tensor([[(num_prompt + index) * 7919 % SHAPE["vocab_size"]]])
+            if is_cold:
+                forget_files(folder, Path(scratch))
+            start = time.perf_counter()
+            output = model(given, past_key_values=output.past_key_values, use_cache=True)
+            seconds += (time.perf_counter() - start) / num_tokens
             chosen.append(int(output.logits[0, -1].argmax()))
-            output = model(torch.tensor([[chosen[-1]]]), past_key_values=output.past_key_values, use_cache=True)
-        seconds = (time.perf_counter() - start) / num_tokens
         uses, reads = ((b - a) / num_tokens for a, b in zip(before, count_reads(model), strict=True))
         figures = {"time_s": seconds, "tokens": chosen, "experts_used": uses, "experts_read": reads}
         return figures | {"limit_s": _copy_seconds(reads * EXPERT_BYTES)}
@@ -118,22 +130,25 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
     parser.add_argument("--decode", nargs=2, metavar=("WHICH", "DIR"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.decode:
         which, folder = arguments.decode
-        print(json.dumps(decode_once(which, Path(folder), arguments.prompt, arguments.tokens)))
+        lengths = (arguments.prompt, arguments.tokens)
+        print(json.dumps(decode_once(which, Path(folder), *lengths, is_cold=not arguments.warm)))
         return
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder), arguments.experts)
-        lengths = ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
+        options = ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
+        options += ["--warm"] if arguments.warm else []
         programs = {
-            which: [os.path.abspath(__file__), "--decode", which, folder, *lengths] for which in ("ours", "peer")
+            which: [os.path.abspath(__file__), "--decode", which, folder, *options] for which in ("ours", "peer")
         }
         figures: Any = measure_in_turns(programs, rounds=arguments.rounds)
     answers = {tuple(figure.pop("tokens")) for runs in figures.values() for figure in runs}
     if len(answers) > 1:
-        raise SystemExit("offload: ours and the peer chose different tokens")
+        raise SystemExit("offload: ours and the peer found different tokens")
     ours = figures["ours"]
     ratios = {
         "time_s": median_ratio(ours, figures["peer"], "time_s"),
