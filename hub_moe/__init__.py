@@ -20,11 +20,13 @@ _LAZY_NAMES = {
     "HubMoeForTokenClassification": "hub_moe.modeling",
     "HubMoeModel": "hub_moe.modeling",
     "apply_patch": "hub_moe.patches",
+    "load": "hub_moe.loading",
     "remove_patch": "hub_moe.patches",
     "swap_patch": "hub_moe.patches",
 }
 
 if TYPE_CHECKING:
+    from hub_moe.loading import load
     from hub_moe.modeling import (
         DeepseekConfig,
         DeepseekForCausalLM,
@@ -48,6 +50,7 @@ __all__ = [
     "HubMoeForTokenClassification",
     "HubMoeModel",
     "apply_patch",
+    "load",
     "remove_patch",
     "swap_patch",
 ]

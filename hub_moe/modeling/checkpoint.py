@@ -1,6 +1,5 @@
 """Loading and saving of HubMoe checkpoints: checked before they are read, whole once they have a name."""
 
-import json
 import os
 import re
 import shutil
@@ -8,9 +7,11 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -19,13 +20,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.utils import logging
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError, MissingExtraError
 from .conversion import (
     SCALE_SUFFIX,
     copy_experts_by_name,
-    defer_tensors,
+    find_fused_stacks,
+    find_matrices,
     find_missing_expert,
-    read_experts_directly,
+    find_stacks,
 )
 from .remote_code import write_remote_code
 from .safetensors_files import FP8_DTYPES, StoredTensor, read_headers
@@ -38,29 +40,49 @@ _UNFINISHED = ".unfinished-"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-class CheckpointMixin:
-    """`from_pretrained` and `save_pretrained` of our model classes.
+# what `from_pretrained` has to tell the hook that transformers calls from inside of it
+_OFFLOADING: ContextVar[Any] = ContextVar("offloading", default=None)
 
-    Loading reads every expert once into its place, dequantises block-scaled FP8, refuses pickles unless
-    `use_safetensors=False` asks for them, and checks names and shapes of experts first. Saving writes to a temporary
-    name and renames last.
-    """
 
-    config: Any
+class DirectLoadingMixin:
+    """`from_pretrained` that reads each expert once, straight into its place, or leaves it in its file."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        expert_budget: int | str | None = None,
+        expert_profile: Any = None,
+        **kwargs: Any,
+    ) -> Self:
         """See `transformers.PreTrainedModel.from_pretrained`.
 
+        Args:
+            expert_budget: Memory for routed experts, such as "6GiB" or a number of bytes. If they take more, they stay
+                in the safetensors files, and those in use are kept in that much memory; such a model computes the same
+                and is for inference only. If all fit, the model is an ordinary one.
+            expert_profile: An `ExpertProfile` or the path of one: its most used experts always stay in memory.
+                Without one those used last stay.
+
         Raises:
-            CheckpointError: If the checkpoint is truncated, holds only pickles, or its experts do not match its config.
+            CheckpointError: If the checkpoint is truncated.
+            ConfigError: If the budget is no size or too small for one token, or the profile is not of this model.
         """
-        reads_files = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
-        if reads_files and kwargs.get("use_safetensors") is None:
-            _refuse_pickle(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
-            kwargs["use_safetensors"] = True
-        model: Self = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)  # type: ignore[misc]
-        return model
+        load: Callable[..., Any] = super().from_pretrained  # type: ignore[misc]
+        if expert_budget is None:
+            if expert_profile is not None:
+                raise ConfigError("expert_profile says what an expert_budget is spent on; give an expert_budget too.")
+            model: Self = load(pretrained_model_name_or_path, *args, **kwargs)
+            return model
+        offloading = _import_offloading().Offloading(expert_budget, expert_profile)
+        before = _OFFLOADING.set(offloading)
+        try:
+            loaded: Any = load(pretrained_model_name_or_path, *args, **kwargs)
+        finally:
+            _OFFLOADING.reset(before)
+        offloading.install(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return cast(Self, loaded)
 
     @staticmethod
     def _load_pretrained_model(
@@ -71,21 +93,55 @@ class CheckpointMixin:
         **kwargs: Any,
     ) -> tuple[Any, Any]:
         load: Callable[..., tuple[Any, Any]] = PreTrainedModel._load_pretrained_model
-        is_safetensors = bool(checkpoint_files) and all(
-            file.endswith(".safetensors") for file in checkpoint_files or ()
-        )
-        if state_dict is not None or not is_safetensors:
-            return load(model, state_dict, checkpoint_files, load_config, **kwargs)
-        stored = read_headers(checkpoint_files or ())
-        _settle_mtp_layers(model, stored)
-        check_experts(model, stored, check_shapes=not load_config.ignore_mismatched_sizes)
-        is_shared_out = load_config.device_mesh is not None or is_deepspeed_zero3_enabled()
-        if not is_shared_out and _dequantizes_fp8(load_config.hf_quantizer):
+        files = checkpoint_files or []
+        is_safetensors = bool(files) and all(file.endswith(".safetensors") for file in files)
+        obstacle = "weights that are not in safetensors files"
+        if state_dict is None and is_safetensors:
+            stored = read_headers(files)
+            load_config = model._prepare_loading(stored, load_config)
+            obstacle = _find_obstacle(load_config)
+            if not obstacle:
+                return _load_directly(load, model, stored, files, load_config)
+        if _OFFLOADING.get() is not None:
+            raise ConfigError(f"expert_budget does not go together with {obstacle}.")
+        return load(model, state_dict, checkpoint_files, load_config, **kwargs)
+
+    def _prepare_loading(self, stored: dict[str, StoredTensor], load_config: Any) -> Any:
+        """What a class checks before tensors are read; returns the settings to load with."""
+        return load_config
+
+
+class CheckpointMixin(DirectLoadingMixin):
+    """`from_pretrained` and `save_pretrained` of our model classes.
+
+    Loading dequantises block-scaled FP8, refuses pickles unless `use_safetensors=False` asks for them, and checks names
+    and shapes of experts first. Saving writes to a temporary name and renames last.
+    """
+
+    config: Any
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """See `DirectLoadingMixin.from_pretrained`.
+
+        Raises:
+            CheckpointError: If the checkpoint is truncated, holds only pickles, or its experts do not match its config.
+        """
+        reads_files = kwargs.get("state_dict") is None and not kwargs.get("gguf_file")
+        if reads_files and kwargs.get("use_safetensors") is None:
+            _refuse_pickle(pretrained_model_name_or_path, kwargs.get("subfolder", ""))
+            kwargs["use_safetensors"] = True
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def _prepare_loading(self, stored: dict[str, StoredTensor], load_config: Any) -> Any:
+        _settle_mtp_layers(self, stored)
+        check_experts(self, stored, check_shapes=not load_config.ignore_mismatched_sizes)
+        if _dequantizes_fp8(load_config.hf_quantizer):
             # transformers' own dequantisation refuses matrices that 128 does not divide, which DeepSeek-V3 has
-            load_config = replace(load_config, hf_quantizer=None, weight_mapping=get_model_conversion_mapping(model))
-        if is_shared_out or load_config.hf_quantizer is not None:
-            return load(model, state_dict, checkpoint_files, load_config, **kwargs)
-        return _load_directly(load, model, stored, checkpoint_files or [], load_config)
+            mapping = get_model_conversion_mapping(self)
+            plain = replace(load_config, hf_quantizer=None, weight_mapping=mapping)
+            return load_config if _find_obstacle(plain) else plain
+        return load_config
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """See `torch.nn.Module.load_state_dict`; takes experts by their names on disk as well as fused."""
@@ -128,6 +184,25 @@ def _dequantizes_fp8(quantizer: Any) -> bool:
     return isinstance(quantizer, FineGrainedFP8HfQuantizer) and bool(quantizer.quantization_config.dequantize)
 
 
+def _find_obstacle(load_config: Any) -> str:
+    """What in the settings leaves the reading to transformers; empty if nothing does."""
+    if load_config.device_mesh is not None or is_deepspeed_zero3_enabled():
+        return "sharing a model out over processes"
+    if load_config.hf_quantizer is not None:
+        return "quantised weights"
+    if "disk" in (load_config.device_map or {}).values():
+        return "a device_map that puts modules on the disk"
+    return ""
+
+
+def _import_offloading() -> Any:
+    """Not a part of what travels with a checkpoint."""
+    try:
+        return import_module("hub_moe.experts.offload")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("expert_budget needs hub_moe itself: pip install hub_moe") from error
+
+
 def _load_directly(
     load: Callable[..., Any],
     model: Any,
@@ -135,20 +210,29 @@ def _load_directly(
     checkpoint_files: list[str],
     load_config: Any,
 ) -> tuple[Any, Any]:
-    """transformers' loading with experts and FP8 tensors read by us; everything else stays mapped from its file."""
-    deferred = defer_tensors(stored)
-    scales = {name + SCALE_SUFFIX for name in deferred}
-    replacements = read_experts_directly(load_config.weight_mapping or [])
+    """transformers' loading with tensors that are read by us, except for types that we do not know.
+
+    Nothing stays mapped, unlike with transformers: a file may change while the model is in use, and where in a file a
+    weight lies should not decide how products with it are rounded, which MKL lets the place in memory do.
+    """
+    offloading = _OFFLOADING.get()
+    mapping = load_config.weight_mapping or []
+    stacks = find_stacks(model, stored, mapping)
+    if offloading is not None:
+        stacks |= find_fused_stacks(model, stored, mapping)
+    done = {name for stack in stacks.values() for name in stack.names()}
+    done |= {name + SCALE_SUFFIX for name, tensor in stored.items() if tensor.dtype in FP8_DTYPES}
+    matrices = find_matrices(stored, [name for name in stored if name not in done])
+    done |= matrices.keys()
+    if offloading is not None:
+        stacks = offloading.take(model, stacks, load_config.device_map)
     with ExitStack() as files:
-        state_dict: dict[str, Any] = dict(deferred)
-        for path in checkpoint_files:
+        state_dict: dict[str, Any] = {**stacks, **matrices}
+        for path in sorted({tensor.path for name, tensor in stored.items() if name not in done}):
             file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
-            others = (name for name in file.keys() if name not in deferred and name not in scales)  # noqa: SIM118
-            state_dict.update((name, file.get_slice(name)) for name in others)
-        load_config = replace(load_config, weight_mapping=list(replacements.values()))
+            names = (name for name in file.keys() if name not in done)  # noqa: SIM118
+            state_dict.update((name, file.get_slice(name)) for name in names)
         result: tuple[Any, Any] = load(model, state_dict, checkpoint_files, load_config)
-    originals = {new: old for old, new in replacements.items()}
-    model._weight_conversions = [originals.get(used, used) for used in model._weight_conversions]
     return result
 
 
@@ -273,25 +357,6 @@ def _refuse_pickle(name_or_path: Any, subfolder: str) -> None:
                 f"{folder / pickle} is a pickle, which can run code when it is read; pass use_safetensors=False to "
                 "load it all the same."
             )
-
-
-def find_weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint folder, by its index where it has one.
-
-    Raises:
-        CheckpointError: If there are none, or the index names a file that is not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index: a JSON object with 'weight_map' was expected.") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
-    return [str(folder / name) for name in names]
 
 
 @contextmanager

@@ -7,8 +7,9 @@ Shape letters: E routed experts, F expert inner, D hidden.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,14 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightTransform
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError
@@ -26,6 +34,7 @@ from .safetensors_files import FP8_DTYPES, StoredTensor
 
 SCALE_SUFFIX = "_scale_inv"
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
+_OF_AN_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.+)$")
 
 
 def register_model_classes(config_class: type[Any], classes: dict[str, type[Any]]) -> None:
@@ -149,100 +158,199 @@ def _block_side(size: int, num_blocks: int) -> int:
     return block
 
 
-@dataclass
-class DeferredTensor:
-    """A stored tensor that transformers passes around as if it were loaded; bytes move only in `fill` or `read`.
-
-    `scale` is the stored block scale of an FP8 tensor.
-    """
+@dataclass(frozen=True)
+class Part:
+    """A stored tensor, with the stored scale of its blocks if it is in FP8."""
 
     stored: StoredTensor
     scale: StoredTensor | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype | None = None
-
-    def __getitem__(self, index: Any) -> "DeferredTensor":
-        return self
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "DeferredTensor":
-        """Remember where the values shall go."""
-        target = torch.device("cpu") if device is None else torch.device(device)
-        return DeferredTensor(self.stored, self.scale, target, dtype)
 
     @property
-    def target_dtype(self) -> torch.dtype:
-        """What was asked for, or the stored dtype; bfloat16 for FP8."""
-        stored = torch.bfloat16 if self.stored.dtype in FP8_DTYPES else self.stored.dtype
-        assert stored is not None
-        return self.dtype or stored
+    def dtype(self) -> torch.dtype:
+        """That in which it is loaded if none is asked for: the stored one, bfloat16 for FP8."""
+        return torch.bfloat16 if self.scale is not None or self.stored.dtype is None else self.stored.dtype
 
     def fill(self, target: Tensor) -> None:
-        """Write the values into `target`."""
+        """Write the values into `target`, which has this tensor's shape."""
         if self.scale is None:
             self.stored.read_into(target)
         else:
             target.copy_(dequantize_blocks(self.stored.read(), self.scale.read(), target.dtype))
 
 
-class DequantizedTensor(DeferredTensor):
-    """An FP8 tensor that becomes a parameter by itself: loaded as soon as its place is known."""
+class StoredParameter:
+    """A parameter in its files, which transformers passes around as if it were loaded; `to` reads it."""
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
-        """The dequantised values."""
-        deferred = super().to(device, dtype)
-        loaded = torch.empty(self.stored.shape, dtype=deferred.target_dtype, device=deferred.device)
-        deferred.fill(loaded)
-        return loaded
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
+    def __getitem__(self, index: Any) -> "StoredParameter":
+        return self
 
-class FuseExperts(ConversionOps):
-    """Reads each expert's tensors once, straight into the layer's fused parameter of shape (E, sum of rows, D)."""
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The values, in newly allocated memory."""
+        target = torch.empty(self.shape, dtype=dtype or self.dtype, device=device or "cpu")
+        self.fill(target)
+        return target
 
-    def convert(
-        self,
-        input_dict: dict[str, list[DeferredTensor]],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        """One fused tensor from the lists of per-expert tensors, in the order of `source_patterns`."""
-        columns = [input_dict[pattern] for pattern in source_patterns]
-        first = columns[0][0]
-        rows = [column[0].stored.shape[0] for column in columns]
-        fused = torch.empty(
-            (len(columns[0]), sum(rows), first.stored.shape[1]),
-            dtype=first.target_dtype,
-            device=first.device,
-        )
-        for expert, experts_tensors in enumerate(zip(*columns, strict=True)):
-            for part, tensor in zip(fused[expert].split(rows), experts_tensors, strict=True):
-                tensor.fill(part)
-        return {target_patterns[0]: fused}
+    def fill(self, target: Tensor) -> None:
+        """Write the values into `target`, which has this parameter's shape."""
+        raise NotImplementedError
 
 
-def read_experts_directly(
-    mapping: Iterable[WeightTransform],
-) -> dict[WeightTransform, WeightTransform]:
-    """For each transform of `mapping` the one to load with: converters of experts become `FuseExperts`."""
-    return {
-        transform: WeightConverter(
-            list(transform._original_source_patterns),
-            list(transform._original_target_patterns),
-            [FuseExperts()],
-        )
-        if isinstance(transform, WeightConverter) and ".experts." in transform.source_patterns[0]
-        else transform
-        for transform in mapping
+class StoredMatrix(StoredParameter):
+    """A parameter or buffer that is one stored tensor."""
+
+    def __init__(self, part: Part) -> None:
+        self.part, self.shape, self.dtype = part, part.stored.shape, part.dtype
+
+    def fill(self, target: Tensor) -> None:
+        self.part.fill(target)
+
+
+class StoredStack(StoredParameter):
+    """A layer's experts: each a list of parts, one below the other, as in `cat(gate, up)` of shape (2F, D)."""
+
+    def __init__(self, experts: Sequence[Sequence[Part]]) -> None:
+        self.experts = experts
+        self.dtype = experts[0][0].dtype
+        self._rows = [part.stored.shape[0] for part in experts[0]]
+        self.shape = (len(experts), sum(self._rows), *experts[0][0].stored.shape[1:])
+
+    def fill(self, target: Tensor) -> None:
+        for expert, place in enumerate(target.unbind()):
+            self.fill_expert(expert, place)
+
+    def fill_expert(self, expert: int, target: Tensor) -> None:
+        """Write one expert's values into `target`, which has the shape of one."""
+        for part, place in zip(self.experts[expert], target.split(self._rows), strict=True):
+            part.fill(place)
+
+    def check_unchanged(self, expert: int) -> None:
+        """Raise CheckpointError if a file that the expert lies in was changed since it was opened."""
+        for part in self.experts[expert]:
+            part.stored.file.check_unchanged()
+
+    def names(self) -> Iterator[str]:
+        """Of all stored tensors that it is made of."""
+        for parts in self.experts:
+            for part in parts:
+                yield part.stored.name
+                if part.scale is not None:
+                    yield part.scale.name
+
+
+def find_stacks(
+    model: Any, stored: Mapping[str, StoredTensor], mapping: Iterable[WeightTransform]
+) -> dict[str, StoredStack]:
+    """The parameters of `model` that stack experts which have tensors of their own in a checkpoint, by name.
+
+    What the conversions `mapping` do otherwise than stacking, and what does not fit the model or is of another type
+    than floats, is left out, for transformers to convert or to report.
+    """
+    rename = _Renaming(model, mapping)
+    columns: dict[tuple[str, str], dict[int, Part]] = defaultdict(dict)
+    for name in stored:
+        match = None if name.endswith(SCALE_SUFFIX) else _OF_AN_EXPERT.match(name)
+        if match is not None:
+            columns[match[1], match[3]][int(match[2])] = _part(name, stored)
+    by_target: dict[str, dict[int, dict[int, Part]]] = defaultdict(dict)
+    for column in columns.values():
+        target, place = rename.find_stack(next(iter(column.values())).stored.name)
+        if target is not None:
+            by_target[target][place] = column
+    stacks = {
+        target: _stack(by_place, rename.num_places[target], rename.shapes[target])
+        for target, by_place in by_target.items()
     }
+    return {target: stack for target, stack in stacks.items() if stack is not None}
 
 
-def defer_tensors(stored: dict[str, StoredTensor]) -> dict[str, DeferredTensor]:
-    """The stored tensors that we read ourselves: all experts, and everything in FP8 with its scale."""
-    deferred: dict[str, DeferredTensor] = {}
+def find_fused_stacks(
+    model: Any, stored: Mapping[str, StoredTensor], mapping: Iterable[WeightTransform]
+) -> dict[str, StoredStack]:
+    """The parameters of `model` that stack experts and that a checkpoint stores whole, in plain floats, by name."""
+    rename = _Renaming(model, mapping)
+    stacks = {}
     for name, tensor in stored.items():
-        scale = stored.get(name + SCALE_SUFFIX)
-        if ".experts." in name and name.endswith("_proj.weight"):
-            deferred[name] = DeferredTensor(tensor, scale if tensor.dtype in FP8_DTYPES else None)
-        elif tensor.dtype in FP8_DTYPES and scale is not None:
-            deferred[name] = DequantizedTensor(tensor, scale)
-    return deferred
+        target = None if _OF_AN_EXPERT.match(name) or not _is_plain(tensor) else rename.find_whole(name)
+        if target is not None and ".experts." in target and rename.shapes[target] == tensor.shape:
+            stacks[target] = StoredStack([[Part(tensor.row(row))] for row in range(tensor.shape[0])])
+    return stacks
+
+
+class _Renaming:
+    """Names in the checkpoint to names in the model, as transformers' loading finds them."""
+
+    def __init__(self, model: Any, mapping: Iterable[WeightTransform]) -> None:
+        transforms = list(mapping)
+        self._renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in transforms if isinstance(one, WeightConverter)]
+        self._prefix, self._tensors = model.base_model_prefix, model.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self._places = {
+            pattern: (place, len(converter.source_patterns))
+            for converter in self._converters
+            if _only_stacks(converter)
+            for place, pattern in enumerate(converter.source_patterns)
+        }
+        self.num_places: dict[str, int] = {}
+
+    def find_stack(self, name: str) -> tuple[str | None, int]:
+        """The parameter that stacks experts of this name, and which part of it they are; None if it does not."""
+        target, pattern = self._rename(name)
+        if target not in self.shapes or pattern not in self._places:
+            return None, 0
+        place, self.num_places[target] = self._places[pattern]
+        return target, place
+
+    def find_whole(self, name: str) -> str | None:
+        """The parameter that is this tensor, unconverted."""
+        target, pattern = self._rename(name)
+        return target if pattern is None and target in self.shapes else None
+
+    def _rename(self, name: str) -> tuple[str, Any]:
+        renamed: tuple[str, Any] = rename_source_key(
+            name, self._renamings, self._converters, self._prefix, self._tensors
+        )
+        return renamed
+
+
+def _only_stacks(converter: WeightConverter) -> bool:
+    """Whether all it does is to stack experts, their parts one below the other."""
+    kinds = [type(operation) for operation in converter.operations]
+    dims = [getattr(operation, "dim", None) for operation in converter.operations]
+    return (kinds, dims) in (
+        ([MergeModulelist], [0]),
+        ([MergeModulelist, Concatenate], [0, 1]),
+    ) and len(converter.target_patterns) == 1
+
+
+def _part(name: str, stored: Mapping[str, StoredTensor]) -> Part:
+    tensor = stored[name]
+    return Part(tensor, stored.get(name + SCALE_SUFFIX) if tensor.dtype in FP8_DTYPES else None)
+
+
+def _is_plain(tensor: StoredTensor) -> bool:
+    return tensor.dtype is not None and tensor.dtype.is_floating_point and tensor.dtype not in FP8_DTYPES
+
+
+def _stack(by_place: dict[int, dict[int, Part]], num_places: int, shape: tuple[int, ...]) -> StoredStack | None:
+    """The stack of `shape`, if the parts are all there and make it up."""
+    columns = [by_place.get(place, {}) for place in range(num_places)]
+    if any(set(column) != set(range(shape[0])) for column in columns):
+        return None
+    for column in columns:
+        first = column[0].stored
+        for part in column.values():
+            if part.stored.shape != first.shape or len(first.shape) < 2:
+                return None
+            if part.scale is None and not _is_plain(part.stored):
+                return None
+    stack = StoredStack([[column[expert] for column in columns] for expert in range(shape[0])])
+    return stack if stack.shape == shape else None
+
+
+def find_matrices(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, StoredMatrix]:
+    """Those of the tensors `names` whose type we read."""
+    return {name: StoredMatrix(_part(name, stored)) for name in names if stored[name].dtype is not None}

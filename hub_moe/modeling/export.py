@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from transformers import DeepseekV2Config, DeepseekV3Config
 
 from ..errors import CheckpointError, ConfigError
-from .checkpoint import check_experts, find_weight_files, move_checkpoint, unfinished_folder
+from .checkpoint import check_experts, move_checkpoint, unfinished_folder
 from .configuration_hub_moe import HubMoeConfig
 from .modeling_hub_moe import HubMoeForCausalLM
-from .safetensors_files import StoredTensor, bytes_of, read_headers
+from .safetensors_files import StoredTensor, bytes_of, find_weight_files, read_headers
 
 # What each native class can express: field -> the value it must have.
 _REQUIRED: dict[str, dict[str, Any]] = {
