@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 _MET, _MISSED, _NO_GOAL = "#2a7f3f", "#c0392b", "#4a6fa5"
 
@@ -25,10 +26,11 @@ def draw(result: Mapping[str, Any]) -> Figure:
             axes.plot(goal, row, "|", color="black", markersize=14, markeredgewidth=2)
     axes.axvline(1, color="grey", linewidth=1, linestyle=":")
     axes.set_yticks(range(len(ratios)), list(ratios), fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(ratios) - 0.3, -0.7)
     if all(each["lowest"] > 0 for each in ratios.values()):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=8)
     axes.set_xlabel("ours / other: less is better; | is the goal")

@@ -1,4 +1,4 @@
-"""The tables of `evals/results/speed/README.md` and of the README, from the JSON of the benchmarks.
+"""The tables of `evals/results/speed/README.md` and of the README, and the pictures, from the JSON of the benchmarks.
 
     python evals/speed/table.py
 
@@ -48,7 +48,11 @@ def replace_table(text: str, table: str) -> str:
 
 
 def main() -> None:
+    from picture import draw
+
     results = read_results()
+    for result in results:
+        draw(result).savefig((RESULTS / result["file"]).with_suffix(".png"), dpi=120)
     for path, headline_only in ((RESULTS / "README.md", False), (ROOT / "README.md", True)):
         text = replace_table(path.read_text("utf-8"), render_table(results, headline_only=headline_only))
         path.write_text(text, "utf-8")
