@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .anatomy.profile import ExpertProfile
-from .errors import ConfigError, UnsupportedModelError
+from .errors import CheckpointError, ConfigError, UnsupportedModelError
 from .modeling.checkpoint import DirectLoadingMixin
 
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -34,11 +34,13 @@ def load(
         expert_profile: Which experts always stay in that memory.
 
     Raises:
-        CheckpointError: If the checkpoint is truncated, or with a budget keeps its experts in a form that cannot stay.
+        CheckpointError: If there is no such folder, the checkpoint is truncated, or, with a budget, it keeps experts in
+            a form that cannot stay.
         ConfigError: If the budget is no size or too small for one token, or the profile is not of this model.
         UnsupportedModelError: If transformers and hub_moe have no class for the model, or, with a budget, it has no
             experts that hub_moe finds.
     """
+    _require_name(name)
     model_class = _find_class(str(name), kwargs)
     if not issubclass(model_class, PreTrainedModel):  # an expert patch, whose class gives all arguments to its base's
         if expert_budget is not None:
@@ -54,6 +56,14 @@ def load(
     loaded = reader.from_pretrained(name, expert_budget=expert_budget, expert_profile=expert_profile, **kwargs)
     (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = model_class
     return loaded
+
+
+def _require_name(name: Any) -> None:
+    if not isinstance(name, str | Path) or not str(name):
+        raise ConfigError(f"The model is {name!r}; a folder or a repo, OWNER/NAME, was expected.")
+    is_path = isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise CheckpointError(f"There is no folder {name}.")
 
 
 def _find_class(name: str, kwargs: dict[str, Any]) -> Any:

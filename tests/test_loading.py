@@ -1,5 +1,8 @@
 """`hub_moe.load`: every family as `from_pretrained` loads it, and with its experts left in their files."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -91,3 +94,18 @@ def test_a_dense_model_loads_and_has_no_budget(tmp_path):
         hub_moe.load(tmp_path, expert_budget="1GiB")
     with pytest.raises(ConfigError, match="give an expert_budget too"):
         hub_moe.load(tmp_path, expert_profile="profile.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "There is no folder ./nowhere."),
+        ("/nowhere/at/all", "There is no folder /nowhere/at/all."),
+        (Path("nowhere"), "There is no folder nowhere."),
+        ("", "a folder or a repo, OWNER/NAME, was expected"),
+        (None, "a folder or a repo, OWNER/NAME, was expected"),
+    ],
+)
+def test_what_names_no_model_is_told_in_one_sentence(name, message):
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(message)):
+        hub_moe.load(name)

@@ -5,6 +5,7 @@ up to a hundred times slower than in float32 (https://github.com/pytorch/pytorch
 on torch's build too. So it is measured, once, and written to the user's cache: rounding must not change between runs.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ _ROWS, _SIZE, _TRIES = 32, 512, 7
 
 def cache_folder() -> Path:
     """Where what was built or measured for this machine is kept: `hub_moe` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hub_moe"
+    asked = Path(os.environ.get("XDG_CACHE_HOME", ""))  # a relative one counts as none, says the specification
+    return (asked if asked.is_absolute() else Path.home() / ".cache") / "hub_moe"
 
 
 def describe_processor() -> str:
@@ -93,4 +95,5 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         scratch.write_text(json.dumps(record), encoding="utf-8")
         os.replace(scratch, path)
     except OSError:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -168,34 +169,39 @@ def find_levels() -> list[str]:
     return levels
 
 
-def _find_compiler() -> str:
-    asked = os.environ.get("CXX")
-    for name in [asked] if asked else _COMPILERS:
-        found = shutil.which(name)
-        if found is not None:
-            return found
-    raise ConfigError(
-        f"The compiled experts need a C++ compiler, and {asked or 'none of ' + ', '.join(_COMPILERS)} was found."
-    )
+def _find_compiler() -> list[str]:
+    """The words of its command."""
+    wanted = os.environ.get("CXX", "").strip()
+    try:
+        candidates = [shlex.split(wanted)] if wanted else [[name] for name in _COMPILERS]
+    except ValueError as error:
+        raise ConfigError(f"CXX is {wanted!r}, which is no command: {error}.") from error
+    for words in candidates:
+        if shutil.which(words[0]) is not None:
+            return words
+    missing = f"CXX names {candidates[0][0]}, which is no program here"
+    if not wanted:
+        missing = f"none of {', '.join(_COMPILERS)} was found"
+    raise ConfigError(f"The compiled experts need a C++ compiler, and {missing}.")
 
 
-def _build(compiler: str, level: str) -> Path:
+def _build(compiler: list[str], level: str) -> Path:
     """The library's path; it appears there whole, whichever of several processes builds it first."""
     options = [*_OPTIONS, *_LEVELS[level][1]]
-    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *options, compiler, describe_processor()])
+    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *options, *compiler, describe_processor()])
     path = cache_folder() / f"experts-{level}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if path.exists():
-        return path
     try:
+        if path.exists():
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             done = subprocess.run(
-                [compiler, *options, str(_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
+                [*compiler, *options, str(_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")
-                raise ConfigError(f"The compiled experts could not be built by {compiler}: {reason}")
+                raise ConfigError(f"The compiled experts could not be built by {shlex.join(compiler)}: {reason}")
             os.replace(built, path)
     except OSError as error:
         raise ConfigError(f"The compiled experts could not be built in {path.parent}: {error}.") from error

@@ -54,7 +54,7 @@ def parse_budget(budget: int | str) -> int:
         size = int(float(match[1]) * (1024 if unit[1:] else 1000) ** _POWERS[unit[:1]]) if match else 0
     if size <= 0:
         raise ConfigError(
-            f"expert_budget is {budget!r}; a size such as '6GiB', '512MB' or a number of bytes is needed."
+            f"expert_budget is {budget!r}; a size such as '6GiB', '512MB' or an int, the number of bytes, is needed."
         )
     return size
 
@@ -93,6 +93,8 @@ class Offloading:
 
     def __init__(self, budget: int | str, profile: ExpertProfile | str | Path | None) -> None:
         self._budget = parse_budget(budget)
+        if isinstance(profile, str | Path) and not Path(profile).is_file():
+            raise ConfigError(f"There is no expert profile {profile}.")
         self._profile = ExpertProfile.load(profile) if isinstance(profile, str | Path) else profile
         self._layers: list[_Layer] = []
         self._device = torch.device("cpu")
@@ -366,6 +368,9 @@ class OffloadedExperts(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "OffloadedExperts":
         """Nothing to move or convert: `model.to("cpu")` of a model that is there shall be no error."""
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CheckpointError(_STAY_IN_FILES.format("copy or pickle it"))
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise CheckpointError(_STAY_IN_FILES.format("save its weights"))

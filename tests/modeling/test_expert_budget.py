@@ -1,7 +1,9 @@
 """Models whose experts stay in their files: the same logits, within the memory that was given, and clear refusals."""
 
+import copy
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -330,3 +332,15 @@ def test_a_model_twice_as_large_as_the_memory_limit_runs(tmp_path):
 def test_load_takes_a_budget_too(saved, tiny_model):
     model = hub_moe.load(saved, expert_budget=6 * EXPERT)
     assert torch.equal(model(TOKENS).logits, tiny_model(TOKENS).logits)
+
+
+def test_a_model_with_a_budget_is_not_copied_and_says_so(saved):
+    model = HubMoeForCausalLM.from_pretrained(saved, expert_budget=4 * EXPERT)
+    for copies in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(CheckpointError, match="stay in their files; load it without one to copy or pickle it"):
+            copies(model)
+
+
+def test_an_expert_profile_that_is_not_there_is_told(saved):
+    with pytest.raises(ConfigError, match=r"There is no expert profile nowhere\.json\."):
+        HubMoeForCausalLM.from_pretrained(saved, expert_budget=4 * EXPERT, expert_profile="nowhere.json")
