@@ -123,7 +123,9 @@ def report(
         goal = f"goal <= {goals[key]:.3g}" if key in goals else ""
         line = f"{name}: {key} = {each['median']:.3f} ({each['lowest']:.3f} to {each['highest']:.3f}) {goal}"
         print(line, "MISSED" if key in missed else "", file=sys.stderr)
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    options = {
+        key: value for key, value in vars(arguments).items() if key != "out"
+    }  # where it lies is nobody's business
     result = {
         "benchmark": name,
         "ratios": spreads,

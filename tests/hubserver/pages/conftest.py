@@ -80,7 +80,7 @@ def stranger(visit):
     return visit()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # while it is open, no other test can start an event loop
 def browser():
     """A headless Chromium; skips where none is installed, unless everything has to be tested."""
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
