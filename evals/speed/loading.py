@@ -39,8 +39,14 @@ SHAPE = {
     "topk_group": 1,
     "num_mtp_layers": 0,
 }
+EXPERT_WIDTHS = 64 * 512  # inner widths of a layer's experts together: with any number of experts 679 M parameters
 SHARD_BYTES = 200 * 2**20
 GOALS = {"time_s": 1 / 2.2, "load_time_s": 1 / 2.2, "time_to_limit": 1.2, "peak_to_file": 1.1, "load_peak_to_file": 1.1}
+
+
+def shape_of(num_experts: int) -> dict[str, Any]:
+    """Fields of a config: so many experts in each layer, and as many numbers in all whatever their number."""
+    return {**SHAPE, "n_routed_experts": num_experts, "moe_intermediate_size": EXPERT_WIDTHS // num_experts}
 
 
 def make_checkpoint(folder: Path, num_experts: int) -> None:
@@ -49,8 +55,7 @@ def make_checkpoint(folder: Path, num_experts: int) -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
-    shape = {**SHAPE, "n_routed_experts": num_experts, "moe_intermediate_size": 32768 // num_experts}
-    model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape)).to(torch.bfloat16)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape_of(num_experts))).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from loading import SHAPE as LOADED_SHAPE
+from loading import shape_of
 from rounds import add_options, compare, report, require_quiet, take_turns, time_both
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -32,7 +32,7 @@ from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
 from hub_moe.modeling.configuration_hub_moe import translate_native_config
 from hub_moe.modeling.half_products import has_fast_products
 
-SHAPE = {**LOADED_SHAPE, "n_routed_experts": 64, "moe_intermediate_size": 512}
+SHAPE = shape_of(num_experts=64)
 # ours over the peer, and ours over the limit
 GOALS = {
     "float32_2048": 1 / 10,

@@ -19,29 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loading import SHAPE as LOADED_SHAPE
 from rounds import add_options, compare, measure_in_turns, report, require_quiet
 
-SHAPE = {
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 6,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "qk_nope_head_dim": 128,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "tie_word_embeddings": True,
-    "eos_token_id": None,
-}
+SHAPE = {**LOADED_SHAPE, "moe_intermediate_size": 256, "tie_word_embeddings": True, "eos_token_id": None}
 EXPERT_BYTES = 3 * SHAPE["hidden_size"] * SHAPE["moe_intermediate_size"] * 4
 GOALS = {"time_s": 0.1}
 

@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..anatomy.moe_layers import MoeLayer, find_moe_layers
 from ..anatomy.profile import ExpertProfile
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from .pairs import SortedPairs, sum_over_experts
 from .stacks import IMPLEMENTATION
 
 logger = logging.get_logger(__name__)
@@ -342,10 +343,9 @@ class OffloadedExperts(nn.Module):
         if self._config._experts_implementation == IMPLEMENTATION:
             wide = torch.promote_types(stack_dtype, torch.float32)
             y_SD = self._run_pairs(turns, hidden_TD.to(wide), expert_TK, torch.ones_like(weight_TK, dtype=wide))
-            output_TD = torch.zeros_like(hidden_TD, dtype=wide)
-            for place in range(top_k):  # in the order of `sum_over_experts`, so that not even rounding differs
-                output_TD.addcmul_(y_SD[place::top_k].contiguous(), weight_TK[:, place, None].to(wide))
-            return output_TD.to(hidden_TD.dtype)
+            places_S = torch.arange(num_tokens * top_k, device=hidden_TD.device)
+            unsorted = SortedPairs(places_S, places_S // top_k, (), num_tokens, top_k)
+            return sum_over_experts(y_SD, weight_TK.reshape(-1).to(wide), unsorted).to(hidden_TD.dtype)
         exact = torch.promote_types(stack_dtype, weight_TK.dtype)
         casts = self._config._experts_implementation not in _CASTS_NOTHING
         row_dtype = torch.promote_types(exact, hidden_TD.dtype) if casts else hidden_TD.dtype
