@@ -1,7 +1,6 @@
 """Training with transformers' `Trainer`: balanced experts, checkpoints that survive, and what a person sees."""
 
-from .aux_loss import AuxLossOnce
-from .balancing import BalancingCallback, update_balancing_bias
+from .balancing import AuxLossOnce, BalancingCallback, update_balancing_bias
 from .checkpoints import find_checkpoint
 from .load import LoadCounter, measure_imbalance
 from .metrics import RunMetrics

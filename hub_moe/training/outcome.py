@@ -2,21 +2,23 @@
 
 import resource
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..anatomy import ChangeTable, find_moe_layers, named_tensors
 from ..errors import DivergenceError
 from ..patches import Base, Selection, make_patch
+from ..patches.metadata import TOKENIZER_FILES
 from .non_finite import find_non_finite
-from .run_config import RunConfig
+from .run_config import ModelConfig, RunConfig
 from .run_folder import TrainingFolder, write_atomically
-from .tokenizer_files import keep_files_of_base
 
 
 def check_finite(model: nn.Module) -> None:
@@ -101,3 +103,37 @@ def peak_memory_bytes() -> int:
 def describe_changes(table: ChangeTable, adapter: dict[str, Any] | None) -> dict[str, Any]:
     """For `what_changed.json`."""
     return {**table.to_dict(), **({"adapter": adapter} if adapter is not None else {})}
+
+
+def keep_files_of_base(folder: Path, model: ModelConfig) -> None:
+    """Put the base's files in the place of those of the run's tokenizer in `folder`, unless that was changed.
+
+    transformers writes the same tokenizer into other bytes than it read, and whoever reviews a patch compares bytes.
+    The base's tokenizer was loaded by its name, so that its files are on this machine.
+    """
+    if model.name is None or model.tokenizer not in (None, model.name) or not _is_unchanged(folder, model):
+        return
+    for file in TOKENIZER_FILES:
+        original = _find(model.name, file, model.revision)
+        (folder / file).unlink(missing_ok=True)
+        if original is not None:
+            (folder / file).write_bytes(original.read_bytes())
+
+
+def _is_unchanged(folder: Path, model: ModelConfig) -> bool:
+    """Whether the base's tokenizer, loaded again, is written into the very files that lie in `folder`."""
+    with tempfile.TemporaryDirectory() as fresh:
+        AutoTokenizer.from_pretrained(model.name, revision=model.revision).save_pretrained(fresh)
+        return all(_read(Path(fresh) / file) == _read(folder / file) for file in TOKENIZER_FILES)
+
+
+def _find(name: str, file: str, revision: str | None) -> Path | None:
+    base = Path(name).expanduser()
+    if base.is_dir():
+        return base / file if (base / file).is_file() else None
+    found = try_to_load_from_cache(name, file, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None

@@ -5,7 +5,7 @@ Shape letters: B batch, L sequence.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,41 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 
 from ..errors import CheckpointError, DivergenceError
-from .aux_loss import AuxLossOnce
+from .balancing import AuxLossOnce
 from .non_finite import describe_divergence, find_non_finite
-from .row_order import RowOrder
 from .sharding import is_sharded, load_like, load_optimizer, save_optimizer
 
 TRAINED_WEIGHTS = "trained.safetensors"
 OPTIMIZER = "optimizer"  # folder of a sharded model's, in which each process writes its part
+
+
+class RowOrder(Sampler[int]):
+    """`num_draws` row numbers: every row once in random order, then all again in another order, and so on.
+
+    The order depends on the seed alone. A run has one such order, as long as its steps need, whose epochs run into each
+    other: a step never has fewer rows than the others, and any number of processes takes the same rows in a step.
+    """
+
+    def __init__(self, num_rows: int, *, num_draws: int, seed: int) -> None:
+        self._num_rows = num_rows
+        self._num_draws = num_draws
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._num_draws
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed)
+        left = self._num_draws
+        while left > 0:
+            order = torch.randperm(self._num_rows, generator=generator)[:left].tolist()
+            yield from order
+            left -= len(order)
 
 
 class MoeTrainer(AuxLossOnce):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hub_moe.training.row_order import RowOrder
+from hub_moe.training.trainer import RowOrder
 
 
 @pytest.mark.parametrize(("num_rows", "num_draws"), [(1, 5), (7, 3), (7, 7), (7, 40)])

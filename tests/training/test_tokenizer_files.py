@@ -3,8 +3,8 @@
 from transformers import AutoTokenizer
 
 from hub_moe.patches.metadata import TOKENIZER_FILES
+from hub_moe.training.outcome import keep_files_of_base
 from hub_moe.training.run_config import ModelConfig
-from hub_moe.training.tokenizer_files import keep_files_of_base
 
 
 def files(folder):

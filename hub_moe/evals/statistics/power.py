@@ -3,7 +3,7 @@
 import math
 
 from ...errors import ConfigError
-from .student_t import student_t_quantile
+from .estimates import student_t_quantile
 
 
 def minimum_detectable_effect(

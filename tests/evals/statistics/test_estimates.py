@@ -15,7 +15,7 @@ from hub_moe.evals.statistics import (
     estimate_perplexity,
     estimate_ratio,
 )
-from hub_moe.evals.statistics.student_t import student_t_quantile
+from hub_moe.evals.statistics.estimates import student_t_quantile
 
 SCORES = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=30)
 
