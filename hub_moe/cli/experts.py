@@ -107,7 +107,13 @@ def select(  # noqa: PLR0913 (a parameter is a flag)
     score: Annotated[
         Literal["token", "gate"], typer.Option(help="Share of the tokens, or mean routing weight.")
     ] = "token",
-    top_p: Annotated[float, typer.Option(help="In each layer, choose until the scores add up to this.")] = 0.2,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="In each layer, choose until the scores add up to this.", show_default="0.2"),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Instead, choose this share of all experts, by the scores of all layers.")
+    ] = None,
     normalise: Annotated[
         bool, typer.Option("--normalise", help="Divide a layer's scores by their sum, as ESFT does not.")
     ] = False,
@@ -124,13 +130,15 @@ def select(  # noqa: PLR0913 (a parameter is a flag)
 ) -> None:
     """Choose the experts to train on a task, as ESFT does (arXiv:2407.01906, section 3.2).
 
-    In each layer those with the highest scores, rounded to four decimals, until the scores add up to --top-p. The gate
+    In each layer those with the highest scores, rounded to four decimals, until the scores add up to --top-p. Or, with
+    --share, so many of all experts, whatever their layer, so that the size of the patch is known beforehand. The gate
     scores of a layer add up to what a token's routing weights do, which is below 1 for some models, and above for
     others; --normalise makes a share of them.
 
     \b
     Examples:
       hub-moe experts select law.json
+      hub-moe experts select law.json --share 0.1
       hub-moe experts select law.json --score gate --top-p 0.1 --out gate.json --plot law.png
     """
     from dataclasses import replace
@@ -142,9 +150,8 @@ def select(  # noqa: PLR0913 (a parameter is a flag)
         _check_folder(path)
     measured = ExpertProfile.load(profile)
     scores = score_experts(measured, score=score, domain=domain, normalise=normalise)
-    choice = replace(
-        select_experts(scores, top_p=top_p), shared_experts=shared_experts, non_expert_modules=non_expert_modules
-    )
+    selected = select_experts(scores, top_p=0.2 if top_p is None and share is None else top_p, share=share)
+    choice = replace(selected, shared_experts=shared_experts, non_expert_modules=non_expert_modules)
     choice.save(out)
     if plot is not None:
         _draw(plot, scores, choice, f"{measured.model}: experts chosen on {domain or next(iter(measured.domains))}")

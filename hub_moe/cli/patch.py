@@ -223,7 +223,8 @@ def _print_facts(metadata: Any, name: str) -> None:
     if selection is not None:
         score = f"{selection.score} score" if selection.score else ""
         top_p = f"top_p {selection.top_p}" if selection.top_p is not None else ""
-        rows.append(("selection", ", ".join(filter(None, (selection.method, score, top_p)))))
+        share = f"{selection.share:.3g} of all experts" if selection.share is not None else ""
+        rows.append(("selection", ", ".join(filter(None, (selection.method, score, top_p, share)))))
     print_table(("Patch", name), rows)
     print_text()
 

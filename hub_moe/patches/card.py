@@ -88,6 +88,7 @@ def _details(metadata: PatchMetadata) -> list[str]:
             "method": metadata.selection.method,
             "score": metadata.selection.score,
             "top_p": metadata.selection.top_p,
+            "share of all experts": metadata.selection.share,
             "expert profile (sha256)": metadata.selection.profile_sha256,
         }
         chosen_by = [f"{name} {_code(str(value))}" for name, value in facts.items() if value is not None]

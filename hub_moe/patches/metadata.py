@@ -57,6 +57,7 @@ class Selection:
     method: str
     score: str | None = None
     top_p: float | None = None
+    share: float | None = None
     profile_sha256: str | None = None
 
 
@@ -276,6 +277,7 @@ def _read_selection(read: JsonObject) -> Selection | None:
         method=inner.take("method", str),
         score=inner.take("score", str, type(None)),
         top_p=inner.take("top_p", float, int, type(None)),
+        share=inner.take_or(None, "share", float, int, type(None)),
         profile_sha256=inner.take("profile_sha256", str, type(None)),
     )
     inner.finish()

@@ -52,10 +52,10 @@ def choose_experts(base: Any, data: PreparedData, config: RunConfig, method: Exp
     if choice is not None:
         return Chosen(choice, None)
     assert method.score is not None
-    assert method.top_p is not None
     assert method.sample_rows is not None
     profile = profile_rows(base, data, config, num_rows=method.sample_rows)
-    chosen = select_experts(score_experts(profile, score=method.score), top_p=method.top_p)
+    scores = score_experts(profile, score=method.score)
+    chosen = select_experts(scores, top_p=method.top_p, share=method.share)
     selected = ExpertChoice(chosen.experts, bool(method.shared_experts), bool(method.non_expert_modules))
     return Chosen(selected, profile)
 

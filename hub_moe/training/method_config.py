@@ -30,7 +30,8 @@ class ExpertsMethod:
     Args:
         choice: A file with the choice (`expert_config.json` of ESFT); None chooses from the training rows.
         score: What the choice goes by: share of the gate mass, or of the tokens.
-        top_p: Share of the score that the chosen experts of a layer reach together.
+        top_p: Share of the score that the chosen experts of a layer reach together; or
+        share: Share of all experts of the model, those with the highest scores.
         sample_rows: Training rows that are routed for the choice.
         shared_experts: Whether the shared experts are trained too; with a choice file, what the file says.
         non_expert_modules: Whether everything that is not an expert is trained too; likewise.
@@ -41,20 +42,30 @@ class ExpertsMethod:
     choice: str | None = None
     score: Literal["gate", "token"] | None = None
     top_p: float | None = None
+    share: float | None = None
     sample_rows: int | None = None
     shared_experts: bool | None = None
     non_expert_modules: bool | None = None
 
     def __post_init__(self) -> None:
-        selection = {"score": self.score, "top_p": self.top_p, "sample_rows": self.sample_rows}
+        selection = {
+            "score": self.score,
+            "top_p": self.top_p,
+            "share": self.share,
+            "sample_rows": self.sample_rows,
+        }
         given = [key for key, value in selection.items() if value is not None]
         if self.choice is not None and given:
             raise ConfigError(
                 f"[method] has both choice and {given[0]}; a choice file needs no selection: leave out "
                 f"{given[0]} (--set method.{given[0]}= takes it out)."
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"[method] top_p is {self.top_p}; expected a share above 0 and at most 1.")
+        if self.top_p is not None and self.share is not None:
+            raise ConfigError("[method] has both top_p and share; keep one (--set method.top_p= takes it out).")
+        for key in ("top_p", "share"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= 1:
+                raise ConfigError(f"[method] {key} is {value}; expected a share above 0 and at most 1.")
         if self.sample_rows is not None and self.sample_rows < 1:
             raise ConfigError(f"[method] sample_rows is {self.sample_rows}; expected at least 1.")
 
@@ -64,7 +75,8 @@ class ExpertsMethod:
             return self
         return ExpertsMethod(
             score=self.score or "token",
-            top_p=0.2 if self.top_p is None else self.top_p,
+            top_p=0.2 if self.top_p is None and self.share is None else self.top_p,
+            share=self.share,
             sample_rows=self.sample_rows or 512,
             shared_experts=bool(self.shared_experts),
             non_expert_modules=bool(self.non_expert_modules),

@@ -51,7 +51,9 @@ def save_patch(
         tensors,
         model_before=hashes,
         base=Base(str(config.model.name), config.model.revision, base.config.model_type),
-        selection=Selection("esft", score=method.score, top_p=method.top_p) if is_selected else None,
+        selection=Selection("esft", score=method.score, top_p=method.top_p, share=method.share)
+        if is_selected
+        else None,
         training={"method": "experts", **figures},
     )
 

@@ -136,17 +136,38 @@ def score_experts(
     return Scores(score, scores)
 
 
-def select_experts(scores: Scores, *, top_p: float) -> ExpertChoice:
-    """In each layer the experts with the highest scores, one by one until their scores add up to `top_p` or more.
+def select_experts(scores: Scores, *, top_p: float | None = None, share: float | None = None) -> ExpertChoice:
+    """The experts with the highest scores, so many as one of the two arguments says.
 
-    The expert that reaches `top_p` is chosen; of equal scores the lower id comes first; the ids are in this order.
+    Ids of a layer are in the order of their scores; of equal scores the lower id comes first, then the lower layer.
+
+    Args:
+        scores: Of all experts.
+        top_p: ESFT's rule: in each layer one by one until their scores add up to `top_p` or more. The expert that
+            reaches it is chosen.
+        share: This share of all experts, the highest scores of the whole model: memory and size of the patch are
+            known beforehand, and layers whose experts the task uses most unevenly get the most. A layer may get none.
 
     Raises:
-        ConfigError: If `top_p` is not in (0, 1], or below 1 and more than all scores of a layer.
+        ConfigError: If not one of the two is given, it is not in (0, 1], or `top_p` is below 1 and more than all
+            scores of a layer.
     """
-    if not 0 < top_p <= 1:
-        raise ConfigError(f"top_p={top_p} is not a share; expected more than 0 and at most 1.")
-    return ExpertChoice({index: _select(index, values, top_p) for index, values in scores.layers.items()})
+    if (top_p is None) == (share is None):
+        raise ConfigError("Experts are selected either by top_p or by share; give one of the two.")
+    name, value = ("top_p", top_p) if share is None else ("share", share)
+    if value is None or not 0 < value <= 1:
+        raise ConfigError(f"{name}={value} is not a share; expected more than 0 and at most 1.")
+    if share is not None:
+        return ExpertChoice(_select_over_layers(scores.layers, share))
+    return ExpertChoice({index: _select(index, values, value) for index, values in scores.layers.items()})
+
+
+def _select_over_layers(layers: Mapping[int, Sequence[float]], share: float) -> dict[int, list[int]]:
+    ranked = sorted((-score, expert, index) for index, scores in layers.items() for expert, score in enumerate(scores))
+    chosen: dict[int, list[int]] = {index: [] for index in layers}
+    for _, expert, index in ranked[: max(1, round(share * len(ranked)))]:
+        chosen[index].append(expert)
+    return chosen
 
 
 def _select(index: int, scores: Sequence[float], top_p: float) -> list[int]:

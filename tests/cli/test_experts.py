@@ -106,6 +106,13 @@ def test_the_choice_is_a_table_by_layer(experts, tmp_path):
     assert cells[-1][:4] == ["all", str(choice.num_experts), "of", "48"]
 
 
+def test_a_share_of_all_experts_is_chosen(experts, tmp_path):
+    read_traces(experts, tmp_path / "routing", "--domain", "law")
+    code, out, _ = experts("select", "p.json", "--share", "0.25", "--json")
+    assert (code, json.loads(out)["chosen"]) == (0, 12)
+    assert ExpertChoice.load("expert_config.json").num_experts == 12
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -136,6 +143,8 @@ def test_a_mistake_is_one_sentence(experts, model, arguments, sentence):
     [
         (["--top-p", "0"], "top_p=0.0 is not a share"),
         (["--score", "gate", "--top-p", "0.99"], "would choose every expert"),
+        (["--top-p", "0.2", "--share", "0.1"], "either by top_p or by share"),
+        (["--share", "1.5"], "share=1.5 is not a share"),
         (["--domain", "code"], "has no domain 'code'; it has 'law'"),
         (["--plot", "heat.nope"], "heat.nope cannot be drawn"),
     ],

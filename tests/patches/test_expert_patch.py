@@ -61,12 +61,18 @@ def test_what_is_saved_is_loaded_again(patch, folder):
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in patch.tensors.items())
 
 
+def test_metadata_of_before_there_was_a_share_is_read(patch, folder):
+    edit_metadata(folder, lambda fields: fields["selection"].pop("share"))
+    assert ExpertPatch.load(folder).metadata.selection == patch.metadata.selection
+
+
 def test_the_metadata_says_what_is_changed_in_which_base_and_how_it_was_chosen(folder):
     fields = json.loads((folder / METADATA).read_text())
     assert fields["format_version"] == 1
     assert fields["base"] == {"repo": "alice/base", "commit": COMMIT, "model_type": "hub_moe"}
     assert fields["experts"] == {"1": [0, 4], "2": [3]}
-    assert fields["selection"] == {"method": "esft", "score": "token", "top_p": 0.2, "profile_sha256": "a" * 64}
+    chosen_by = {"method": "esft", "score": "token", "top_p": 0.2, "share": None, "profile_sha256": "a" * 64}
+    assert fields["selection"] == chosen_by
     assert fields["training"]["method"] == "experts"
     assert (fields["shared_experts"], fields["non_expert_modules"], fields["balancing_bias"]) == (False, False, False)
     record = fields["tensors"][NAME]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hub_moe.anatomy import ExpertProfile
 from hub_moe.errors import ConfigError, DatasetError, DivergenceError, TrainingProofError
+from hub_moe.patches import ExpertPatch
 from hub_moe.training import run as run_module
 from hub_moe.training.preview import preview_run
 from hub_moe.training.run_config import parse_run_config, read_run_config
@@ -110,6 +112,17 @@ def test_experts_are_chosen_from_the_rows_where_no_file_says_them(tmp_path, base
     preview = preview_run(parse_run_config(make_tables(tmp_path / "other", base=base, rows=rows, method=method)))
     assert preview["experts"] == chosen["experts"]
     assert not (tmp_path / "other").exists()
+
+
+def test_a_share_of_all_experts_is_trained_and_the_patch_says_so(tmp_path, base, rows):
+    method = {"name": "experts", "share": 0.25, "sample_rows": 8}
+    result = run(make_tables(tmp_path / "run", base=base, rows=rows, method=method, steps=1))
+    chosen = json.loads((result.folder / "expert_config.json").read_text("utf-8"))["experts"]
+    profile = ExpertProfile.load(result.folder / "expert_profile.json")
+    layers = profile.domain(None).layers
+    assert sum(map(len, chosen.values())) == round(0.25 * sum(len(layer.tokens) for layer in layers.values()))
+    selection = ExpertPatch.load(result.result).metadata.selection
+    assert (selection.top_p, selection.share) == (None, 0.25)
 
 
 def test_full_tuning_gives_a_model_that_anybody_loads(tmp_path, base, rows):

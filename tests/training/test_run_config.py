@@ -70,6 +70,8 @@ def test_any_text_survives_writing_and_reading(tmp_path, text):
         (_with("method", r=8), r"has the key r, which is for lora and not for experts"),
         (_with("method", choice="a.json"), "has both choice and score"),
         (_with("method", top_p=20), "top_p is 20.0; expected a share above 0 and at most 1"),
+        (_with("method", top_p=0.2, share=0.1), "has both top_p and share; keep one"),
+        (_with("method", share=0.0), "share is 0.0; expected a share above 0 and at most 1"),
         ({**TABLES, "method": {"name": "lora"}}, "names nothing to adapt"),
         ({**TABLES, "method": {"name": "lora", "r": 0, "routed_experts": True}}, "r is 0; expected at least 1"),
         ({**TABLES, "method": {"name": "full", "top_p": 0.1}}, "has the key top_p, which is for experts"),

@@ -95,6 +95,26 @@ def test_normalised_scores_add_up_to_one_whatever_the_router_scales():
     assert normalised.layers[0] == [0.25, 0.75]
 
 
+def test_a_share_takes_the_highest_scores_of_all_layers_together():
+    scores = Scores("token", {1: [0.1, 0.5, 0.4], 2: [0.3, 0.4, 0.3], 4: [0.2, 0.2, 0.6]})
+    # of equal scores the lower id comes first, ...
+    assert select_experts(scores, share=3 / 9).experts == {1: [1], 2: [1], 4: [2]}
+    assert select_experts(scores, share=4 / 9).experts == {1: [1, 2], 2: [1], 4: [2]}
+    assert select_experts(scores, share=0.001).experts == {1: [], 2: [], 4: [2]}
+    assert select_experts(scores, share=1.0).num_experts == 9
+    even = Scores("token", {1: [0.5, 0.5], 2: [0.5, 0.5]})
+    assert select_experts(even, share=0.75).experts == {1: [0, 1], 2: [0]}  # ... then the lower layer
+
+
+def test_experts_are_selected_by_one_rule():
+    scores = Scores("token", {1: [0.5, 0.5]})
+    for both_or_none in ({"top_p": 0.5, "share": 0.5}, {}):
+        with pytest.raises(ConfigError, match="either by top_p or by share"):
+            select_experts(scores, **both_or_none)
+    with pytest.raises(ConfigError, match="share=2 is not a share"):
+        select_experts(scores, share=2)
+
+
 @pytest.mark.parametrize("top_p", [0, -0.1, 1.01, float("nan")])
 def test_a_top_p_that_is_no_share_is_an_error(top_p):
     with pytest.raises(ConfigError, match="is not a share"):
