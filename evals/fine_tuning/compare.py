@@ -1,9 +1,10 @@
 """What a fine-tune gains on its task and loses elsewhere: full tuning, expert tuning, and LoRA of the same size.
 
-    python evals/fine_tuning/compare.py DEMO ROWS [--seeds 3] [--out evals/results/fine_tuning]
+    python evals/fine_tuning/compare.py BASE ROWS [--seeds 3] [--out evals/results/fine_tuning]
 
-DEMO is the folder that `hub-moe demo` left (its base, trained on Python's standard library, and its report, which
-names the files that were held out); ROWS is a file of task rows such as GSM8K's train.jsonl. Each method is given the
+BASE is the folder that `hub-moe demo` left, or `base.py` beside this file (a model trained on Python's standard library
+among others, and a report which says how its files were split); ROWS is a file of task rows such as GSM8K's
+train.jsonl, or BASE/rows/gsm8k.jsonl, which a base of `base.py` has not seen. Each method is given the
 same rows, steps and learning rates, each keeps the rate that is best for the held-out rows of the task, and is then
 repeated with other seeds. A finished run is kept in OUT/runs and not made again; figures and picture are made anew.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 from plot import plot_trade_off
 from summary import best_rates, render_table, summarise
-from trial import Bench, Trial, find_equal_rank
+from trial import Bench, Trial, find_equal_rank, read_base
 
 from hub_moe.errors import HubMoeError
 
@@ -26,7 +27,7 @@ METHODS = ("full", "experts", "lora")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, metavar="DEMO", help="the output folder of hub-moe demo")
+    parser.add_argument("base", type=Path, metavar="BASE", help="the output folder of hub-moe demo or base.py")
     parser.add_argument("rows", type=Path, help="task rows: json, jsonl, parquet or csv")
     parser.add_argument("--name", help="of the task; the file's folder by default")
     parser.add_argument("--limit", type=int, default=2000, help="rows that are read")
@@ -35,7 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="packed rows per step")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--top-p", type=float, default=0.2, help="of the choice of experts by token score")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--top-p", type=float, help="of the choice of experts by token score; 0.2 by default")
+    choice.add_argument("--share", type=float, help="of all experts that are chosen, instead")
+    parser.add_argument("--shared-experts", action="store_true", help="train the shared experts beside the chosen ones")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="experts is always made")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "fine_tuning")
     return parser.parse_args()
 
@@ -53,16 +58,14 @@ def compare(arguments: argparse.Namespace) -> None:
     out, name = arguments.out, arguments.name or arguments.rows.resolve().parent.name
     (out / "runs").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(arguments.demo, arguments.rows, Path(scratch), settings=_settings(arguments))
-        records = [
-            read_or_make(bench, Trial(method, rate, seed=0), out=out, name=name)
-            for method in ("experts", "full")
-            for rate in arguments.rates
-        ]
-        rank = find_equal_rank(bench, records[0]["trained"])
-        records += [
-            read_or_make(bench, Trial("lora", rate, seed=0, rank=rank), out=out, name=name) for rate in arguments.rates
-        ]
+        bench = Bench(read_base(arguments.base), arguments.rows, Path(scratch), settings=_settings(arguments))
+        records, rank = [], None
+        # experts first: LoRA's rank follows from how many numbers they are
+        for method in ("experts", *(method for method in arguments.methods if method != "experts")):
+            if method == "lora":
+                rank = find_equal_rank(bench, records[0]["trained"])
+            trials = [Trial(method, rate, seed=0, rank=rank if method == "lora" else None) for rate in arguments.rates]
+            records += [read_or_make(bench, trial, out=out, name=name) for trial in trials]
         for method, rate in best_rates(records).items():
             for seed in range(1, arguments.seeds):
                 trial = Trial(method, rate, seed=seed, rank=rank if method == "lora" else None)
@@ -95,8 +98,11 @@ def read_or_make(bench: Bench, trial: Trial, *, out: Path, name: str) -> dict[st
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("limit", "max_length", "steps", "batch_size", "top_p")
-    return {key: getattr(arguments, key) for key in names}
+    by_share = {"share": arguments.share} if arguments.share is not None else {"top_p": arguments.top_p or 0.2}
+    return {
+        **{key: getattr(arguments, key) for key in ("limit", "max_length", "steps", "batch_size")},
+        "choice": {**by_share, "shared_experts": arguments.shared_experts},
+    }
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _before_and_after(records: Sequence[Record], key: str) -> dict[str, float]:
 def render_table(summary: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        f"# Fine-tuning the demo's model on {summary['task']}",
+        f"# Fine-tuning on {summary['task']}: full, experts, and LoRA of the same size",
         "",
         "Loss in nats per trained token on held-out rows of the task; bits per byte on held-out files of the text that "
         "the base was trained on. Mean and standard deviation over seeds, each method at the learning rate that was "

@@ -32,32 +32,56 @@ class Trial:
         return f"{self.method}-{self.learning_rate:g}-seed{self.seed}"
 
 
+@dataclass(frozen=True)
+class Base:
+    """A model that is fine-tuned, the context it was trained with, held-out files of its text, and what it is."""
+
+    model: Path
+    context_length: int
+    texts: list[str]
+    facts: dict[str, Any]
+
+
+def read_base(folder: Path) -> Base:
+    """What `hub-moe demo` or `base.py` left in `folder`.
+
+    Raises:
+        SystemExit: If it is neither, or this Python's standard library is not the one that it was trained on.
+    """
+    if (folder / "base.json").exists():
+        facts = json.loads((folder / "base.json").read_text("utf-8"))
+        model, corpus_of, sha256 = folder / "run" / "model", facts["corpus"], facts["corpus_sha256"]
+        context_length, about = facts["block_length"], facts
+    elif (folder / "report.json").exists():
+        report = json.loads((folder / "report.json").read_text("utf-8"))
+        plan, sha256 = report["plan"], report["corpus"]["sha256"]
+        corpus_of = {"seed": plan["seed"], "held_out_share": plan["held_out_share"], "max_bytes": plan["corpus_bytes"]}
+        model, context_length = folder / "base" / "model", plan["block_length"]
+        about = {"model": report["model"], "corpus_sha256": sha256}
+    else:
+        raise SystemExit(f"{folder} holds neither the base.json of base.py nor the report.json of hub-moe demo.")
+    corpus = read_stdlib_corpus(**corpus_of)
+    if corpus.sha256 != sha256:
+        raise SystemExit(f"{folder} was trained on another Python's standard library than this one's.")
+    # the smaller half of the files: many kinds of code in little time
+    by_size = sorted(corpus.held_out, key=lambda document: document.size_bytes)
+    return Base(model, context_length, [document.text for document in by_size[: len(by_size) // 2]], about)
+
+
 class Bench:
     """The base, the task and the text that the base comes from: the same for every trial."""
 
-    def __init__(self, demo: Path, rows: Path, scratch: Path, *, settings: dict[str, Any]) -> None:
-        report = json.loads((demo / "report.json").read_text("utf-8"))
-        self.model, self.rows, self.scratch = demo / "base" / "model", rows, scratch
-        self.context_length = report["plan"]["block_length"]
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        corpus = read_stdlib_corpus(
-            seed=report["plan"]["seed"],
-            held_out_share=report["plan"]["held_out_share"],
-            max_bytes=report["plan"]["corpus_bytes"],
-        )
-        if corpus.sha256 != report["corpus"]["sha256"]:
-            raise SystemExit(f"{demo} was trained on another Python's standard library than this one's.")
-        # the smaller half of the files: many kinds of code in little time
-        by_size = sorted(corpus.held_out, key=lambda document: document.size_bytes)
-        self.texts = [document.text for document in by_size[: len(by_size) // 2]]
-        self.settings = {**settings, "base": report["model"], "corpus_sha256": corpus.sha256}
-        self.base_bits_per_byte = self.score(AutoModelForCausalLM.from_pretrained(self.model))
+    def __init__(self, base: Base, rows: Path, scratch: Path, *, settings: dict[str, Any]) -> None:
+        self.base, self.rows, self.scratch = base, rows, scratch
+        self.tokenizer = AutoTokenizer.from_pretrained(base.model)
+        self.settings = {**settings, "base": base.facts}
+        self.base_bits_per_byte = self.score(AutoModelForCausalLM.from_pretrained(base.model))
 
     def config(self, trial: Trial) -> RunConfig:
         """The run of a trial."""
         methods: dict[str, dict[str, Any]] = {
             "full": {},
-            "experts": {"score": "token", "top_p": self.settings["top_p"], "sample_rows": 64},
+            "experts": {"score": "token", "sample_rows": 64, **self.settings["choice"]},
             "lora": {
                 "r": trial.rank,
                 "alpha": 2 * (trial.rank or 1),
@@ -67,7 +91,7 @@ class Bench:
         }
         return parse_run_config(
             {
-                "model": {"name": str(self.model)},
+                "model": {"name": str(self.base.model)},
                 "data": {
                     "source": str(self.rows),
                     "limit": self.settings["limit"],
@@ -80,7 +104,6 @@ class Bench:
                     "learning_rate": trial.learning_rate,
                     "steps": self.settings["steps"],
                     "batch_size": self.settings["batch_size"],
-                    "micro_batch_size": 1,
                     "evaluations": 1,
                     "checkpoints": 1,
                     "seed": trial.seed,
@@ -94,7 +117,7 @@ class Bench:
         """Fine-tune, load what came out as a user would, and score the base's own text with it."""
         result = run_training(self.config(trial), say=lambda _: None)
         if trial.method == "lora":
-            base = AutoModelForCausalLM.from_pretrained(self.model)
+            base = AutoModelForCausalLM.from_pretrained(self.base.model)
             model = PeftModel.from_pretrained(base, str(result.result))
         else:
             model = AutoModelForCausalLM.from_pretrained(result.result)
@@ -115,11 +138,11 @@ class Bench:
         """Bits per byte of the base's held-out files."""
         return score_with_model(
             model.eval(),
-            self.tokenizer(self.texts)["input_ids"],
-            size_bytes=sum(len(text.encode()) for text in self.texts),
+            self.tokenizer(self.base.texts)["input_ids"],
+            size_bytes=sum(len(text.encode()) for text in self.base.texts),
             separator=self.tokenizer.bos_token_id,
-            context_length=self.context_length,
-            stride=self.context_length // 2,
+            context_length=self.base.context_length,
+            stride=self.base.context_length // 2,
         ).bits_per_byte
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,18 @@ EVALS = Path(__file__).parents[2] / "evals"
 RESULTS = EVALS / "results" / "fine_tuning"
 
 
-@pytest.fixture(scope="module")
-def summary():
-    """The module, which is a file of a program and not of a package."""
-    spec = importlib.util.spec_from_file_location("fine_tuning_summary", EVALS / "fine_tuning" / "summary.py")
+def _load(name):
+    """A module which is a file of a program and not of a package."""
+    spec = importlib.util.spec_from_file_location(f"fine_tuning_{name}", EVALS / "fine_tuning" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def summary():
+    return _load("summary")
 
 
 def _record(method, rate, seed, loss, bits=2.0):
@@ -70,3 +76,26 @@ def test_the_committed_figures_are_those_of_the_committed_records(summary):
         for key in ("task_loss", "base_text_bits_per_byte"):
             assert again["methods"][method][key] == pytest.approx(figures[key])
     assert (RESULTS / "gsm8k.md").read_text("utf-8") == summary.render_table(committed)
+
+
+def test_the_rows_of_a_field_are_halved_between_base_and_task(tmp_path):
+    rows = [{"question": f"{number} + 1?", "answer": str(number + 1)} for number in range(7)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    base = _load("base")
+    seen, new = base.read_halves(tmp_path / "sums.jsonl")
+    assert (len(seen), len(new)) == (3, 4)
+    assert sorted(map(base.join_row, seen + new)) == sorted(f"{number} + 1?\n{number + 1}" for number in range(7))
+    assert base.read_halves(tmp_path / "sums.jsonl") == (seen, new)
+
+
+def test_chats_become_running_text_and_long_texts_pieces():
+    base = _load("base")
+    chat = {"messages": [{"role": "user", "content": "One? "}, {"role": "assistant", "content": " Two.\n"}]}
+    assert base.join_row(chat) == "One?\nTwo."
+    assert "".join(base.cut("x" * 9000)) == "x" * 9000
+    assert [len(piece) for piece in base.cut("x" * 9000)] == [4000, 4000, 1000]
+
+
+def test_a_folder_that_holds_no_base_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"holds neither the base.json of base.py nor the report.json of hub-moe demo"):
+        _load("trial").read_base(tmp_path)
