@@ -30,7 +30,7 @@ from .conversion import (
     find_stacks,
 )
 from .remote_code import write_remote_code
-from .safetensors_files import FP8_DTYPES, StoredTensor, read_headers
+from .safetensors_files import FP8_DTYPES, StoredTensor, read_headers, reading_threads
 
 logger = logging.get_logger(__name__)
 
@@ -226,8 +226,10 @@ def _load_directly(
     done |= matrices.keys()
     if offloading is not None:
         stacks = offloading.take(model, stacks, load_config.device_map)
-    with ExitStack() as files:
+    with ExitStack() as files, reading_threads() as threads:
         state_dict: dict[str, Any] = {**stacks, **matrices}
+        for parameter in state_dict.values():
+            parameter.threads = threads
         for path in sorted({tensor.path for name, tensor in stored.items() if name not in done}):
             file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
             names = (name for name in file.keys() if name not in done)  # noqa: SIM118
@@ -326,7 +328,8 @@ def _check_layer(
 def _settle_mtp_layers(model: Any, stored: dict[str, StoredTensor]) -> None:
     """Match the model's MTP layers with the checkpoint's: drop promised ones it lacks, ignore ones not asked for."""
     first = model.config.num_hidden_layers
-    in_file = {int(match[1]) for name in stored if (match := re.search(r"(?:^|\.)layers\.(\d+)\.eh_proj\.", name))}
+    names = (name for name in stored if "eh_proj" in name)
+    in_file = {int(match[1]) for name in names if (match := re.search(r"(?:^|\.)layers\.(\d+)\.eh_proj\.", name))}
     layers = model.get_decoder().layers
     if len(layers) > first and not any(index >= first for index in in_file):
         logger.warning(

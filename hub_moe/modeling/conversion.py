@@ -9,8 +9,8 @@ Shape letters: E routed experts, F expert inner, D hidden.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Executor
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError
-from .safetensors_files import FP8_DTYPES, StoredTensor
+from .safetensors_files import FP8_DTYPES, StoredTensor, read_in_a_row
 
 SCALE_SUFFIX = "_scale_inv"
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
@@ -158,8 +158,7 @@ def _block_side(size: int, num_blocks: int) -> int:
     return block
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A stored tensor, with the stored scale of its blocks if it is in FP8."""
 
     stored: StoredTensor
@@ -183,6 +182,7 @@ class StoredParameter:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    threads: Executor | None = None  # that share the reading of all parameters evenly
 
     def __getitem__(self, index: Any) -> "StoredParameter":
         return self
@@ -205,7 +205,9 @@ class StoredMatrix(StoredParameter):
         self.part, self.shape, self.dtype = part, part.stored.shape, part.dtype
 
     def fill(self, target: Tensor) -> None:
-        self.part.fill(target)
+        is_plain = self.part.scale is None
+        if not (is_plain and read_in_a_row([self.part.stored], target, self.threads)):
+            self.part.fill(target)
 
 
 class StoredStack(StoredParameter):
@@ -218,6 +220,10 @@ class StoredStack(StoredParameter):
         self.shape = (len(experts), sum(self._rows), *experts[0][0].stored.shape[1:])
 
     def fill(self, target: Tensor) -> None:
+        parts = [part for expert in self.experts for part in expert]
+        is_plain = all(part.scale is None for part in parts)
+        if is_plain and read_in_a_row([part.stored for part in parts], target, self.threads):
+            return
         for expert, place in enumerate(target.unbind()):
             self.fill_expert(expert, place)
 

@@ -224,8 +224,8 @@ def decode_with_drafts(
                     drafter.draft(rows.ids_BS[:, unseen:], hidden, known=known, first=first, count=count)
                 first = [each - 1 - unseen for each in rows.known]
                 outputs = _verify(model, rows, prompt, kwargs, count=count, in_cache=in_cache)
-                hidden = outputs.hidden_states[-1]
                 taken = rows.take(_logits(outputs.logits, prompt_BP))
+                hidden = outputs.hidden_states[-1][:, : max(taken.values())]
                 for tokens in taken.values():
                     acceptance.add(count, tokens - 1)
     finally:

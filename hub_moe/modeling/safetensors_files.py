@@ -4,15 +4,19 @@ The format: 8 bytes header length, a JSON header of name -> dtype, shape, offset
 (https://github.com/huggingface/safetensors#format).
 """
 
+import ctypes
 import json
 import math
+import mmap
 import os
 import struct
+import sys
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +40,9 @@ _DTYPES = {
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_PIECE_BYTES = 8 * 2**20  # what a thread reads at a time
+_MAX_THREADS = 4
+_MADV_POPULATE_WRITE = 23  # of Linux 5.14
 
 
 class WeightFile:
@@ -54,9 +61,9 @@ class WeightFile:
         self._lock = threading.Lock()
         self._state_when_opened = self._state()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when Python ends
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     @property
     def size_bytes(self) -> int:
@@ -95,8 +102,7 @@ class WeightFile:
         return status.st_size, status.st_mtime_ns
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where one tensor lies. `dtype` is None for a format this module does not read."""
 
     name: str
@@ -114,14 +120,18 @@ class StoredTensor:
     def row(self, index: int) -> "StoredTensor":
         """`self[index]`, along the first dimension."""
         size = self.size_bytes // self.shape[0]
-        return replace(self, shape=self.shape[1:], offset=self.offset + index * size, size_bytes=size)
+        return self._replace(shape=self.shape[1:], offset=self.offset + index * size, size_bytes=size)
 
     def read_into(self, target: Tensor) -> None:
         """Fill `target`, which has this tensor's shape; converts where dtype or device differ."""
-        if target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous():
+        if self._is_copied(target):
             self._fill(target)
         else:
             target.copy_(self.read())
+
+    def _is_copied(self, target: Tensor) -> bool:
+        """Whether `target` takes the bytes as they are."""
+        return target.dtype == self.dtype and target.device.type == "cpu" and target.is_contiguous()
 
     def read(self) -> Tensor:
         """The tensor in its own dtype, in newly allocated memory on the CPU.
@@ -138,6 +148,81 @@ class StoredTensor:
     def _fill(self, tensor: Tensor) -> None:
         if self.size_bytes:
             self.file.read_into(bytes_of(tensor), self.offset)
+
+
+class _Run(NamedTuple):
+    """Bytes that lie together in a file and shall lie together from `start` on in memory."""
+
+    file: WeightFile
+    offset: int
+    start: int
+    size_bytes: int
+
+
+def reading_threads() -> ThreadPoolExecutor:
+    """As many as help: they copy from the page cache, or wait for the disk."""
+    return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "hub_moe-reading")
+
+
+def read_in_a_row(tensors: Sequence[StoredTensor], target: Tensor, threads: Executor | None) -> bool:
+    """Fill `target` with the tensors one behind the other, piece by piece in `threads`.
+
+    Returns:
+        False, and nothing done, if they have to be converted on the way.
+    """
+    if not all(tensor._is_copied(target) for tensor in tensors):
+        return False
+    memory, address = bytes_of(target), target.data_ptr()
+
+    def read(piece: list[_Run]) -> None:
+        _make_pages(address + piece[0].start, sum(run.size_bytes for run in piece))
+        for run in piece:
+            run.file.read_into(memory[run.start : run.start + run.size_bytes], run.offset)
+
+    pieces = _cut(_join(tensors))
+    if threads is None or len(pieces) < 2:
+        for piece in pieces:
+            read(piece)
+    else:
+        for done in wait([threads.submit(read, piece) for piece in pieces]).done:
+            done.result()
+    return True
+
+
+def _join(tensors: Iterable[StoredTensor]) -> list[_Run]:
+    runs: list[_Run] = []
+    start = 0
+    for _, file, _, _, offset, size in tensors:
+        last = runs[-1] if runs else None
+        if last is not None and last.file is file and last.offset + last.size_bytes == offset:
+            runs[-1] = last._replace(size_bytes=last.size_bytes + size)
+        elif size:
+            runs.append(_Run(file, offset, start, size))
+        start += size
+    return runs
+
+
+def _cut(runs: Iterable[_Run]) -> list[list[_Run]]:
+    """Runs that fill `_PIECE_BYTES` of memory each."""
+    pieces: dict[int, list[_Run]] = defaultdict(list)
+    for file, offset, start, size in runs:
+        done = 0
+        while done < size:
+            piece, behind = divmod(start + done, _PIECE_BYTES)
+            count = min(size - done, _PIECE_BYTES - behind)
+            pieces[piece].append(_Run(file, offset + done, start + done, count))
+            done += count
+    return list(pieces.values())
+
+
+def _make_pages(address: int, size_bytes: int) -> None:
+    """Have the system make the pages of fresh memory at once: a page fault for each costs more than copying into it.
+
+    Only a hint: what it does not do, on other systems or for lack of memory, happens when the pages are written.
+    """
+    first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if sys.platform == "linux" and first < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_POPULATE_WRITE)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

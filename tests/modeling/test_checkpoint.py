@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from hub_moe.errors import CheckpointError
-from hub_moe.modeling import HubMoeForCausalLM, HubMoeForSequenceClassification, HubMoeModel
+from hub_moe.modeling import HubMoeForCausalLM, HubMoeForSequenceClassification, HubMoeModel, safetensors_files
 from hub_moe.modeling.conversion import dequantize_blocks
 from tests.modeling.stock_models import VARIANTS, save_stock
 
@@ -43,8 +43,10 @@ def test_saved_checkpoint_has_per_expert_names_and_reloads_bit_equal(tiny_model,
     assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in tiny_model.state_dict().items())
 
 
+@pytest.mark.parametrize("piece_bytes", [1000, 8 * 2**20])  # less than an expert, and more than the model
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_direct_loading_equals_transformers_own(dtype, tmp_path):
+def test_direct_loading_equals_transformers_own(dtype, piece_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_files, "_PIECE_BYTES", piece_bytes)
     save_stock("v3", tmp_path)
     stock = VARIANTS["v3"][0].from_pretrained(tmp_path, dtype=dtype)
     ours = HubMoeForCausalLM.from_pretrained(tmp_path, dtype=dtype)
