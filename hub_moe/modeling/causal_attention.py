@@ -56,7 +56,8 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        query_MLX, key_MLX, value_MLV = map(_flatten, (query * scaling, key, value))
+        query_MLX, key_MLX, value_MLV = map(_flatten, (query, key, value))
+        query_MLX = query_MLX * scaling
         output_MLV = torch.empty_like(value_MLV, memory_format=torch.contiguous_format)
         hidden_ll = query_MLX.new_full((_BLOCK_TOKENS, _BLOCK_TOKENS), float("-inf")).triu_(1)
         kept = []
@@ -66,17 +67,16 @@ class _CausalAttention(torch.autograd.Function):
             weights_MlL = torch.softmax(scores_MlL, dim=-1)
             torch.bmm(weights_MlL, value_MLV[:, :end], out=output_MLV[:, start:end])
             kept.append(weights_MlL)
-        output = output_MLV.to(query.dtype).view(*query.shape[:3], -1)
-        ctx.save_for_backward(query, key, value, output, *kept)
+        ctx.save_for_backward(query, key, value, output_MLV, *kept)
         ctx.scaling = scaling
-        return output
+        return output_MLV.to(query.dtype).view(*query.shape[:3], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, *kept = ctx.saved_tensors
-        inputs = map(_flatten, (query * ctx.scaling, key, value, output, doutput))
-        query_MLX, key_MLX, value_MLV, output_MLV, doutput_MLV = inputs
+        query, key, value, output_MLV, *kept = ctx.saved_tensors
+        query_MLX, key_MLX, value_MLV, doutput_MLV = map(_flatten, (query, key, value, doutput))
+        query_MLX = query_MLX * ctx.scaling
         dquery_MLX = torch.empty_like(query_MLX, memory_format=torch.contiguous_format)
         dkey_MLX, dvalue_MLV = map(_zeros_like, (key_MLX, value_MLV))
         # of softmax: dscore = weight * (dweight - sum over keys of weight * dweight), and that sum is output . doutput
