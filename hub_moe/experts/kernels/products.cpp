@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
@@ -385,6 +386,89 @@ void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends,
   });
 }
 
+// e^x to a few units in the last place, for |x| < 87; beyond that as at 87. NaN stays NaN.
+inline Vec exponential(Vec x) {
+  constexpr float kMost = 87, kShift = 12582912;  // 1.5 * 2^23: adding it leaves the integer in the lowest bits
+  x = x > kMost ? broadcast(kMost) : x;
+  x = x < -kMost ? broadcast(-kMost) : x;
+  Vec shifted = x * 1.44269504f + kShift, whole = shifted - kShift;
+  Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec sum = broadcast(1.9875691500e-4f);  // Cephes' expf
+  for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = sum * rest + factor;
+  sum = sum * rest * rest + rest + 1.0f;
+  return sum * (Vec)(((Words)shifted << 23) + (127u << 23));
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+template <typename F>
+void run_rows(int64_t rows, double numbers, int most, F run) {  // about 20 operations a number
+#pragma omp parallel for schedule(static) num_threads(threads_for(20 * numbers, most))
+  for (int64_t s = 0; s < rows; ++s) run(s);
+}
+
+template <typename F>
+inline void each_vector(int64_t count, F run) {  // run(start, how many)
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) run(i, std::integral_constant<int64_t, kLanes>());
+  if (i < count) run(i, count - i);
+}
+
+template <typename T>
+inline Vec get(const T* p, int64_t count) { return count == kLanes ? load(p) : load_some(p, count); }
+
+template <typename T>
+inline void put(T* p, Vec v, int64_t count) { count == kLanes ? store(p, v) : store_some(p, v, count); }
+
+// a = silu(gate) * linear, of rows h = (gate, linear).
+template <typename T>
+void swiglu(const float* h, int64_t rows, int64_t F, T* a, int threads) {
+  run_rows(rows, (double)rows * F, threads, [=](int64_t s) {
+    const float *gate = h + s * 2 * F, *linear = gate + F;
+    each_vector(F, [=](int64_t i, auto count) {
+      Vec g = get(gate + i, count);
+      put(a + s * F + i, g * sigmoid(g) * get(linear + i, count), count);
+    });
+  });
+}
+
+void swiglu_gradient(const float* h, const float* da, const float* scale, int64_t rows, int64_t F, float* a, float* dh,
+                     float* sums, int threads) {
+  run_rows(rows, 2.0 * rows * F, threads, [=](int64_t s) {
+    const float *gate = h + s * 2 * F, *linear = gate + F;
+    float factor = scale ? scale[s] : 1;
+    Vec sum = {};
+    each_vector(F, [=, &sum](int64_t i, auto count) {
+      Vec g = get(gate + i, count), u = get(linear + i, count), d = get(da + s * F + i, count);
+      Vec open = sigmoid(g), silu = g * open, product = silu * u;
+      sum += product * d;
+      d *= factor;
+      put(a + s * F + i, product * factor, count);
+      put(dh + s * 2 * F + i, d * u * (open + silu * (1.0f - open)), count);
+      put(dh + s * 2 * F + F + i, d * silu, count);
+    });
+    double total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    sums[s] = (float)total;
+  });
+}
+
+// Row t is the sum of the rows y[s] that order[s] / top_k names t, in the order of k, whatever the threads.
+void add_up(const float* y, const float* weights, const int64_t* order, int64_t rows, int64_t tokens, int64_t top_k,
+            int64_t D, float* out, int threads) {
+  std::vector<int64_t> places(tokens * top_k, -1);
+  for (int64_t s = 0; s < rows; ++s) places[order[s]] = s;
+  run_rows(tokens, 0.1 * rows * D, threads, [=, &places](int64_t t) {
+    each_vector(D, [=, &places](int64_t i, auto count) {
+      Vec sum = {};
+      for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k)
+        if (int64_t s = places[k]; s >= 0) sum += get(y + s * D + i, count) * (weights ? weights[k] : 1.0f);
+      put(out + t * D + i, sum, count);
+    });
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -432,6 +516,23 @@ void hub_moe_multiply(const void* x, int is_bfloat16_x, int64_t x_row, const int
   (void)is_bfloat16_x;
 #endif
   is_bfloat16 ? run((const bfloat16*)w) : run((const float*)w);
+}
+
+// h is (rows, 2 F): what silu goes to, then what it is multiplied by. a is (rows, F).
+void hub_moe_swiglu(const float* h, int64_t rows, int64_t F, void* a, int is_bfloat16, int threads) {
+  is_bfloat16 ? swiglu(h, rows, F, (bfloat16*)a, threads) : swiglu(h, rows, F, (float*)a, threads);
+}
+
+// From da, the gradient of each row's a before its factor scale[s] (none: 1): a times scale, dh, and a . da.
+void hub_moe_swiglu_gradient(const float* h, const float* da, const float* scale, int64_t rows, int64_t F, float* a,
+                             float* dh, float* sums, int threads) {
+  swiglu_gradient(h, da, scale, rows, F, a, dh, sums, threads);
+}
+
+// out[t] = sum over k of weights[t, k] (none: 1) times the row s of y with order[s] = t * top_k + k, if there is one.
+void hub_moe_add_up(const float* y, const float* weights, const int64_t* order, int64_t rows, int64_t tokens,
+                    int64_t top_k, int64_t D, float* out, int threads) {
+  add_up(y, weights, order, rows, tokens, top_k, D, out, threads);
 }
 
 // g[e, a, b] = sum over the rows s of e of left[left_places[s], a] * right[right_places[s], b]; g is contiguous.
