@@ -10,12 +10,15 @@ Letters: S rows, E experts, A what goes into a product, B what comes out.
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+import weakref
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,6 +53,8 @@ _GRADIENT: list[Any] = [
 _SWIGLU: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]
 _SWIGLU_GRADIENT: list[Any] = [*[_POINTER] * 3, _LONG, _LONG, *[_POINTER] * 3, _INT]
 _ADD_UP: list[Any] = [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT]
+_LEAST_BORROWED = 4 << 20  # bytes of a gradient; below that malloc keeps what it has
+_MOST_WAITING = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -109,13 +114,10 @@ class CompiledProducts:
         like_EAB: Tensor,
     ) -> Tensor:  # fmt: skip
         """See `Products`."""
-        gradient_EAB = torch.empty_like(like_EAB)
-        written = gradient_EAB
-        if not written.is_contiguous():
-            left, right, written = right, left, gradient_EAB.mT
-        if not written.is_contiguous():
-            left, right, written = right, left, torch.empty(like_EAB.shape, dtype=like_EAB.dtype)
-            gradient_EAB = written
+        is_turned = like_EAB.stride(1) == 1 and like_EAB.mT.is_contiguous()
+        if is_turned:
+            left, right, like_EAB = right, left, like_EAB.mT
+        written = _MEMORY.borrow(like_EAB.shape, like_EAB.dtype)
         self._stack_gradient(
             *_place(*left),
             *_place(*right),
@@ -125,7 +127,7 @@ class CompiledProducts:
             written.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-        return gradient_EAB
+        return written.mT if is_turned else written
 
     def _wants_bfloat16_rows(self, stack_EAB: Tensor) -> bool:
         return self._takes_bfloat16_rows and stack_EAB.dtype == torch.bfloat16 and stack_EAB.stride(1) == 1
@@ -158,6 +160,41 @@ class CompiledProducts:
         sizes = y_SD.shape[0], pairs.num_tokens, pairs.top_k, y_SD.shape[1]
         self._add_up(*given, *sizes, out_TD.data_ptr(), torch.get_num_threads())
         return out_TD
+
+
+class GradientMemory:
+    """Memory that gradients of stacks had, for the next ones: to get it from the system takes as long as to fill it.
+
+    A gradient's memory comes back when the last tensor on it is gone, as after `zero_grad`. Until it is used again the
+    system may take its pages (MADV_FREE), so what waits here is not missing elsewhere, although it counts as resident.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._waiting_bytes, self._most_bytes = 0, most_bytes
+
+    def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor, not initialised."""
+        size = shape.numel() * dtype.itemsize
+        if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
+            return torch.empty(shape, dtype=dtype)
+        try:
+            block = self._free[size].pop()
+            self._waiting_bytes -= size
+        except IndexError:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        lease = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lease, self._take_back, block, size).atexit = False
+        return torch.frombuffer(lease, dtype=dtype).view(shape)
+
+    def _take_back(self, block: mmap.mmap, size: int) -> None:
+        if self._waiting_bytes + size <= self._most_bytes:
+            block.madvise(mmap.MADV_FREE)
+            self._free[size].append(block)
+            self._waiting_bytes += size
+
+
+_MEMORY = GradientMemory(_MOST_WAITING)
 
 
 def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:
