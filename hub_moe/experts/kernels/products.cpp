@@ -30,7 +30,7 @@ constexpr int kLanes = 8, kDotRows = 3, kOuterRows = 6;
 constexpr int kLanes = 4, kDotRows = 4, kOuterRows = 8;
 #endif
 constexpr int kDotColumns = 4;           // matrix rows whose sums one tile of dot products keeps in registers
-constexpr int kDotDepth = 1024;          // how much of kDotColumns matrix rows stays in the first-level cache
+constexpr int kDotDepth = 704;          // how much of kDotColumns matrix rows stays in the first-level cache
 constexpr int kTile = 2 * kLanes;        // columns of a tile of outer products
 constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
 constexpr int kTaskColumns = 32;
@@ -77,6 +77,19 @@ inline void store_some(T* p, Vec v, int64_t count) {
   store(all, v);
   std::copy(all, all + count, p);
 }
+
+template <typename F>
+inline void each_vector(int64_t count, F run) {  // run(start, how many)
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) run(i, std::integral_constant<int64_t, kLanes>());
+  if (i < count) run(i, count - i);
+}
+
+template <typename T>
+inline Vec get(const T* p, int64_t count) { return count == kLanes ? load(p) : load_some(p, count); }
+
+template <typename T>
+inline void put(T* p, Vec v, int64_t count) { count == kLanes ? store(p, v) : store_some(p, v, count); }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -252,6 +265,16 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
       bool is_tiny = B < kDotColumns;
       for (int64_t k = 0; k < A; k += kDotDepth) {
         int64_t depth = std::min<int64_t>(kDotDepth, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
+        // the same few matrix rows meet all rows of the expert: widen them once, not once for every tile
+        constexpr bool kMustWiden = !std::is_same<X, W>::value;
+        alignas(64) float wide[kMustWiden ? kDotColumns * kDotDepth : 1];
+        bool is_wide = kMustWiden && !is_short && parts > 1;
+        if constexpr (kMustWiden) {
+          for (int c = 0; is_wide && c < kDotColumns; ++c)
+            each_vector(depth, [&](int64_t i, auto count) {
+              put(wide + c * kDotDepth + i, get(matrix + (n + c) * w_row + k + i, count), count);
+            });
+        }
         const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
         for (int64_t s = start; s < end; s += kDotRows) {
           int64_t count = std::min<int64_t>(kDotRows, end - s);
@@ -259,7 +282,10 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
           const X* rows[kDotRows];
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
-          if (!is_short) {
+          if (is_wide) {
+            if constexpr (kMustWiden)
+              dot_tile_of<kDotRows>(count, rows, (const float*)wide, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
+          } else if (!is_short) {
             dot_tile_of<kDotRows>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
           } else if (!is_tiny) {
             dot_tile_of<kDotRows>(count, rows, matrix + from * w_row + k, w_row, depth, sums, (int64_t)kDotColumns, false);
@@ -407,19 +433,6 @@ void run_rows(int64_t rows, double numbers, int most, F run) {  // about 20 oper
 #pragma omp parallel for schedule(static) num_threads(threads_for(20 * numbers, most))
   for (int64_t s = 0; s < rows; ++s) run(s);
 }
-
-template <typename F>
-inline void each_vector(int64_t count, F run) {  // run(start, how many)
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) run(i, std::integral_constant<int64_t, kLanes>());
-  if (i < count) run(i, count - i);
-}
-
-template <typename T>
-inline Vec get(const T* p, int64_t count) { return count == kLanes ? load(p) : load_some(p, count); }
-
-template <typename T>
-inline void put(T* p, Vec v, int64_t count) { count == kLanes ? store(p, v) : store_some(p, v, count); }
 
 // a = silu(gate) * linear, of rows h = (gate, linear).
 template <typename T>
