@@ -265,15 +265,16 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
       bool is_tiny = B < kDotColumns;
       for (int64_t k = 0; k < A; k += kDotDepth) {
         int64_t depth = std::min<int64_t>(kDotDepth, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
-        // the same few matrix rows meet all rows of the expert: widen them once, not once for every tile
-        constexpr bool kMustWiden = !std::is_same<X, W>::value;
-        alignas(64) float wide[kMustWiden ? kDotColumns * kDotDepth : 1];
-        bool is_wide = kMustWiden && !is_short && parts > 1;
-        if constexpr (kMustWiden) {
-          for (int c = 0; is_wide && c < kDotColumns; ++c)
-            each_vector(depth, [&](int64_t i, auto count) {
-              put(wide + c * kDotDepth + i, get(matrix + (n + c) * w_row + k + i, count), count);
-            });
+        // The same few matrix rows meet all rows of the expert: they are widened once, not once for every tile, and
+        // laid side by side, as rows a power of two apart would take each other's place in the cache.
+        alignas(64) X near[kDotColumns * kDotDepth];
+        bool is_near = !is_short && parts > 1;
+        for (int c = 0; is_near && c < kDotColumns; ++c) {
+          const W* row = matrix + (n + c) * w_row + k;
+          if constexpr (std::is_same<X, W>::value)
+            std::copy(row, row + depth, near + c * kDotDepth);
+          else
+            each_vector(depth, [&](int64_t i, auto some) { put(near + c * kDotDepth + i, get(row + i, some), some); });
         }
         const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
         for (int64_t s = start; s < end; s += kDotRows) {
@@ -282,9 +283,8 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
           const X* rows[kDotRows];
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
-          if (is_wide) {
-            if constexpr (kMustWiden)
-              dot_tile_of<kDotRows>(count, rows, (const float*)wide, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
+          if (is_near) {
+            dot_tile_of<kDotRows>(count, rows, (const X*)near, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
           } else if (!is_short) {
             dot_tile_of<kDotRows>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
           } else if (!is_tiny) {
