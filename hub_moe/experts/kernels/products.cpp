@@ -144,8 +144,9 @@ struct Dot<bfloat16, bfloat16> {
 };
 #endif
 
-// y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements.
-template <int M, typename X, typename W>
+// y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements. For few rows a matrix comes from memory at the speed of that, so
+// `Ahead` asks for the next four rows while these are multiplied.
+template <int M, bool Ahead, typename X, typename W>
 __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
   Vec sums[M][kDotColumns] = {};
   int64_t i = 0;
@@ -153,7 +154,10 @@ __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w
   auto step = [&](auto get) {
     decltype(get(w)) columns[kDotColumns];
 #pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) columns[n] = get(w + n * w_row + i);
+    for (int n = 0; n < kDotColumns; ++n) {
+      columns[n] = get(w + n * w_row + i);
+      if (Ahead) __builtin_prefetch(w + (n + kDotColumns) * w_row + i, 0, 2);
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       auto row = get(x[m] + i);
@@ -172,11 +176,11 @@ __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w
   }
 }
 
-template <int M, typename X, typename W, typename... Rest>
+template <int M, bool Ahead = false, typename X, typename W, typename... Rest>
 inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... rest) {
   if constexpr (M > 0) {
-    if (rows == M) return dot_tile<M>(x, w, rest...);
-    dot_tile_of<M - 1>(rows, x, w, rest...);
+    if (rows == M) return dot_tile<M, Ahead>(x, w, rest...);
+    dot_tile_of<M - 1, Ahead>(rows, x, w, rest...);
   }
 }
 
@@ -286,7 +290,7 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
           if (is_near) {
             dot_tile_of<kDotRows>(count, rows, (const X*)near, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
           } else if (!is_short) {
-            dot_tile_of<kDotRows>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
+            dot_tile_of<kDotRows, true>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
           } else if (!is_tiny) {
             dot_tile_of<kDotRows>(count, rows, matrix + from * w_row + k, w_row, depth, sums, (int64_t)kDotColumns, false);
             for (int64_t m = 0; m < count; ++m)
