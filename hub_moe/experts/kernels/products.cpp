@@ -16,7 +16,7 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -69,6 +69,25 @@ inline void store(bfloat16* p, Vec v) {  // to nearest, ties to even; NaN stays 
   Words nan = (Words)(v != v);
   Halves h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Halves);
   std::memcpy(p, &h, sizeof h);
+}
+
+// Past the cache, which a stack's gradient would sweep empty, and without reading first what is overwritten.
+template <typename T>
+inline void store_once(T* p, Vec v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<T, float>::value)
+    if ((uintptr_t)p % sizeof v == 0) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same<T, float>::value)
+    if ((uintptr_t)p % sizeof v == 0) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store(p, v);
+}
+
+inline void finish_stores() {  // before others are told that the numbers are there
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 template <typename T>
@@ -408,11 +427,12 @@ void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends,
           for (int half = 0; half < 2; ++half) {
             int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
             G* to = out + (a + i) * B + c + half * kLanes;
-            if (lanes == kLanes) store(to, sums[i][half]);
+            if (lanes == kLanes) store_once(to, sums[i][half]);
             else if (lanes > 0) store_some(to, sums[i][half], lanes);
           }
       }
     }
+    finish_stores();
   });
 }
 
