@@ -137,7 +137,7 @@ def _gradients(model, tokens):
     model.zero_grad()
     outputs = model.train()(tokens, labels=tokens)
     outputs.loss.backward()
-    return {"logits": outputs.logits, **{name: each.grad for name, each in model.named_parameters()}}
+    return {"logits": outputs.logits.detach(), **{name: each.grad for name, each in model.named_parameters()}}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
