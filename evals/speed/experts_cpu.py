@@ -238,6 +238,7 @@ def main() -> None:
     import hub_moe.modeling  # noqa: F401  (registers hub_moe)
     from hub_moe.experts.bfloat16_speed import bfloat16_record
     from hub_moe.experts.products import describe_choice
+    from hub_moe.modeling.half_products import has_fast_products
 
     torch.set_num_threads(arguments.threads)
     ratios: dict[str, Spread] = {}
@@ -257,6 +258,7 @@ def main() -> None:
         busy_share_before=busy,
         experts=describe_choice(),
         torch_bfloat16=bfloat16_record(),
+        fast_bfloat16_products=has_fast_products(torch.bfloat16, "cpu"),
         torch_capability=torch.backends.cpu.get_cpu_capability(),
     )
 

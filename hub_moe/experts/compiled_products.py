@@ -10,12 +10,15 @@ Letters: S rows, E experts, A what goes into a product, B what comes out.
 
 import ctypes
 import hashlib
+import mmap
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
+import weakref
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .bfloat16_speed import cache_folder, describe_processor
+from .pairs import SortedPairs
 
 _SOURCE = Path(__file__).parent / "kernels" / "products.cpp"
 _OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
@@ -46,6 +50,11 @@ _GRADIENT: list[Any] = [
     *(_POINTER, _LONG, _POINTER, _POINTER, _LONG, _POINTER),
     *(_POINTER, _LONG, _LONG, _LONG, _POINTER, _INT, _INT),
 ]
+_SWIGLU: list[Any] = [_POINTER, _LONG, _LONG, _POINTER, _INT, _INT]
+_SWIGLU_GRADIENT: list[Any] = [*[_POINTER] * 3, _LONG, _LONG, *[_POINTER] * 3, _INT]
+_ADD_UP: list[Any] = [*[_POINTER] * 3, *[_LONG] * 4, _POINTER, _INT]
+_LEAST_BORROWED = 4 << 20  # bytes of a gradient; below that malloc keeps what it has
+_MOST_WAITING = 1 << 30
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -62,6 +71,11 @@ class CompiledProducts:
         self._multiply, self._stack_gradient = library.hub_moe_multiply, library.hub_moe_stack_gradient
         self._multiply.argtypes, self._stack_gradient.argtypes = _MULTIPLY, _GRADIENT
         self._multiply.restype = self._stack_gradient.restype = None
+        self._swiglu, self._swiglu_gradient = library.hub_moe_swiglu, library.hub_moe_swiglu_gradient
+        self._add_up = library.hub_moe_add_up
+        self._swiglu.argtypes, self._swiglu_gradient.argtypes = _SWIGLU, _SWIGLU_GRADIENT
+        self._add_up.argtypes = _ADD_UP
+        self._swiglu.restype = self._swiglu_gradient.restype = self._add_up.restype = None
 
     def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """See `Products`."""
@@ -73,7 +87,7 @@ class CompiledProducts:
         by_rows = stack_EAB.stride(1) == 1
         if not by_rows and stack_EAB.stride(2) != 1:
             stack_EAB = stack_EAB.contiguous()
-        if by_rows and stack_EAB.dtype == torch.bfloat16 and self._takes_bfloat16_rows:
+        if self._wants_bfloat16_rows(stack_EAB):
             x_SA = x_SA.bfloat16()
         y_SB = torch.empty(ends[-1], width_out)
         x_address, *x_places = _place(x_SA, rows)
@@ -100,13 +114,10 @@ class CompiledProducts:
         like_EAB: Tensor,
     ) -> Tensor:  # fmt: skip
         """See `Products`."""
-        gradient_EAB = torch.empty_like(like_EAB)
-        written = gradient_EAB
-        if not written.is_contiguous():
-            left, right, written = right, left, gradient_EAB.mT
-        if not written.is_contiguous():
-            left, right, written = right, left, torch.empty(like_EAB.shape, dtype=like_EAB.dtype)
-            gradient_EAB = written
+        is_turned = like_EAB.stride(1) == 1 and like_EAB.mT.is_contiguous()
+        if is_turned:
+            left, right, like_EAB = right, left, like_EAB.mT
+        written = _MEMORY.borrow(like_EAB.shape, like_EAB.dtype)
         self._stack_gradient(
             *_place(*left),
             *_place(*right),
@@ -116,7 +127,74 @@ class CompiledProducts:
             written.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-        return gradient_EAB
+        return written.mT if is_turned else written
+
+    def _wants_bfloat16_rows(self, stack_EAB: Tensor) -> bool:
+        return self._takes_bfloat16_rows and stack_EAB.dtype == torch.bfloat16 and stack_EAB.stride(1) == 1
+
+    def swiglu(self, h_SH: Tensor, stack_EAB: Tensor) -> Tensor:
+        """silu(first half) * second half of each row, (S, F), in the dtype in which `stack` takes rows."""
+        rows, width = h_SH.shape[0], h_SH.shape[1] // 2
+        is_bfloat16 = self._wants_bfloat16_rows(stack_EAB)
+        a_SF = torch.empty(rows, width, dtype=torch.bfloat16 if is_bfloat16 else torch.float32)
+        self._swiglu(h_SH.data_ptr(), rows, width, a_SF.data_ptr(), is_bfloat16, torch.get_num_threads())
+        return a_SF
+
+    def swiglu_gradient(self, h_SH: Tensor, da_SF: Tensor, scale_S: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What backward needs of a = swiglu(h), given the gradient `da` of a * scale over scale; all float32.
+
+        Returns:
+            a * scale (S, F), the gradient of h (S, H), and a . da of each row (S,).
+        """
+        a_SF, dh_SH, sums_S = torch.empty_like(da_SF), torch.empty_like(h_SH), torch.empty(h_SH.shape[0])
+        given = [None if each is None else each.data_ptr() for each in (h_SH, da_SF, scale_S)]
+        made = [each.data_ptr() for each in (a_SF, dh_SH, sums_S)]
+        self._swiglu_gradient(*given, *da_SF.shape, *made, torch.get_num_threads())
+        return a_SF, dh_SH, sums_S
+
+    def sum_over_experts(self, y_SD: Tensor, weight_TK: Tensor | None, pairs: SortedPairs) -> Tensor:
+        """See `Products`."""
+        out_TD = torch.empty(pairs.num_tokens, y_SD.shape[1])
+        weight_TK = None if weight_TK is None else weight_TK.float().contiguous()
+        given = [None if each is None else each.data_ptr() for each in (y_SD, weight_TK, pairs.order_S)]
+        sizes = y_SD.shape[0], pairs.num_tokens, pairs.top_k, y_SD.shape[1]
+        self._add_up(*given, *sizes, out_TD.data_ptr(), torch.get_num_threads())
+        return out_TD
+
+
+class GradientMemory:
+    """Memory that gradients of stacks had, for the next ones: to get it from the system takes as long as to fill it.
+
+    A gradient's memory comes back when the last tensor on it is gone, as after `zero_grad`. Until it is used again the
+    system may take its pages (MADV_FREE), so what waits here is not missing elsewhere, although it counts as resident.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._waiting_bytes, self._most_bytes = 0, most_bytes
+
+    def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor, not initialised."""
+        size = shape.numel() * dtype.itemsize
+        if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
+            return torch.empty(shape, dtype=dtype)
+        try:
+            block = self._free[size].pop()
+            self._waiting_bytes -= size
+        except IndexError:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        lease = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lease, self._take_back, block, size).atexit = False
+        return torch.frombuffer(lease, dtype=dtype).view(shape)
+
+    def _take_back(self, block: mmap.mmap, size: int) -> None:
+        if self._waiting_bytes + size <= self._most_bytes:
+            block.madvise(mmap.MADV_FREE)
+            self._free[size].append(block)
+            self._waiting_bytes += size
+
+
+_MEMORY = GradientMemory(_MOST_WAITING)
 
 
 def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:

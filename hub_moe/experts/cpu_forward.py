@@ -13,6 +13,7 @@ gives (2F with a gate), E routed experts.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from .pairs import SortedPairs, sort_pairs_by_expert, sum_over_experts
+from .compiled_products import CompiledProducts
+from .pairs import SortedPairs, sort_pairs_by_expert
 from .products import Products, choose_products
-from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, stacks_of, uses_triton
+from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, is_swiglu, stacks_of, uses_triton
 
 _Gradients = tuple[Tensor | None, ...]
 
@@ -33,6 +35,8 @@ class Plan(NamedTuple):
     pairs: SortedPairs
     products: Products
     activate: Callable[[Tensor], Tensor]  # (S, H) to (S, F)
+    # from h (S, H), da (S, F) and a factor of each row (S,) to a * factor, dh, and a . da of each row
+    differentiate: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -64,7 +68,7 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
     is_parallel = getattr(experts, "_is_expert_parallel", False)
     pairs = sort_pairs_by_expert(top_k_index, stacks.up.shape[0], may_be_elsewhere=is_parallel)
     products = choose_products(stacks.up.dtype)
-    plan = Plan(pairs, products, experts._apply_gate if experts.has_gate else experts.act_fn)
+    plan = _plan(experts, pairs, products, stacks.down)
     weight_S = top_k_weights.reshape(-1)
     if not has_post_expert_norm(experts):
         out_TD = _apply(_Experts, hidden_states, weight_S, plan, *stacks)
@@ -75,6 +79,28 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
         weighted_SD = y_SD.to(wide) * weight_S[pairs.order_S].to(wide).unsqueeze(-1)
         out_TD = weighted_SD.new_zeros(hidden_states.shape).index_add(0, pairs.token_S, weighted_SD)
     return out_TD.to(hidden_states.dtype)
+
+
+def _plan(experts: Any, pairs: SortedPairs, products: Products, down: Tensor) -> Plan:
+    if isinstance(products, CompiledProducts) and is_swiglu(experts):
+        return Plan(pairs, products, partial(products.swiglu, stack_EAB=down), products.swiglu_gradient)
+    activate = experts._apply_gate if experts.has_gate else experts.act_fn
+    return Plan(pairs, products, lambda h_SH: activate(h_SH).to(h_SH.dtype), partial(_differentiate, activate))
+
+
+def _differentiate(
+    activate: Callable[[Tensor], Tensor], h_SH: Tensor, da_SF: Tensor, scale_S: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Plan.differentiate` of any activation, by autograd."""
+    with torch.enable_grad():
+        h_SH = h_SH.detach().requires_grad_()
+        activated_SF = activate(h_SH)
+    a_SF = activated_SF.detach().to(da_SF.dtype)
+    sums_S = (a_SF * da_SF).sum(-1, dtype=torch.promote_types(a_SF.dtype, torch.float32))
+    if scale_S is not None:
+        a_SF, da_SF = a_SF * scale_S.unsqueeze(-1), da_SF * scale_S.unsqueeze(-1)
+    (dh_SH,) = torch.autograd.grad(activated_SF, h_SH, da_SF.to(activated_SF.dtype))
+    return a_SF, dh_SH, sums_S
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, hub_moe_experts_forward)
@@ -92,61 +118,57 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_S: Tensor | None, plan: Plan, *stacks: Any) -> Tensor:
         up, down, up_bias, down_bias = Stacks(*stacks)
-        pairs, products, activate = plan
+        pairs, products = plan.pairs, plan.products
         dtype = products.work_dtype(up.dtype)
         h_SH = products.multiply(x_TD.to(dtype).contiguous(), up, pairs.ends, pairs.token_S)
         if up_bias is not None:
             h_SH += _rows_of(up_bias, pairs)
-        a_SF = activate(h_SH)
-        y_SD = products.multiply(a_SF.to(dtype).contiguous(), down, pairs.ends)
+        a_SF = plan.activate(h_SH)
+        y_SD = products.multiply(a_SF.contiguous(), down, pairs.ends)
         if down_bias is not None:
             y_SD += _rows_of(down_bias, pairs)
         ctx.plan = plan
         ctx.save_for_backward(x_TD, h_SH, weight_S, *stacks)
         if weight_S is None:
             return y_SD
-        wide = torch.promote_types(dtype, torch.float32)
-        return sum_over_experts(y_SD.to(wide), weight_S[pairs.order_S].to(wide), pairs)
+        return products.sum_over_experts(y_SD, weight_S, pairs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> _Gradients:
         x_TD, h_SH, weight_S, *stacks = ctx.saved_tensors
         up, down, up_bias, down_bias = Stacks(*stacks)
-        pairs, products, activate = ctx.plan
+        plan: Plan = ctx.plan
+        pairs, products = plan.pairs, plan.products
         need = dict(
             zip(("x", "weight", "plan", "up", "down", "up_bias", "down_bias"), ctx.needs_input_grad, strict=True)
         )
         dtype = products.work_dtype(up.dtype)
         # without weights each pair has its own row; with them all pairs of a token share the token's
         dout, rows_S = dout.to(dtype).contiguous(), None if weight_S is None else pairs.token_S
-        scale_S1 = None if weight_S is None else weight_S[pairs.order_S].to(dtype).unsqueeze(-1)
+        scale_S = None if weight_S is None else weight_S[pairs.order_S].to(dtype)
         gradients: dict[str, Tensor] = {}
-        with torch.enable_grad():
-            h_SH = h_SH.detach().requires_grad_()
-            activated_SF = activate(h_SH)
-        a_SF = activated_SF.detach().to(dtype)
-        if need["down"]:
-            scaled_SF = a_SF if scale_S1 is None else a_SF * scale_S1
-            gradients["down"] = products.stack_gradient((scaled_SF, None), (dout, rows_S), pairs.ends, down)
         if need["down_bias"]:
-            gradients["down_bias"] = _bias_gradient(_scaled(dout, rows_S, scale_S1), down_bias, pairs)
-        if need["x"] or need["weight"] or need["up"] or need["up_bias"]:
-            da_SF = products.multiply(dout, down.mT, pairs.ends, rows_S)
-            if need["weight"]:
-                gradients["weight"] = _weight_gradient((a_SF, da_SF), dout, (weight_S, down_bias), pairs)
-            if scale_S1 is not None:
-                da_SF *= scale_S1
-            (dh_SH,) = torch.autograd.grad(activated_SF, h_SH, da_SF.to(activated_SF.dtype))
-            if need["up"]:
-                x = x_TD.to(dtype).contiguous()
-                gradients["up"] = products.stack_gradient((x, pairs.token_S), (dh_SH, None), pairs.ends, up)
-            if need["up_bias"]:
-                gradients["up_bias"] = _bias_gradient(dh_SH, up_bias, pairs)
-            if need["x"]:
-                dx_SD = products.multiply(dh_SH, up.mT, pairs.ends)
-                wide = torch.promote_types(dtype, torch.float32)
-                gradients["x"] = sum_over_experts(dx_SD.to(wide), None, pairs).to(x_TD.dtype)
+            gradients["down_bias"] = _bias_gradient(_scaled(dout, rows_S, scale_S), down_bias, pairs)
+        if not (need["x"] or need["weight"] or need["up"] or need["up_bias"]):
+            if need["down"]:
+                scaled_SF = _scaled(plan.activate(h_SH).to(dtype), None, scale_S)
+                gradients["down"] = products.stack_gradient((scaled_SF, None), (dout, rows_S), pairs.ends, down)
+            return tuple(gradients.get(name) for name in need)
+        da_SF = products.multiply(dout, down.mT, pairs.ends, rows_S)
+        scaled_SF, dh_SH, sums_S = plan.differentiate(h_SH, da_SF, scale_S)
+        if need["weight"]:
+            gradients["weight"] = _weight_gradient(sums_S, dout, (weight_S, down_bias), pairs)
+        if need["down"]:
+            gradients["down"] = products.stack_gradient((scaled_SF, None), (dout, rows_S), pairs.ends, down)
+        if need["up"]:
+            x = x_TD.to(dtype).contiguous()
+            gradients["up"] = products.stack_gradient((x, pairs.token_S), (dh_SH, None), pairs.ends, up)
+        if need["up_bias"]:
+            gradients["up_bias"] = _bias_gradient(dh_SH, up_bias, pairs)
+        if need["x"]:
+            dx_SD = products.multiply(dh_SH, up.mT, pairs.ends)
+            gradients["x"] = products.sum_over_experts(dx_SD, None, pairs).to(x_TD.dtype)
         return tuple(gradients.get(name) for name in need)
 
 
@@ -159,9 +181,9 @@ def _counts(pairs: SortedPairs) -> Tensor:
     return torch.tensor(pairs.ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
 
 
-def _scaled(rows: Tensor, places_S: Tensor | None, scale_S1: Tensor | None) -> Tensor:
+def _scaled(rows: Tensor, places_S: Tensor | None, scale_S: Tensor | None) -> Tensor:
     rows = rows if places_S is None else rows[places_S]
-    return rows if scale_S1 is None else rows * scale_S1
+    return rows if scale_S is None else rows * scale_S.unsqueeze(-1)
 
 
 def _bias_gradient(rows_SB: Tensor, like_EB: Tensor | None, pairs: SortedPairs) -> Tensor:
@@ -173,14 +195,12 @@ def _bias_gradient(rows_SB: Tensor, like_EB: Tensor | None, pairs: SortedPairs) 
 
 
 def _weight_gradient(
-    activations: tuple[Tensor, Tensor], dout_TD: Tensor, weights: tuple[Tensor, Tensor | None], pairs: SortedPairs
+    sums_S: Tensor, dout_TD: Tensor, weights: tuple[Tensor, Tensor | None], pairs: SortedPairs
 ) -> Tensor:
     """y . dout of each pair, without y: (a @ down + bias) . dout = a . (dout @ down^T) + bias . dout."""
-    (a_SF, da_SF), (weight_S, down_bias) = activations, weights
-    wide = torch.promote_types(a_SF.dtype, torch.float32)
-    sums_S = (a_SF * da_SF).sum(-1, dtype=wide)
+    weight_S, down_bias = weights
     if down_bias is not None:
-        sums_S += (_rows_of(down_bias, pairs) * dout_TD[pairs.token_S]).sum(-1, dtype=wide)
+        sums_S += (_rows_of(down_bias, pairs) * dout_TD[pairs.token_S]).sum(-1, dtype=sums_S.dtype)
     gradient_S = torch.zeros(weight_S.shape, dtype=weight_S.dtype)
     gradient_S[pairs.order_S] = sums_S.to(weight_S.dtype)
     return gradient_S

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError, UnsupportedModelError
 from .bfloat16_speed import has_fast_bfloat16
 from .compiled_products import DTYPES, load_compiled_products
+from .pairs import SortedPairs, sum_over_experts
 from .stacks import IMPLEMENTATION, describe_gpu_choice
 
 VARIABLE = "HUB_MOE_CPU_EXPERTS"
@@ -54,6 +55,13 @@ class Products(Protocol):
         Args:
             left: (S, A) in the work dtype, and which of its rows each row is, as in `multiply`.
             right: The same, (S, B).
+        """
+        ...
+
+    def sum_over_experts(self, y_SD: Tensor, weight_TK: Tensor | None, pairs: SortedPairs) -> Tensor:
+        """Each token's rows, times their weights if there are any, added up: (T, D), float32 or the wider dtype of `y`.
+
+        Neither order nor rounding depends on the number of threads.
         """
         ...
 
@@ -102,6 +110,12 @@ class TorchProducts:
                 if buffer_AB is not None:
                     matrix_AB.copy_(buffer_AB)
         return gradient_EAB
+
+    def sum_over_experts(self, y_SD: Tensor, weight_TK: Tensor | None, pairs: SortedPairs) -> Tensor:
+        """See `Products`."""
+        y_SD = y_SD.to(torch.promote_types(y_SD.dtype, torch.float32))
+        weight_S = None if weight_TK is None else weight_TK.reshape(-1)[pairs.order_S].to(y_SD.dtype)
+        return sum_over_experts(y_SD, weight_S, pairs)
 
 
 def _outer(out_AB: Tensor, left_RA: Tensor, right_RB: Tensor) -> None:

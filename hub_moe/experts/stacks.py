@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations import moe
 
 from ..errors import ConfigError, UnsupportedModelError
 
@@ -63,6 +65,15 @@ def stacks_of(experts: Any) -> Stacks:
 def has_post_expert_norm(experts: Any) -> bool:
     """Whether each expert's output passes a norm; modules of older transformers do not say, and have none."""
     return bool(getattr(experts, "has_post_expert_norm", False))
+
+
+def is_swiglu(experts: Any) -> bool:
+    """Whether the activation is transformers' own gate with SiLU: silu of the first half times the second."""
+    if not experts.has_gate or "_apply_gate" in vars(experts):
+        return False
+    gate, activation = getattr(type(experts), "_apply_gate", None), getattr(experts, "act_fn", None)
+    is_plain = isinstance(activation, nn.SiLU | SiLUActivation) and not activation._forward_hooks
+    return is_plain and gate is not None and gate is getattr(moe, "_default_apply_gate", None)
 
 
 def _check_other_parameters(experts: nn.Module, names: tuple[str, ...]) -> None:

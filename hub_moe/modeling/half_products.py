@@ -1,15 +1,92 @@
-"""Whether this machine multiplies 16-bit matrices as fast as float32 ones, found by trying.
+"""Whether this machine multiplies 16-bit matrices as fast as float32 ones, found by trying, and what to do if not.
 
 A CPU without 16-bit units runs torch's bfloat16 and float16 products at 1 to 15 % of float32, and which units a build
-of torch can use is not written anywhere; so a small product is timed, once a process.
+of torch can use is not written anywhere; so a small product is timed, once a process. Where they are slow, linear
+layers multiply float32 copies, forward and backward, and round what comes out: the same sums, rounded once.
 """
 
 import functools
 import time
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 _ROWS, _WIDTH, _TRIES = 64, 256, 3
+# from this many rows on a cast of the weight costs less than torch's slow forward product (measured with AVX2)
+_FEWEST_ROWS = 16
+
+
+def multiply(linear: Any, x: Tensor) -> Tensor:
+    """`linear(x)`, by float32 products where those of its 16-bit weight are slow on this CPU.
+
+    The output is the float32 one rounded to the dtype of `x`, and so are the gradients; beside what `linear` itself
+    keeps for backward nothing is kept. Few rows without gradients, and layers that are more than their weight
+    (adapters, quantisation, sharding, hooks), are called as they are; so is everything where `runs_as_written` says no.
+    """
+    if has_fast_products(x.dtype, x.device.type) or not is_plain_linear(linear, x):
+        output: Tensor = linear(x)
+        return output
+    weight, bias = linear.weight, linear.bias
+    trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not trains and x.numel() < _FEWEST_ROWS * x.shape[-1]:
+        return nn.functional.linear(x, weight, bias)
+    product: Any = _WideProduct
+    wide: Tensor = product.apply(x, weight, bias)
+    return wide
+
+
+def is_plain_linear(linear: nn.Module, like: Tensor) -> bool:
+    """Whether calling `linear` is nothing but a product with its weight and bias, of the dtype and device of `like`."""
+    if not runs_as_written(like.device.type) or type(linear) is not nn.Linear:
+        return False
+    if "forward" in vars(linear) or _has_hooks(linear):
+        return False
+    tensors = [tensor for tensor in (linear.weight, linear.bias) if tensor is not None]
+    return all(
+        type(tensor) in (nn.Parameter, Tensor) and tensor.dtype == like.dtype and tensor.device == like.device
+        for tensor in tensors
+    )
+
+
+def runs_as_written(device_type: str) -> bool:
+    """Whether operations run one by one as they are: no autocast, compilation, tracing or transform of torch.func."""
+    is_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return not (is_graph or torch.is_autocast_enabled(device_type) or torch._C._are_functorch_transforms_active())
+
+
+def _has_hooks(linear: nn.Module) -> bool:
+    of_all = (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+    own = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(all_modules, name) for name in of_all) or any(getattr(linear, name) for name in own)
+
+
+class _WideProduct(torch.autograd.Function):
+    """A linear layer on 16-bit numbers, by float32 products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        wide_bias = None if bias is None else bias.float()
+        return nn.functional.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # twice differentiable, as it is only products
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        wide = dy.float()
+        rows = wide.reshape(-1, wide.shape[-1])
+        dx = (wide @ weight.float()).to(x.dtype) if needs_x else None
+        dweight = None
+        if needs_weight:
+            dweight = (rows.mT @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+        return dx, dweight, rows.sum(0).to(dy.dtype) if needs_bias else None
 
 
 def has_fast_products(dtype: torch.dtype, device_type: str) -> bool:

@@ -26,7 +26,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from .absorbed_attention import LatentCache, attend_to_latents, should_absorb
+from .causal_attention import attend_to_past, suits_blocks
 from .configuration_hub_moe import HubMoeConfig
+from .half_products import multiply
 from .latent_cache import give_room
 from .routing import route_tokens
 
@@ -45,6 +47,9 @@ class HubMoeRotaryEmbedding(DeepseekV3RotaryEmbedding):
 
 class HubMoeMLP(DeepseekV2MLP):
     """SwiGLU block of dense layers and shared experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return multiply(self.down_proj, self.act_fn(multiply(self.gate_proj, x)) * multiply(self.up_proj, x))
 
 
 class HubMoeRouter(nn.Module):
@@ -109,12 +114,13 @@ class HubMoeAttention(DeepseekV3Attention):
     ) -> tuple[Tensor, Tensor | None]:
         batch_size, seq_length = hidden_states.shape[:-1]
         if self.q_lora_rank is None:
-            query = self.q_proj(hidden_states)
+            query = multiply(self.q_proj, hidden_states)
         else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+            query = multiply(self.q_b_proj, self.q_a_layernorm(multiply(self.q_a_proj, hidden_states)))
         query = query.view(batch_size, seq_length, -1, self.qk_head_dim).transpose(1, 2)
         q_pass, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        latent, k_rot = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        both = multiply(self.kv_a_proj_with_mqa, hidden_states)
+        latent, k_rot = both.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         # one "head" each, so that every cache class can hold them
         latent = self.kv_a_layernorm(latent).view(batch_size, 1, seq_length, self.kv_lora_rank)
         k_rot = k_rot.view(batch_size, 1, seq_length, self.qk_rope_head_dim)
@@ -134,9 +140,12 @@ class HubMoeAttention(DeepseekV3Attention):
                 scaling=self.scaling,
                 needs_weights=self.config._attn_implementation == "eager",
             )
-            return self.o_proj(output.reshape(batch_size, seq_length, -1)), weights
+            return multiply(self.o_proj, output.reshape(batch_size, seq_length, -1)), weights
 
         key, value = self.expand_kv(latent, k_rot)
+        if suits_blocks(self, query, key, attention_mask, kwargs):
+            output = attend_to_past(query, key, value, scaling=self.scaling).transpose(1, 2)
+            return multiply(self.o_proj, output.reshape(batch_size, seq_length, -1)), None
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -150,7 +159,13 @@ class HubMoeAttention(DeepseekV3Attention):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch_size, seq_length, -1).contiguous()), weights
+        return multiply(self.o_proj, output.reshape(batch_size, seq_length, -1).contiguous()), weights
+
+    def expand_kv(self, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (B, H, S, N + R) and values (B, H, S, V) of latents (B, 1, S, C) and rotated keys (B, 1, S, R)."""
+        both = multiply(self.kv_b_proj, kv_nope.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k_nope, value = both.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return torch.cat((k_nope, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 
 
 class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
@@ -185,7 +200,7 @@ class HubMoeMtpLayer(HubMoeDecoderLayer):
     def forward(self, inputs_embeds: Tensor, previous_hidden_state: Tensor, **kwargs: Any) -> Tensor:
         """Hidden states of shape (B, L, D) from the next tokens' embeddings and the states one depth below."""
         both = torch.cat([self.enorm(inputs_embeds), self.hnorm(previous_hidden_state)], dim=-1)
-        hidden: Tensor = self.shared_head["norm"](super().forward(self.eh_proj(both), **kwargs))
+        hidden: Tensor = self.shared_head["norm"](super().forward(multiply(self.eh_proj, both), **kwargs))
         return hidden
 
 

@@ -10,12 +10,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -29,7 +30,7 @@ constexpr int kLanes = 8, kDotRows = 3, kOuterRows = 6;
 constexpr int kLanes = 4, kDotRows = 4, kOuterRows = 8;
 #endif
 constexpr int kDotColumns = 4;           // matrix rows whose sums one tile of dot products keeps in registers
-constexpr int kDotDepth = 1024;          // how much of kDotColumns matrix rows stays in the first-level cache
+constexpr int kDotDepth = 704;          // how much of kDotColumns matrix rows stays in the first-level cache
 constexpr int kTile = 2 * kLanes;        // columns of a tile of outer products
 constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
 constexpr int kTaskColumns = 32;
@@ -70,12 +71,44 @@ inline void store(bfloat16* p, Vec v) {  // to nearest, ties to even; NaN stays 
   std::memcpy(p, &h, sizeof h);
 }
 
+// Past the cache, which a stack's gradient would sweep empty, and without reading first what is overwritten.
+template <typename T>
+inline void store_once(T* p, Vec v) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<T, float>::value)
+    if ((uintptr_t)p % sizeof v == 0) return _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same<T, float>::value)
+    if ((uintptr_t)p % sizeof v == 0) return _mm256_stream_ps(p, (__m256)v);
+#endif
+  store(p, v);
+}
+
+inline void finish_stores() {  // before others are told that the numbers are there
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 template <typename T>
 inline void store_some(T* p, Vec v, int64_t count) {
   T all[kLanes];
   store(all, v);
   std::copy(all, all + count, p);
 }
+
+template <typename F>
+inline void each_vector(int64_t count, F run) {  // run(start, how many)
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) run(i, std::integral_constant<int64_t, kLanes>());
+  if (i < count) run(i, count - i);
+}
+
+template <typename T>
+inline Vec get(const T* p, int64_t count) { return count == kLanes ? load(p) : load_some(p, count); }
+
+template <typename T>
+inline void put(T* p, Vec v, int64_t count) { count == kLanes ? store(p, v) : store_some(p, v, count); }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
 
@@ -130,8 +163,9 @@ struct Dot<bfloat16, bfloat16> {
 };
 #endif
 
-// y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements.
-template <int M, typename X, typename W>
+// y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements. For few rows a matrix comes from memory at the speed of that, so
+// `Ahead` asks for the next four rows while these are multiplied.
+template <int M, bool Ahead, typename X, typename W>
 __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
   Vec sums[M][kDotColumns] = {};
   int64_t i = 0;
@@ -139,7 +173,10 @@ __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w
   auto step = [&](auto get) {
     decltype(get(w)) columns[kDotColumns];
 #pragma GCC unroll 4
-    for (int n = 0; n < kDotColumns; ++n) columns[n] = get(w + n * w_row + i);
+    for (int n = 0; n < kDotColumns; ++n) {
+      columns[n] = get(w + n * w_row + i);
+      if (Ahead) __builtin_prefetch(w + (n + kDotColumns) * w_row + i, 0, 2);
+    }
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
       auto row = get(x[m] + i);
@@ -158,11 +195,11 @@ __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w
   }
 }
 
-template <int M, typename X, typename W, typename... Rest>
+template <int M, bool Ahead = false, typename X, typename W, typename... Rest>
 inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... rest) {
   if constexpr (M > 0) {
-    if (rows == M) return dot_tile<M>(x, w, rest...);
-    dot_tile_of<M - 1>(rows, x, w, rest...);
+    if (rows == M) return dot_tile<M, Ahead>(x, w, rest...);
+    dot_tile_of<M - 1, Ahead>(rows, x, w, rest...);
   }
 }
 
@@ -251,6 +288,17 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
       bool is_tiny = B < kDotColumns;
       for (int64_t k = 0; k < A; k += kDotDepth) {
         int64_t depth = std::min<int64_t>(kDotDepth, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
+        // The same few matrix rows meet all rows of the expert: they are widened once, not once for every tile, and
+        // laid side by side, as rows a power of two apart would take each other's place in the cache.
+        alignas(64) X near[kDotColumns * kDotDepth];
+        bool is_near = !is_short && parts > 1;
+        for (int c = 0; is_near && c < kDotColumns; ++c) {
+          const W* row = matrix + (n + c) * w_row + k;
+          if constexpr (std::is_same<X, W>::value)
+            std::copy(row, row + depth, near + c * kDotDepth);
+          else
+            each_vector(depth, [&](int64_t i, auto some) { put(near + c * kDotDepth + i, get(row + i, some), some); });
+        }
         const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
         for (int64_t s = start; s < end; s += kDotRows) {
           int64_t count = std::min<int64_t>(kDotRows, end - s);
@@ -258,8 +306,10 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
           const X* rows[kDotRows];
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
-          if (!is_short) {
-            dot_tile_of<kDotRows>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
+          if (is_near) {
+            dot_tile_of<kDotRows>(count, rows, (const X*)near, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
+          } else if (!is_short) {
+            dot_tile_of<kDotRows, true>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
           } else if (!is_tiny) {
             dot_tile_of<kDotRows>(count, rows, matrix + from * w_row + k, w_row, depth, sums, (int64_t)kDotColumns, false);
             for (int64_t m = 0; m < count; ++m)
@@ -377,11 +427,82 @@ void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends,
           for (int half = 0; half < 2; ++half) {
             int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
             G* to = out + (a + i) * B + c + half * kLanes;
-            if (lanes == kLanes) store(to, sums[i][half]);
+            if (lanes == kLanes) store_once(to, sums[i][half]);
             else if (lanes > 0) store_some(to, sums[i][half], lanes);
           }
       }
     }
+    finish_stores();
+  });
+}
+
+// e^x to a few units in the last place, for |x| < 87; beyond that as at 87. NaN stays NaN.
+inline Vec exponential(Vec x) {
+  constexpr float kMost = 87, kShift = 12582912;  // 1.5 * 2^23: adding it leaves the integer in the lowest bits
+  x = x > kMost ? broadcast(kMost) : x;
+  x = x < -kMost ? broadcast(-kMost) : x;
+  Vec shifted = x * 1.44269504f + kShift, whole = shifted - kShift;
+  Vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Vec sum = broadcast(1.9875691500e-4f);  // Cephes' expf
+  for (float factor : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    sum = sum * rest + factor;
+  sum = sum * rest * rest + rest + 1.0f;
+  return sum * (Vec)(((Words)shifted << 23) + (127u << 23));
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+template <typename F>
+void run_rows(int64_t rows, double numbers, int most, F run) {  // about 20 operations a number
+#pragma omp parallel for schedule(static) num_threads(threads_for(20 * numbers, most))
+  for (int64_t s = 0; s < rows; ++s) run(s);
+}
+
+// a = silu(gate) * linear, of rows h = (gate, linear).
+template <typename T>
+void swiglu(const float* h, int64_t rows, int64_t F, T* a, int threads) {
+  run_rows(rows, (double)rows * F, threads, [=](int64_t s) {
+    const float *gate = h + s * 2 * F, *linear = gate + F;
+    each_vector(F, [=](int64_t i, auto count) {
+      Vec g = get(gate + i, count);
+      put(a + s * F + i, g * sigmoid(g) * get(linear + i, count), count);
+    });
+  });
+}
+
+void swiglu_gradient(const float* h, const float* da, const float* scale, int64_t rows, int64_t F, float* a, float* dh,
+                     float* sums, int threads) {
+  run_rows(rows, 2.0 * rows * F, threads, [=](int64_t s) {
+    const float *gate = h + s * 2 * F, *linear = gate + F;
+    float factor = scale ? scale[s] : 1;
+    Vec sum = {};
+    each_vector(F, [=, &sum](int64_t i, auto count) {
+      Vec g = get(gate + i, count), u = get(linear + i, count), d = get(da + s * F + i, count);
+      Vec open = sigmoid(g), silu = g * open, product = silu * u;
+      sum += product * d;
+      d *= factor;
+      put(a + s * F + i, product * factor, count);
+      put(dh + s * 2 * F + i, d * u * (open + silu * (1.0f - open)), count);
+      put(dh + s * 2 * F + F + i, d * silu, count);
+    });
+    double total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    sums[s] = (float)total;
+  });
+}
+
+// Row t is the sum of the rows y[s] that order[s] / top_k names t, in the order of k, whatever the threads.
+void add_up(const float* y, const float* weights, const int64_t* order, int64_t rows, int64_t tokens, int64_t top_k,
+            int64_t D, float* out, int threads) {
+  std::vector<int64_t> places(tokens * top_k, -1);
+  for (int64_t s = 0; s < rows; ++s) places[order[s]] = s;
+  run_rows(tokens, 0.1 * rows * D, threads, [=, &places](int64_t t) {
+    each_vector(D, [=, &places](int64_t i, auto count) {
+      Vec sum = {};
+      for (int64_t k = t * top_k; k < (t + 1) * top_k; ++k)
+        if (int64_t s = places[k]; s >= 0) sum += get(y + s * D + i, count) * (weights ? weights[k] : 1.0f);
+      put(out + t * D + i, sum, count);
+    });
   });
 }
 
@@ -432,6 +553,23 @@ void hub_moe_multiply(const void* x, int is_bfloat16_x, int64_t x_row, const int
   (void)is_bfloat16_x;
 #endif
   is_bfloat16 ? run((const bfloat16*)w) : run((const float*)w);
+}
+
+// h is (rows, 2 F): what silu goes to, then what it is multiplied by. a is (rows, F).
+void hub_moe_swiglu(const float* h, int64_t rows, int64_t F, void* a, int is_bfloat16, int threads) {
+  is_bfloat16 ? swiglu(h, rows, F, (bfloat16*)a, threads) : swiglu(h, rows, F, (float*)a, threads);
+}
+
+// From da, the gradient of each row's a before its factor scale[s] (none: 1): a times scale, dh, and a . da.
+void hub_moe_swiglu_gradient(const float* h, const float* da, const float* scale, int64_t rows, int64_t F, float* a,
+                             float* dh, float* sums, int threads) {
+  swiglu_gradient(h, da, scale, rows, F, a, dh, sums, threads);
+}
+
+// out[t] = sum over k of weights[t, k] (none: 1) times the row s of y with order[s] = t * top_k + k, if there is one.
+void hub_moe_add_up(const float* y, const float* weights, const int64_t* order, int64_t rows, int64_t tokens,
+                    int64_t top_k, int64_t D, float* out, int threads) {
+  add_up(y, weights, order, rows, tokens, top_k, D, out, threads);
 }
 
 // g[e, a, b] = sum over the rows s of e of left[left_places[s], a] * right[right_places[s], b]; g is contiguous.
