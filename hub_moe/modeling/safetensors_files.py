@@ -10,6 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,15 @@ class WeightFile:
         if self._state() != self._state_when_opened:
             raise CheckpointError(f"{self.path} was changed while the model was in use; load the model again.")
 
+    def announce(self, offset: int, size_bytes: int) -> None:
+        """Let the system start to read from `offset` on, which it then does beside us, all that was announced at once.
+
+        A hint: where it is not taken, reading takes longer.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor, offset, size_bytes, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fill `memory` with the bytes from `offset` on.
 
@@ -115,6 +125,10 @@ class StoredTensor:
         """`self[index]`, along the first dimension."""
         size = self.size_bytes // self.shape[0]
         return replace(self, shape=self.shape[1:], offset=self.offset + index * size, size_bytes=size)
+
+    def announce(self) -> None:
+        """Let the system start to read it; see `WeightFile.announce`."""
+        self.file.announce(self.offset, self.size_bytes)
 
     def read_into(self, target: Tensor) -> None:
         """Fill `target`, which has this tensor's shape; converts where dtype or device differ."""
