@@ -20,6 +20,7 @@ def load(
     *,
     expert_budget: int | str | None = None,
     expert_profile: ExpertProfile | str | Path | None = None,
+    expert_dtype: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """What `AutoModelForCausalLM.from_pretrained(name, **kwargs)` gives, bit for bit, in less time and memory.
@@ -32,20 +33,24 @@ def load(
         expert_budget: Memory for routed experts, such as "6GiB"; if they take more they stay in the checkpoint's files:
             see `HubMoeForCausalLM.from_pretrained`.
         expert_profile: Which experts always stay in that memory.
+        expert_dtype: "int8" or "int4": what routed experts are kept in instead; see there too.
 
     Raises:
         CheckpointError: If there is no such folder, the checkpoint is truncated, or, with a budget, it keeps experts in
             a form that cannot stay.
-        ConfigError: If the budget is no size or too small for one token, or the profile is not of this model.
+        ConfigError: If the budget is no size or too small for one token, the profile is not of this model, or the
+            arguments do not go together.
+        MissingExtraError: For an expert_dtype without torchao.
         UnsupportedModelError: If transformers and hub_moe have no class for the model, or, with a budget, it has no
             experts that hub_moe finds.
     """
     _require_name(name)
     model_class = _find_class(str(name), kwargs)
     if not issubclass(model_class, PreTrainedModel):  # an expert patch, whose class gives all arguments to its base's
-        if expert_budget is not None:
+        if expert_budget is not None or expert_dtype is not None:
+            option = "expert_dtype" if expert_budget is None else "expert_budget"
             raise ConfigError(
-                f"{name} is an expert patch, and expert_budget needs all experts in one checkpoint; write one with "
+                f"{name} is an expert patch, and {option} needs all experts in one checkpoint; write one with "
                 "`hub-moe patch apply`."
             )
         return model_class.from_pretrained(name, **kwargs)
@@ -53,7 +58,8 @@ def load(
     if not issubclass(model_class, DirectLoadingMixin):
         bases = (DirectLoadingMixin, model_class)
         reader = type(model_class.__name__, bases, {"__module__": model_class.__module__})
-    loaded = reader.from_pretrained(name, expert_budget=expert_budget, expert_profile=expert_profile, **kwargs)
+    placing = {"expert_budget": expert_budget, "expert_profile": expert_profile, "expert_dtype": expert_dtype}
+    loaded = reader.from_pretrained(name, **placing, **kwargs)
     (loaded[0] if isinstance(loaded, tuple) else loaded).__class__ = model_class
     return loaded
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hub_moe
 from hub_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hub_moe.experts.offload import OffloadedExperts
+from hub_moe.experts.offload import PlacedExperts
 from hub_moe.modeling.checkpoint import DirectLoadingMixin
 from tests.anatomy.families import FAMILIES, tiny_config
 
@@ -54,7 +54,7 @@ def test_every_family_runs_with_its_experts_in_their_files(saved):
     size = sum(p.nbytes for name, p in whole.named_parameters() if ".experts." in name)
     model = hub_moe.load(saved, expert_budget=size * 2 // 3, experts_implementation="grouped_mm")
     assert type(model) is type(whole)
-    assert any(isinstance(module, OffloadedExperts) for module in model.modules())
+    assert any(isinstance(module, PlacedExperts) for module in model.modules())
     if whole.config.model_type == "gpt_oss":  # torch rounds its gate, which is strided, by the number of rows
         torch.testing.assert_close(model(TOKENS).logits, whole(TOKENS).logits, rtol=1e-5, atol=1e-6)
     else:

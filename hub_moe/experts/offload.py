@@ -2,9 +2,8 @@
 
 Each layer has a cache of slots, stacks of the same form as its own with fewer experts, and gives its experts
 implementation the slots instead of the stacks; so products and their order are those of a model that is all in memory.
-A token's experts that are not there are read first, side by side. Where a batch hits more experts than there are slots,
-they take turns. Guessing what the next layer will need is not done: with a few slots per layer its last choices are
-there anyway. There is no pinned copy in host memory beside a GPU.
+Where a batch hits more experts than there are slots, they take turns. While a layer computes, what the next one will
+probably need is read; see `expert_cache`.
 
 Shape letters: T tokens, K experts per token, S = T * K token-expert pairs, D hidden, E routed experts.
 """
@@ -12,14 +11,11 @@ Shape letters: T tokens, K experts per token, S = T * K token-expert pairs, D hi
 import copy
 import math
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +24,15 @@ from transformers.utils import logging
 from ..anatomy.moe_layers import MoeLayer, find_moe_layers
 from ..anatomy.profile import ExpertProfile
 from ..errors import CheckpointError, ConfigError, UnsupportedModelError
+from .expert_cache import ExpertCache, ExpertReader, ExpertsInFiles, Guess, Shapes
 from .pairs import SortedPairs, sum_over_experts
-from .stacks import IMPLEMENTATION
+from .stacks import IMPLEMENTATION, has_post_expert_norm
 
 logger = logging.get_logger(__name__)
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-_READERS = 4  # reads side by side: what keeps a disk busy; from the page cache two already are as fast as memory
 _CASTS_NOTHING = ("eager", "batched_mm")  # implementations that want rows in the dtype of the weights
-_INFERENCE_ONLY = "A model with an expert_budget is for inference only; load it without one to train it."
-_STAY_IN_FILES = "The experts of a model with an expert_budget stay in their files; load it without one to {}."
 
 
 def parse_budget(budget: int | str) -> int:
@@ -60,44 +54,32 @@ def parse_budget(budget: int | str) -> int:
     return size
 
 
-class ExpertsInFiles(Protocol):
-    """A parameter that stacks a layer's experts, still in its files."""
-
-    def fill_expert(self, expert: int, target: Tensor) -> None:
-        """Write one expert's values into `target`."""
-        ...
-
-    def check_unchanged(self, expert: int) -> None:
-        """Raise CheckpointError if a file that the expert lies in was changed since it was opened."""
-        ...
-
-
 @dataclass(frozen=True)
-class _Layer:
-    """A layer whose experts stay in their files: what is there of it, and its stacks by parameter name."""
+class PlacedLayer:
+    """A layer whose experts are not plain weights: what is there of it, and its stacks by parameter name."""
 
     found: MoeLayer
     files: Mapping[str, ExpertsInFiles]
-    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # of one expert
+    shapes: Shapes
 
     @property
     def expert_bytes(self) -> int:
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes.values())
 
 
-class Offloading:
-    """What `from_pretrained` does for its `expert_budget`: `take` the experts before weights load, `install` after.
+class Placing:
+    """What `from_pretrained` does with experts that do not become plain weights: `take` them before the others load,
+    and `install` what stands for them after.
 
-    Raises:
-        ConfigError: If `budget` is no size, or `profile` no expert profile.
+    For messages, `option` is the argument that asks for it, `state` what it makes of the experts, `verb` how.
     """
 
-    def __init__(self, budget: int | str, profile: ExpertProfile | str | Path | None) -> None:
-        self._budget = parse_budget(budget)
-        if isinstance(profile, str | Path) and not Path(profile).is_file():
-            raise ConfigError(f"There is no expert profile {profile}.")
-        self._profile = ExpertProfile.load(profile) if isinstance(profile, str | Path) else profile
-        self._layers: list[_Layer] = []
+    option: str
+    state: str
+    verb: str
+
+    def __init__(self) -> None:
+        self._layers: list[PlacedLayer] = []
         self._device = torch.device("cpu")
 
     def take(self, model: Any, stacks: dict[str, Any], device_map: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -116,28 +98,16 @@ class Offloading:
                 to several devices.
             UnsupportedModelError: If the model has no experts that hub_moe finds.
         """
-        layers = [_describe(layer, stacks) for layer in find_moe_layers(model)]
-        if self._profile is not None:
-            _check_profile(self._profile, layers)
-        size = layers[0].expert_bytes
-        total = sum(layer.found.num_experts * layer.expert_bytes for layer in layers)
-        if total <= self._budget:
-            logger.warning(
-                f"All routed experts ({_readable(total)}) fit in the expert_budget of {_readable(self._budget)}, so "
-                "the model is an ordinary one."
-            )
+        layers = [self._describe(layer, stacks) for layer in find_moe_layers(model)]
+        if not self._is_needed(layers):
             return stacks
         if any(layer.shapes != layers[0].shapes for layer in layers):
-            raise UnsupportedModelError("The layers have experts of different sizes, which expert_budget cannot share.")
-        top_k = layers[0].found.top_k
-        if self._budget < top_k * size:
-            raise ConfigError(
-                f"expert_budget is {self._budget:,} bytes, and a token needs {top_k} experts of {size:,} bytes at a "
-                f"time; give at least {top_k * size:,}."
+            raise UnsupportedModelError(
+                f"The layers have experts of different sizes, which {self.option} cannot share."
             )
         devices = {torch.device(place) for place in (device_map or {"": "cpu"}).values()}
         if len(devices) > 1:
-            raise ConfigError("expert_budget needs a model on one device; its device_map names several.")
+            raise ConfigError(f"{self.option} needs a model on one device; its device_map names several.")
         self._device, self._layers = devices.pop(), layers
         for layer in layers:
             layer.found.experts._parameters.clear()
@@ -146,42 +116,128 @@ class Offloading:
         return {name: stack for name, stack in stacks.items() if id(stack) not in taken}
 
     def install(self, model: Any) -> None:
-        """Put what reads from the files where the experts were taken out, and the experts that stay into memory."""
+        """Put what computes with them where the experts were taken out."""
         if not self._layers:
             return
-        num_slots = self._budget // self._layers[0].expert_bytes
-        num_caches = min(len(self._layers), num_slots // self._layers[0].found.top_k)
-        readers = ThreadPoolExecutor(_READERS, thread_name_prefix="expert-reader")
-        for index in range(num_caches):
-            layers = self._layers[index::num_caches]
-            cache = _Cache(layers, num_slots // num_caches + (index < num_slots % num_caches), readers)
-            cache.allocate(self._device, _hottest(self._profile, layers, cache.num_slots))
-            for layer in layers:
-                model.get_submodule(layer.found.name).experts = OffloadedExperts(layer, cache)
+        caches = self._make_caches(self._layers)
+        following: Guess | None = None
+        for place, layer in reversed(list(enumerate(self._layers))):
+            experts = PlacedExperts(layer, caches[place % len(caches)], following, self)
+            model.get_submodule(layer.found.name).experts = experts
+            following = experts.guess if experts.cache.reads_ahead else None
+        self._layers = []  # the files are closed with whoever still reads them
         model.requires_grad_(False)
-        model.train = partial(_train, model)
-        model.save_pretrained = partial(_refuse, CheckpointError(_STAY_IN_FILES.format("save it")))
-        model.load_state_dict = partial(_refuse, CheckpointError(_STAY_IN_FILES.format("load other weights into it")))
-        logger.info(
-            f"{num_slots} of {sum(layer.found.num_experts for layer in self._layers)} routed experts are kept in "
-            f"{_readable(self._budget)} of memory; the others are read when they are used."
+        model.train = partial(_train, model, self)
+        model.save_pretrained = partial(_refuse, self.refusal("save it"))
+        model.load_state_dict = partial(_refuse, self.refusal("load other weights into it"))
+
+    def refusal(self, wish: str) -> CheckpointError:
+        """The error of who wants what needs plain weights."""
+        return CheckpointError(
+            f"The experts of a model with an {self.option} {self.state}; load it without one to {wish}."
         )
 
+    def refusal_to_train(self) -> ConfigError:
+        """The error of who wants to train."""
+        return ConfigError(f"A model with an {self.option} is for inference only; load it without one to train it.")
 
-def _describe(layer: MoeLayer, stacks: Mapping[str, Any]) -> _Layer:
-    shapes, files = {}, {}
-    for name, parameter in layer.experts.named_parameters(recurse=False):
-        stack = stacks.get(f"{layer.name}.experts.{name}")
-        if stack is None:
-            raise CheckpointError(
-                f"{layer.name}.experts.{name} cannot stay in the checkpoint's files, which keep it otherwise than as "
-                "plain floats stacked by expert; load the model without expert_budget."
+    def _is_needed(self, layers: Sequence["PlacedLayer"]) -> bool:
+        """Whether anything is to be done; raises ConfigError where it cannot be."""
+        raise NotImplementedError
+
+    def _make_caches(self, layers: Sequence["PlacedLayer"]) -> list[ExpertCache]:
+        """What layer i holds its experts in is number i modulo their number."""
+        raise NotImplementedError
+
+    def _describe(self, layer: MoeLayer, stacks: Mapping[str, Any]) -> "PlacedLayer":
+        shapes, files = {}, {}
+        for name, parameter in layer.experts.named_parameters(recurse=False):
+            stack = stacks.get(f"{layer.name}.experts.{name}")
+            if stack is None:
+                raise CheckpointError(
+                    f"{layer.name}.experts.{name} cannot {self.verb}, which keep it otherwise than as "
+                    f"plain floats stacked by expert; load the model without {self.option}."
+                )
+            shapes[name], files[name] = (tuple(parameter.shape[1:]), parameter.dtype), stack
+        return PlacedLayer(layer, files, shapes)
+
+
+class Offloading(Placing):
+    """For an `expert_budget`: the experts stay in their files.
+
+    Raises:
+        ConfigError: If `budget` is no size, or `profile` no expert profile.
+    """
+
+    option, state, verb = "expert_budget", "stay in their files", "stay in the checkpoint's files"
+
+    def __init__(self, budget: int | str, profile: ExpertProfile | str | Path | None) -> None:
+        super().__init__()
+        self._budget = parse_budget(budget)
+        if isinstance(profile, str | Path) and not Path(profile).is_file():
+            raise ConfigError(f"There is no expert profile {profile}.")
+        self._profile = ExpertProfile.load(profile) if isinstance(profile, str | Path) else profile
+
+    def _is_needed(self, layers: Sequence["PlacedLayer"]) -> bool:
+        if self._profile is not None:
+            _check_profile(self._profile, layers)
+        size, top_k = layers[0].expert_bytes, layers[0].found.top_k
+        total = sum(layer.found.num_experts * layer.expert_bytes for layer in layers)
+        if total <= self._budget:
+            logger.warning(
+                f"All routed experts ({_readable(total)}) fit in the expert_budget of {_readable(self._budget)}, so "
+                "the model is an ordinary one."
             )
-        shapes[name], files[name] = (tuple(parameter.shape[1:]), parameter.dtype), stack
-    return _Layer(layer, files, shapes)
+            return False
+        if self._budget < top_k * size:
+            raise ConfigError(
+                f"expert_budget is {self._budget:,} bytes, and a token needs {top_k} experts of {size:,} bytes at a "
+                f"time; give at least {top_k * size:,}."
+            )
+        return True
+
+    def _make_caches(self, layers: Sequence["PlacedLayer"]) -> list[ExpertCache]:
+        num_slots = self._budget // layers[0].expert_bytes
+        num_caches = min(len(layers), num_slots // layers[0].found.top_k)
+        files = {layer.found.index: layer.files for layer in layers}
+        reader = ExpertReader(files, is_staged=self._device.type != "cpu")
+        caches = []
+        for index in range(num_caches):
+            of_cache = layers[index::num_caches]
+            num_here = num_slots // num_caches + (index < num_slots % num_caches)
+            cache = ExpertCache(of_cache[0].shapes, num_here, reader, device=self._device, num_layers=len(of_cache))
+            cache.pin(_hottest(self._profile, of_cache, num_here))
+            caches.append(cache)
+        logger.info(
+            f"{num_slots} of {sum(layer.found.num_experts for layer in layers)} routed experts are kept in "
+            f"{_readable(self._budget)} of memory; the others are read when they are used."
+        )
+        return caches
 
 
-def _check_profile(profile: ExpertProfile, layers: Sequence[_Layer]) -> None:
+def place_experts(
+    budget: int | str | None, profile: ExpertProfile | str | Path | None, dtype: str | None
+) -> Placing | None:
+    """What `from_pretrained` is asked to do with experts; None if they are to be plain weights.
+
+    Raises:
+        ConfigError: If the arguments do not go together, or one is not what it should be.
+        MissingExtraError: For a `dtype` where torchao is not installed.
+    """
+    if dtype is None:
+        if budget is not None:
+            return Offloading(budget, profile)
+        if profile is not None:
+            raise ConfigError("expert_profile says what an expert_budget is spent on; give an expert_budget too.")
+        return None
+    if budget is not None or profile is not None:
+        raise ConfigError("expert_dtype keeps all experts in memory, and expert_budget leaves them in files; give one.")
+    from .quantized import Quantizing
+
+    return Quantizing(dtype)
+
+
+def _check_profile(profile: ExpertProfile, layers: Sequence[PlacedLayer]) -> None:
     for layer in layers:
         for domain in profile.domains.values():
             profiled = domain.layers.get(layer.found.index)
@@ -194,7 +250,7 @@ def _check_profile(profile: ExpertProfile, layers: Sequence[_Layer]) -> None:
                 )
 
 
-def _hottest(profile: ExpertProfile | None, layers: Sequence[_Layer], num_slots: int) -> list[tuple[int, int]]:
+def _hottest(profile: ExpertProfile | None, layers: Sequence[PlacedLayer], num_slots: int) -> list[tuple[int, int]]:
     """`(layer, expert)` of those that never leave: the most used ones, but for slots that the others take turns in."""
     if profile is None:
         return []
@@ -208,89 +264,10 @@ def _hottest(profile: ExpertProfile | None, layers: Sequence[_Layer], num_slots:
     return sorted(shares, key=lambda key: (-shares[key], key))[: num_slots - num_in_turns]
 
 
-class _Cache:
-    """Slots for the experts of some layers: `pinned` ones stay, of the others those used last."""
-
-    def __init__(self, layers: Sequence[_Layer], num_slots: int, readers: ThreadPoolExecutor) -> None:
-        self.num_slots = num_slots
-        self.lock = threading.RLock()
-        self.stacks: dict[str, Tensor] = {}
-        self.num_uses = self.num_reads = 0
-        self._shapes = layers[0].shapes
-        self._layers = {layer.found.index: layer for layer in layers}
-        self._readers = readers
-        self._slots: dict[tuple[int, int], int] = {}
-        self._free = list(range(num_slots))
-        self._recent: OrderedDict[tuple[int, int], None] = OrderedDict()  # those that may leave, the next one first
-        self._pinned: frozenset[tuple[int, int]] = frozenset()
-
-    def allocate(self, device: torch.device, pinned: Sequence[tuple[int, int]]) -> None:
-        """Get the memory, and read the experts that stay."""
-        for name, (shape, dtype) in self._shapes.items():
-            self.stacks[name] = torch.empty(self.num_slots, *shape, dtype=dtype, device=device)
-        self._pinned = frozenset(pinned)
-        self._read([(key, self._free.pop()) for key in pinned])
-
-    def turns(self, layer: int, experts: Sequence[int]) -> Iterator[list[int]]:
-        """Parts of `experts` that find room at the same time: first those that are there."""
-        turn: list[int] = []
-        num_moving = 0
-        for expert in sorted(experts, key=lambda expert: (layer, expert) not in self._slots):
-            is_moving = (layer, expert) not in self._pinned
-            if num_moving + is_moving > self.num_slots - len(self._pinned):
-                yield turn
-                turn, num_moving = [], 0
-            turn.append(expert)
-            num_moving += is_moving
-        yield turn
-
-    def hold(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """The slots of experts that find room together; those that are missing are read.
-
-        Raises:
-            CheckpointError: If a file has changed or become too short.
-        """
-        keys = [(layer, expert) for expert in experts]
-        missing = [key for key in keys if key not in self._slots]
-        for key in keys:
-            if key in self._recent:
-                self._recent.move_to_end(key)
-        self._read([(key, self._free.pop() if self._free else self._evict()) for key in missing])
-        self._recent.update(dict.fromkeys(missing))
-        self.num_uses += len(keys)
-        self.num_reads += len(missing)
-        return [self._slots[key] for key in keys]
-
-    def _evict(self) -> int:
-        oldest, _ = self._recent.popitem(last=False)
-        return self._slots.pop(oldest)
-
-    def _read(self, places: list[tuple[tuple[int, int], int]]) -> None:
-        """All or nothing: after an error the slots are free."""
-        reads: list[Future[None]] = []
-        try:
-            if len(places) == 1:
-                self._read_one(places[0])
-            else:
-                reads += [self._readers.submit(self._read_one, place) for place in places]
-                for read in reads:
-                    read.result()
-            self._slots.update(places)
-        finally:
-            wait(reads)
-            self._free.extend(slot for key, slot in places if key not in self._slots)
-
-    def _read_one(self, place: tuple[tuple[int, int], int]) -> None:
-        (layer, expert), slot = place
-        for name, stack in self._layers[layer].files.items():
-            stack.check_unchanged(expert)
-            stack.fill_expert(expert, self.stacks[name][slot])
-
-
-class OffloadedExperts(nn.Module):
+class PlacedExperts(nn.Module):
     """Stands where a layer's experts stood; its parameters are on the meta device, to say their shape."""
 
-    def __init__(self, layer: _Layer, cache: _Cache) -> None:
+    def __init__(self, layer: PlacedLayer, cache: ExpertCache, following: Guess | None, placing: Placing) -> None:
         super().__init__()
         experts: Any = layer.found.experts
         vars(self).update({name: value for name, value in vars(experts).items() if name not in vars(self)})
@@ -300,7 +277,10 @@ class OffloadedExperts(nn.Module):
         in_slots: Any = copy.copy(experts)
         in_slots._parameters = {name: nn.Parameter(stack, requires_grad=False) for name, stack in cache.stacks.items()}
         in_slots.num_experts = cache.num_slots
-        self.cache = cache
+        self._placing = placing
+        self.cache, self.guess, self._following = cache, Guess(layer.found, cache), following
+        # to compute with some while others come; beside a GPU the reads are in its queue anyway
+        self._may_split = cache.device.type == "cpu" and not has_post_expert_norm(experts)
         self._index, self._num_experts, self._config = layer.found.index, layer.found.num_experts, experts.config
         self._run = in_slots.forward  # not the module itself, which is no part of the model
         self.training = False
@@ -313,18 +293,26 @@ class OffloadedExperts(nn.Module):
             ConfigError: If a gradient is asked for, or the model was moved to another device.
         """
         if torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad):
-            raise ConfigError(_INFERENCE_ONLY)
-        device = next(iter(self.cache.stacks.values())).device
+            raise self._placing.refusal_to_train()
+        device = self.cache.device
         if hidden_states.device != device:
             raise ConfigError(
                 f"The model was moved to {hidden_states.device}, and its experts were loaded for {device}; load it "
                 "with device_map instead."
             )
+        chosen, num_tokens = torch.unique(top_k_index, return_counts=True)
+        used = chosen.tolist()
         with self.cache.lock:
-            turns = list(self.cache.turns(self._index, torch.unique(top_k_index).tolist()))
+            self.guess.learn(used)
+            self.cache.count(self._index, dict(zip(used, (num_tokens / len(hidden_states)).tolist(), strict=True)))
+            splits = self._may_split and self._config._experts_implementation == IMPLEMENTATION
+            turns = self.cache.turns(self._index, used, splits=splits)
             if len(turns) > 1:
                 return self._take_turns(turns, hidden_states, top_k_index, top_k_weights)
-            output: Tensor = self._run(hidden_states, self._find_slots(turns[0], device)[top_k_index], top_k_weights)
+            slots_E = self._find_slots(used, device)
+            if self._following is not None:
+                self._following.announce(hidden_states)
+            output: Tensor = self._run(hidden_states, slots_E[top_k_index], top_k_weights)
             return output
 
     def _find_slots(self, experts: Sequence[int], device: torch.device) -> Tensor:
@@ -358,34 +346,37 @@ class OffloadedExperts(nn.Module):
         """One row for each pair (S, D), in the dtype of `row`."""
         expert_S, weight_S = expert_TK.reshape(-1), weight_TK.reshape(-1)
         y_SD = row_TD.new_empty(expert_S.shape[0], row_TD.shape[-1])
-        for experts in turns:
+        for experts, following in zip(turns, [*turns[1:], []], strict=True):
             slot_S = self._find_slots(experts, row_TD.device)[expert_S]
+            self.cache.announce(self._index, following)
+            if experts is turns[0] and self._following is not None:
+                self._following.announce(row_TD)
             pairs = torch.nonzero(slot_S >= 0).squeeze(1)
             rows, weights = row_TD[pairs // expert_TK.shape[1]], weight_S[pairs].unsqueeze(1)
             y_SD[pairs] = self._run(rows, slot_S[pairs].unsqueeze(1), weights).to(y_SD.dtype)
         return y_SD
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "OffloadedExperts":
+    def _apply(self, fn: Any, recurse: bool = True) -> "PlacedExperts":
         """Nothing to move or convert: `model.to("cpu")` of a model that is there shall be no error."""
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise CheckpointError(_STAY_IN_FILES.format("copy or pickle it"))
+        raise self._placing.refusal("copy or pickle it")
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise CheckpointError(_STAY_IN_FILES.format("save its weights"))
+        raise self._placing.refusal("save its weights")
 
 
 def count_reads(model: nn.Module) -> tuple[int, int]:
     """How often the experts of a model with an expert_budget were used, and how often one was read for that."""
-    caches = {module.cache for module in model.modules() if isinstance(module, OffloadedExperts)}
+    caches = {module.cache for module in model.modules() if isinstance(module, PlacedExperts)}
     return sum(cache.num_uses for cache in caches), sum(cache.num_reads for cache in caches)
 
 
-def _train(model: Any, mode: bool = True) -> Any:
+def _train(model: Any, placing: Placing, mode: bool = True) -> Any:
     """What `train` of such a model does: `eval()` alone goes on working."""
     if mode:
-        raise ConfigError(_INFERENCE_ONLY)
+        raise placing.refusal_to_train()
     return type(model).train(model, False)
 
 

@@ -41,7 +41,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 # what `from_pretrained` has to tell the hook that transformers calls from inside of it
-_OFFLOADING: ContextVar[Any] = ContextVar("offloading", default=None)
+_PLACING: ContextVar[Any] = ContextVar("placing", default=None)
 
 
 class DirectLoadingMixin:
@@ -54,6 +54,7 @@ class DirectLoadingMixin:
         *args: Any,
         expert_budget: int | str | None = None,
         expert_profile: Any = None,
+        expert_dtype: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """See `transformers.PreTrainedModel.from_pretrained`.
@@ -63,25 +64,27 @@ class DirectLoadingMixin:
                 in the safetensors files, and those in use are kept in that much memory; such a model computes the same
                 and is for inference only. If all fit, the model is an ordinary one.
             expert_profile: An `ExpertProfile` or the path of one: its most used experts always stay in memory.
-                Without one those used last stay.
+                Without one those used most of late stay.
+            expert_dtype: "int8" or "int4": the routed experts are kept in that, by torchao, and multiplied in the
+                model's dtype; for inference only, and not together with a budget.
 
         Raises:
             CheckpointError: If the checkpoint is truncated.
-            ConfigError: If the budget is no size or too small for one token, or the profile is not of this model.
+            ConfigError: If the budget is no size or too small for one token, the profile is not of this model, or the
+                arguments do not go together.
+            MissingExtraError: For an expert_dtype without torchao.
         """
         load: Callable[..., Any] = super().from_pretrained  # type: ignore[misc]
-        if expert_budget is None:
-            if expert_profile is not None:
-                raise ConfigError("expert_profile says what an expert_budget is spent on; give an expert_budget too.")
+        placing = _place_experts(expert_budget, expert_profile, expert_dtype)
+        if placing is None:
             model: Self = load(pretrained_model_name_or_path, *args, **kwargs)
             return model
-        offloading = _import_offloading().Offloading(expert_budget, expert_profile)
-        before = _OFFLOADING.set(offloading)
+        before = _PLACING.set(placing)
         try:
             loaded: Any = load(pretrained_model_name_or_path, *args, **kwargs)
         finally:
-            _OFFLOADING.reset(before)
-        offloading.install(loaded[0] if isinstance(loaded, tuple) else loaded)
+            _PLACING.reset(before)
+        placing.install(loaded[0] if isinstance(loaded, tuple) else loaded)
         return cast(Self, loaded)
 
     @staticmethod
@@ -102,8 +105,8 @@ class DirectLoadingMixin:
             obstacle = _find_obstacle(load_config)
             if not obstacle:
                 return _load_directly(load, model, stored, files, load_config)
-        if _OFFLOADING.get() is not None:
-            raise ConfigError(f"expert_budget does not go together with {obstacle}.")
+        if (placing := _PLACING.get()) is not None:
+            raise ConfigError(f"{placing.option} does not go together with {obstacle}.")
         return load(model, state_dict, checkpoint_files, load_config, **kwargs)
 
     def _prepare_loading(self, stored: dict[str, StoredTensor], load_config: Any) -> Any:
@@ -195,12 +198,15 @@ def _find_obstacle(load_config: Any) -> str:
     return ""
 
 
-def _import_offloading() -> Any:
-    """Not a part of what travels with a checkpoint."""
+def _place_experts(*options: Any) -> Any:
+    """What is to be done with experts, if anything. It is not a part of what travels with a checkpoint."""
+    if all(option is None for option in options):
+        return None
     try:
-        return import_module("hub_moe.experts.offload")
+        module = import_module("hub_moe.experts.offload")
     except ModuleNotFoundError as error:
-        raise MissingExtraError("expert_budget needs hub_moe itself: pip install hub_moe") from error
+        raise MissingExtraError("An expert_budget or expert_dtype needs hub_moe: pip install hub_moe") from error
+    return module.place_experts(*options)
 
 
 def _load_directly(
@@ -215,17 +221,17 @@ def _load_directly(
     Nothing stays mapped, unlike with transformers: a file may change while the model is in use, and where in a file a
     weight lies should not decide how products with it are rounded, which MKL lets the place in memory do.
     """
-    offloading = _OFFLOADING.get()
+    placing = _PLACING.get()
     mapping = load_config.weight_mapping or []
     stacks = find_stacks(model, stored, mapping)
-    if offloading is not None:
+    if placing is not None:
         stacks |= find_fused_stacks(model, stored, mapping)
     done = {name for stack in stacks.values() for name in stack.names()}
     done |= {name + SCALE_SUFFIX for name, tensor in stored.items() if tensor.dtype in FP8_DTYPES}
     matrices = find_matrices(stored, [name for name in stored if name not in done])
     done |= matrices.keys()
-    if offloading is not None:
-        stacks = offloading.take(model, stacks, load_config.device_map)
+    if placing is not None:
+        stacks = placing.take(model, stacks, load_config.device_map)
     with ExitStack() as files, reading_threads() as threads:
         state_dict: dict[str, Any] = {**stacks, **matrices}
         for parameter in state_dict.values():

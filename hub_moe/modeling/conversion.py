@@ -169,6 +169,12 @@ class Part(NamedTuple):
         """That in which it is loaded if none is asked for: the stored one, bfloat16 for FP8."""
         return torch.bfloat16 if self.scale is not None or self.stored.dtype is None else self.stored.dtype
 
+    def announce(self) -> None:
+        """Let the system start to read it."""
+        self.stored.announce()
+        if self.scale is not None:
+            self.scale.announce()
+
     def fill(self, target: Tensor) -> None:
         """Write the values into `target`, which has this tensor's shape."""
         if self.scale is None:
@@ -231,6 +237,11 @@ class StoredStack(StoredParameter):
         """Write one expert's values into `target`, which has the shape of one."""
         for part, place in zip(self.experts[expert], target.split(self._rows), strict=True):
             part.fill(place)
+
+    def announce(self, expert: int) -> None:
+        """Let the system start to read one expert; returns at once."""
+        for part in self.experts[expert]:
+            part.announce()
 
     def check_unchanged(self, expert: int) -> None:
         """Raise CheckpointError if a file that the expert lies in was changed since it was opened."""

@@ -15,6 +15,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,15 @@ class WeightFile:
         if self._state() != self._state_when_opened:
             raise CheckpointError(f"{self.path} was changed while the model was in use; load the model again.")
 
+    def announce(self, offset: int, size_bytes: int) -> None:
+        """Let the system start to read from `offset` on, which it then does beside us, all that was announced at once.
+
+        A hint: where it is not taken, reading takes longer.
+        """
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._descriptor, offset, size_bytes, os.POSIX_FADV_WILLNEED)
+
     def read_into(self, memory: memoryview, offset: int) -> None:
         """Fill `memory` with the bytes from `offset` on.
 
@@ -121,6 +131,10 @@ class StoredTensor(NamedTuple):
         """`self[index]`, along the first dimension."""
         size = self.size_bytes // self.shape[0]
         return self._replace(shape=self.shape[1:], offset=self.offset + index * size, size_bytes=size)
+
+    def announce(self) -> None:
+        """Let the system start to read it; see `WeightFile.announce`."""
+        self.file.announce(self.offset, self.size_bytes)
 
     def read_into(self, target: Tensor) -> None:
         """Fill `target`, which has this tensor's shape; converts where dtype or device differ."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 import hub_moe
 from hub_moe.anatomy import ExpertProfile, find_moe_layers, record_routing
 from hub_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
-from hub_moe.experts.offload import OffloadedExperts, count_reads, parse_budget
+from hub_moe.experts.offload import PlacedExperts, count_reads, parse_budget
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, HubMoeForSequenceClassification
 
 EXPERT = 3 * 16 * 32 * 4  # bytes of one of the 16 experts of the tiny model in float32
@@ -62,7 +62,7 @@ def test_logits_are_bit_equal_whatever_the_budget(saved, implementation, dtype, 
     model = AutoModelForCausalLM.from_pretrained(saved, expert_budget=budget, **options)
     mask = torch.ones_like(TOKENS)
     mask[0, :5] = 0
-    assert isinstance(model.model.layers[2].mlp.experts, OffloadedExperts)
+    assert isinstance(model.model.layers[2].mlp.experts, PlacedExperts)
     for options in ({"input_ids": TOKENS, "attention_mask": mask}, {"input_ids": TOKENS[:1, :1]}):
         assert torch.equal(model(**options).logits, whole(**options).logits)
 
@@ -99,7 +99,7 @@ def test_mtp_layers_draft_from_files_too(tiny_config, tmp_path):
     options = {"max_new_tokens": 8, "do_sample": False, "use_mtp": True}
     expected = HubMoeForCausalLM.from_pretrained(tmp_path).generate(TOKENS[:1], **options)
     model = HubMoeForCausalLM.from_pretrained(tmp_path, expert_budget=6 * EXPERT)
-    assert isinstance(model.model.layers[3].mlp.experts, OffloadedExperts)
+    assert isinstance(model.model.layers[3].mlp.experts, PlacedExperts)
     assert torch.equal(model.generate(TOKENS[:1], **options), expected)
 
 
@@ -144,7 +144,7 @@ def test_a_budget_that_holds_everything_gives_an_ordinary_model_and_says_so(save
     with caplog.at_level(logging.WARNING):
         model = HubMoeForCausalLM.from_pretrained(saved, expert_budget=16 * EXPERT)
     assert "All routed experts (0.09 MiB) fit in the expert_budget" in caplog.text
-    assert not any(isinstance(module, OffloadedExperts) for module in model.modules())
+    assert not any(isinstance(module, PlacedExperts) for module in model.modules())
     model.train()
     assert model(TOKENS, labels=TOKENS).loss.requires_grad
 
