@@ -1,17 +1,18 @@
 """Experts on the CPU, forward and backward, for every family that uses transformers' ExpertsInterface.
 
 Importing this registers `experts_implementation="hub_moe"`, which on a GPU stands for the kernels of `triton_forward`,
-where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `stacks`.
+where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `stacks`. It
+also registers `hub_moe_liger`, the fused experts of liger-kernel on a GPU, which is never taken unless asked for.
 
-Pairs are sorted once; each expert's matrix is read once
-per product; sums run in float32 (float64 for float64 weights) and are rounded once, at the end. For backward only the
-input, the pre-activations and the routing are kept. A stack's gradient is written once, whole; a frozen stack costs
-none.
+Pairs are sorted once; each expert's matrix is read once per product; sums run in float32 (float64 for float64 weights) and
+are rounded once, at the end. For backward only the input, the pre-activations and the routing are kept. A stack's
+gradient is written once, whole; a frozen stack costs none.
 
 Shape letters: T tokens, K experts per token, S token-expert pairs, D hidden, F expert inner, H what the first product
 gives (2F with a gate), E routed experts.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +21,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from ..errors import MissingExtraError, UnsupportedModelError
 from .pairs import SortedPairs, sort_pairs_by_expert, sum_over_experts
 from .products import Products, choose_products
-from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, stacks_of, uses_triton
+from .stacks import (
+    IMPLEMENTATION,
+    LIGER_IMPLEMENTATION,
+    Stacks,
+    has_post_expert_norm,
+    is_swiglu,
+    stacks_of,
+    uses_triton,
+)
 
 _Gradients = tuple[Tensor | None, ...]
 
@@ -77,7 +87,50 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
     return out_TD.to(hidden_states.dtype)
 
 
+def liger_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The function registered in transformers' ExpertsInterface as `hub_moe_liger`; arguments and result as above.
+
+    liger-kernel's LigerFusedMoEFunction, https://github.com/linkedin/Liger-Kernel. The processor waits for the GPU once
+    a layer, and the gradient of the weights is summed in no fixed order.
+
+    Raises:
+        MissingExtraError: Without liger-kernel.
+        UnsupportedModelError: For experts that it does not know: others than silu(gate) * up without biases, weights
+            of another dtype than the hidden states, or experts spread over processes.
+    """
+    try:
+        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+    except ImportError as error:
+        raise MissingExtraError(
+            f'experts_implementation="{LIGER_IMPLEMENTATION}" needs liger-kernel: `pip install liger-kernel`.'
+        ) from error
+    why_not = _why_no_liger(experts, hidden_states)
+    if why_not:
+        raise UnsupportedModelError(
+            f'experts_implementation="{LIGER_IMPLEMENTATION}" cannot compute {type(experts).__name__}: {why_not}; set '
+            f'experts_implementation="{IMPLEMENTATION}" for it.'
+        )
+    expert_TK = top_k_index.to(torch.int32)
+    return _apply(
+        LigerFusedMoEFunction, hidden_states, experts.gate_up_proj, experts.down_proj, expert_TK, top_k_weights
+    )
+
+
+def _why_no_liger(experts: Any, hidden_states: Tensor) -> str | None:
+    stacks = stacks_of(experts)
+    if not is_swiglu(experts) or experts.has_bias or experts.is_transposed or has_post_expert_norm(experts):
+        return "liger-kernel knows silu(gate) * up alone, without biases and norms, one row of a matrix per output"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "its experts are spread over processes"
+    if {stacks.up.dtype, stacks.down.dtype} != {hidden_states.dtype}:
+        return f"its weights are {stacks.up.dtype}, and the hidden states {hidden_states.dtype}"
+    if hidden_states.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it lies on the CPU, and liger-kernel computes on GPUs"
+    return None
+
+
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, hub_moe_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(LIGER_IMPLEMENTATION, liger_experts_forward)
 
 
 def _apply(function: Any, *inputs: Any) -> Tensor:

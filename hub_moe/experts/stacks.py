@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import _default_apply_gate
 
 from ..errors import ConfigError, UnsupportedModelError
 
 IMPLEMENTATION = "hub_moe"  # in transformers' ExpertsInterface
+LIGER_IMPLEMENTATION = "hub_moe_liger"
 GPU_VARIABLE = "HUB_MOE_GPU_EXPERTS"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
@@ -58,6 +61,13 @@ def stacks_of(experts: Any) -> Stacks:
     _check_other_parameters(experts, names)
     stacks = Stacks(*tensors, *[None] * (4 - len(names)))
     return stacks if experts.is_transposed else stacks._replace(up=stacks.up.mT, down=stacks.down.mT)
+
+
+def is_swiglu(experts: Any) -> bool:
+    """Whether the activation is silu of the first half times the second."""
+    activation = getattr(experts, "act_fn", None)
+    is_silu = isinstance(activation, nn.SiLU | SiLUActivation) or activation is nn.functional.silu
+    return bool(experts.has_gate and is_silu and type(experts)._apply_gate is _default_apply_gate)
 
 
 def has_post_expert_norm(experts: Any) -> bool:
