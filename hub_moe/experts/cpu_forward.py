@@ -4,8 +4,8 @@ Importing this registers `experts_implementation="hub_moe"`, which on a GPU stan
 where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `stacks`. It
 also registers `hub_moe_liger`, the fused experts of liger-kernel on a GPU, which is never taken unless asked for.
 
-Pairs are sorted once; each expert's matrix is read once per product; sums run in float32 (float64 for float64 weights) and
-are rounded once, at the end. For backward only the input, the pre-activations and the routing are kept. A stack's
+Pairs are sorted once; each expert's matrix is read once per product; sums run in float32 (float64 for float64 weights)
+and are rounded once, at the end. For backward only the input, the pre-activations and the routing are kept. A stack's
 gradient is written once, whole; a frozen stack costs none.
 
 Shape letters: T tokens, K experts per token, S token-expert pairs, D hidden, F expert inner, H what the first product
