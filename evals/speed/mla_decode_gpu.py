@@ -4,9 +4,9 @@
 
 The attention of DeepSeek-V2-Lite (16 heads, latent 512, rotary 64) in bfloat16, 32 sequences over 16 k cached tokens.
 `stock` is what transformers' DeepseekV3Attention does between its projections: keys and values of the whole context,
-and SDPA. `copy` copies half the latent cache, which reads and writes as many bytes as the cache has. `mask` is ours with
-a mask of numbers, `drafts` with four new tokens of each sequence. `layer` are whole attention layers, with projections
-and growing caches, ours and the stock class.
+and SDPA. `copy` copies half the latent cache, which reads and writes as many bytes as the cache has. `mask` is ours
+with a mask of numbers, `drafts` with four new tokens of each sequence, both over ours. `layer` are whole attention
+layers, with projections and growing caches, ours and the stock class.
 
 In each round all take turns in random order, timed by the GPU's own events. Ratios are medians over rounds of seconds
 of ours over seconds of the other, so one half is twice as fast. Before anything is timed, outputs are compared with the
