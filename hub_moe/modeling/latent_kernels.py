@@ -40,14 +40,14 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By rows of queries, the best guess first; the first of which two fit on a multiprocessor is taken, else the last.
-# Per token and row the products read as much shared memory as they write accumulators, so 4 warps a 16 rows: read by
-# `cuobjdump`, none of these spills registers on sm_80 and sm_90.
+# By rows of queries, the best guess first; the first that has room on a multiprocessor is taken. Of the first of 16
+# rows Hopper runs two at once, which hide each other's waits; with 8 warps registers leave room for one.
 BLOCKS = {
-    16: (Blocks(32, 4, 3), Blocks(64, 4, 3), Blocks(64, 4, 2), Blocks(32, 4, 5), Blocks(32, 4, 2)),
-    32: (Blocks(32, 8, 3), Blocks(64, 8, 3), Blocks(32, 8, 2)),
+    16: (Blocks(32, 4, 3), Blocks(64, 4, 3), Blocks(64, 4, 2), Blocks(32, 4, 5), Blocks(32, 4, 2), Blocks(16, 4, 2)),
+    32: (Blocks(64, 8, 3), Blocks(32, 8, 5), Blocks(32, 8, 3), Blocks(32, 8, 2)),
     64: (Blocks(32, 8, 3), Blocks(64, 8, 2), Blocks(32, 8, 2)),
 }
+_MOST_WARPS_BESIDE_ANOTHER = 4
 
 
 @triton.jit
@@ -183,10 +183,9 @@ def attend_in_splits(
     if mask is not None:
         mask = mask.expand(batch, heads, new, cached)
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
-    block_m = min(_MOST_ROWS, max(16, triton.next_power_of_2(heads * new)))
-    programs = batch * -(-heads * new // block_m)
     row_bytes = (width + rope_BSR.shape[2]) * latent_BSC.element_size()
-    blocks, slots = _choose_blocks(block_m, row_bytes, latent_BSC.device, blocks)
+    block_m, blocks, slots = _choose_blocks(heads * new, row_bytes, latent_BSC.device, blocks)
+    programs = batch * -(-heads * new // block_m)
     tokens_of_split = blocks.tokens * choose_split(programs, -(-cached // blocks.tokens), slots)
     splits = -(-cached // tokens_of_split)
     dtype = query_BHLC.dtype if splits == 1 else torch.float32
@@ -249,22 +248,23 @@ def _padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def _choose_blocks(block_m: int, row_bytes: int, device: torch.device, given: Blocks | None) -> tuple[Blocks, int]:
-    """How programs work, and how many of them the GPU runs at once."""
+def _choose_blocks(rows: int, row_bytes: int, device: torch.device, given: Blocks | None) -> tuple[int, Blocks, int]:
+    """Rows of a program, how it works, and how many of them the GPU runs at once."""
+    block_m = min(_MOST_ROWS, max(16, int(triton.next_power_of_2(rows))))
     if device.type == "cpu":
-        return given or BLOCKS[block_m][0], _SLOTS_OF_INTERPRETER
+        return block_m, given or BLOCKS[block_m][0], _SLOTS_OF_INTERPRETER
     properties: Any = torch.cuda.get_device_properties(device)
     most, of_all = properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+    choices = [(block_m, given)] if given else [(m, each) for m in BLOCKS if m <= block_m for each in BLOCKS[m]]
+    choices.sort(key=lambda choice: -choice[0])  # the order among those of as many rows stays
+    fitting = (choice for choice in choices if shared_bytes(*choice, row_bytes) <= most)
+    block_m, blocks = next(fitting, choices[-1])
+    beside = of_all // (shared_bytes(block_m, blocks, row_bytes) + 1024)
+    programs = min(2, max(1, beside)) if blocks.warps <= _MOST_WARPS_BESIDE_ANOTHER else 1
+    return block_m, blocks, properties.multi_processor_count * programs
 
-    def count(blocks: Blocks) -> int:
-        needed = shared_bytes(blocks, block_m, row_bytes)
-        return min(2, of_all // (needed + 1024)) if needed <= most else 0
 
-    fitting = [given] if given else sorted(BLOCKS[block_m], key=count, reverse=True)
-    return fitting[0], properties.multi_processor_count * max(1, count(fitting[0]))
-
-
-def shared_bytes(blocks: Blocks, block_m: int, row_bytes: int) -> int:
-    """About how much shared memory a program takes: queries, stages and what the products exchange."""
+def shared_bytes(block_m: int, blocks: Blocks, row_bytes: int) -> int:
+    """The most shared memory that a program takes: queries, stages and what the products exchange."""
     stages = blocks.stages - 1 if block_m < _MOST_ROWS else blocks.stages
-    return (block_m + stages * blocks.tokens) * row_bytes + block_m * blocks.tokens * 4
+    return (block_m + stages * blocks.tokens) * row_bytes + max(4096, block_m * blocks.tokens * 2)

@@ -1,4 +1,4 @@
-"""`experts_implementation="hub_moe_liger"`: liger-kernel's experts where it is installed, and one sentence where not."""
+"""The experts of liger-kernel, `hub_moe_liger`, where it is installed, and one sentence where not."""
 
 import importlib.util
 import os
