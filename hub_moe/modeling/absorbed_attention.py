@@ -110,29 +110,30 @@ def attend_to_latents(
     latent_query_BHLC = _multiply_by_head(nope_BHLN.to(work), weight_HXC[:, :key_rows].to(work))
     weights_BMS = None
     if not needs_weights and _suits_gpu_kernels(cache, dtype):
-        context_BHLC = _attend_on_gpu(latent_query_BHLC, rope_BHLR, cache, mask, scaling)
-        return _values(context_BHLC, weight_HXC[:, key_rows:]), None
-    query_BMC, query_BMR = latent_query_BHLC.flatten(1, 2), rope_BHLR.flatten(1, 2)
-    if mask is not None:
-        mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)
-    if not needs_weights and _suits_one_kernel(cache.latent_BSC):
-        context_BMC = _attend_in_one_kernel(query_BMC, query_BMR, cache, mask, scaling)
+        context_BHLC = _attend_on_gpu(latent_query_BHLC.to(dtype), rope_BHLR, cache, mask, scaling)
     else:
-        scores_BMS = _score(query_BMC, query_BMR, cache)
-        weights_BMS, sees_BM1 = _softmax(scores_BMS * scaling, mask)
-        context_BMC = _add_up(weights_BMS, cache.latent_BSC)
-        if sees_BM1 is not None:
-            context_BMC = context_BMC * sees_BM1
-    context_BHLC = context_BMC.unflatten(1, (heads, new)).to(work)
-    output_BLHV = _values(context_BHLC, weight_HXC[:, key_rows:].to(work)).to(dtype)
+        query_BMC, query_BMR = latent_query_BHLC.flatten(1, 2), rope_BHLR.flatten(1, 2)
+        if mask is not None:
+            mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)
+        if not needs_weights and _suits_one_kernel(cache.latent_BSC):
+            context_BMC = _attend_in_one_kernel(query_BMC, query_BMR, cache, mask, scaling)
+        else:
+            context_BMC, weights_BMS = _attend_in_products(query_BMC, query_BMR, cache, mask, scaling)
+        context_BHLC = context_BMC.unflatten(1, (heads, new))
+    value_HCV = weight_HXC[:, key_rows:].to(work).transpose(1, 2)
+    output_BLHV = _multiply_by_head(context_BHLC.to(work), value_HCV).transpose(1, 2).to(dtype)
     if not needs_weights or weights_BMS is None:
         return output_BLHV, None
     return output_BLHV, weights_BMS.unflatten(1, (heads, new)).to(dtype)
 
 
-def _values(context_BHLC: Tensor, weight_HVC: Tensor) -> Tensor:
-    """Each head's values of what it attended to, (B, L, H, V)."""
-    return _multiply_by_head(context_BHLC, weight_HVC.transpose(1, 2)).transpose(1, 2)
+def _attend_in_products(
+    query_BMC: Tensor, query_BMR: Tensor, cache: LatentCache, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted sums of latents, (B, M, C), and the weights, (B, M, S)."""
+    weights_BMS, sees_BM1 = _softmax(_score(query_BMC, query_BMR, cache) * scaling, mask)
+    context_BMC = _add_up(weights_BMS, cache.latent_BSC)
+    return context_BMC if sees_BM1 is None else context_BMC * sees_BM1, weights_BMS
 
 
 def _multiply_by_head(x_BHLA: Tensor, weight_HAB: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ The processor never waits for the GPU. Without gradients.
 Shape letters: as in `absorbed_attention`; M = H * L rows of queries, of which a program has BLOCK_M, N splits.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,8 @@ BLOCKS = {
     32: (Blocks(64, 8, 3), Blocks(32, 8, 5), Blocks(32, 8, 3), Blocks(32, 8, 2)),
     64: (Blocks(32, 8, 3), Blocks(64, 8, 2), Blocks(32, 8, 2)),
 }
+# float32 is multiplied as three products of what the matrix units take, and needs registers for all
+WIDE_BLOCKS = {16: (Blocks(16, 4, 3), Blocks(16, 4, 2))}
 _MOST_WARPS_BESIDE_ANOTHER = 4
 
 
@@ -183,8 +186,7 @@ def attend_in_splits(
     if mask is not None:
         mask = mask.expand(batch, heads, new, cached)
         mask = mask if mask.stride(3) == 1 else mask.contiguous()
-    row_bytes = (width + rope_BSR.shape[2]) * latent_BSC.element_size()
-    block_m, blocks, slots = _choose_blocks(heads * new, row_bytes, latent_BSC.device, blocks)
+    block_m, blocks, slots = _choose_blocks(heads * new, (latent_BSC, rope_BSR), blocks)
     programs = batch * -(-heads * new // block_m)
     tokens_of_split = blocks.tokens * choose_split(programs, -(-cached // blocks.tokens), slots)
     splits = -(-cached // tokens_of_split)
@@ -211,15 +213,17 @@ def attend_in_splits(
         )
         if splits == 1:
             return sum_NHBLC[0].transpose(0, 1)
-        out_HBLC = torch.empty_like(sum_NHBLC[0], dtype=query_BHLC.dtype)
-        rows = heads * batch * new
-        KERNELS["join_splits"][rows, -(-width // _JOINED_COLUMNS)](
-            *(sum_NHBLC, state_NHBL2, out_HBLC, rows, splits),
-            C=width,
-            BLOCK_N=_JOINED_SPLITS,
-            BLOCK_C=_JOINED_COLUMNS,
-        )
-    return out_HBLC.transpose(0, 1)
+        return _join(sum_NHBLC, state_NHBL2, query_BHLC.dtype).transpose(0, 1)
+
+
+def _join(sum_NHBLC: Tensor, state_NHBL2: Tensor, dtype: torch.dtype) -> Tensor:
+    out_HBLC = torch.empty_like(sum_NHBLC[0], dtype=dtype)
+    splits, *sizes, width = sum_NHBLC.shape
+    rows = math.prod(sizes)
+    KERNELS["join_splits"][rows, -(-width // _JOINED_COLUMNS)](
+        *(sum_NHBLC, state_NHBL2, out_HBLC, rows, splits), C=width, BLOCK_N=_JOINED_SPLITS, BLOCK_C=_JOINED_COLUMNS
+    )
+    return out_HBLC
 
 
 def fits(latent_size: int, rope_size: int) -> bool:
@@ -248,14 +252,17 @@ def _padded(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
 
 
-def _choose_blocks(rows: int, row_bytes: int, device: torch.device, given: Blocks | None) -> tuple[int, Blocks, int]:
+def _choose_blocks(rows: int, cache: tuple[Tensor, Tensor], given: Blocks | None) -> tuple[int, Blocks, int]:
     """Rows of a program, how it works, and how many of them the GPU runs at once."""
-    block_m = min(_MOST_ROWS, max(16, int(triton.next_power_of_2(rows))))
+    device, itemsize = cache[0].device, cache[0].element_size()
+    row_bytes = sum(each.shape[2] for each in cache) * itemsize
+    table = BLOCKS if itemsize < 4 else WIDE_BLOCKS
+    block_m = min(max(table), max(16, int(triton.next_power_of_2(rows))))
     if device.type == "cpu":
-        return block_m, given or BLOCKS[block_m][0], _SLOTS_OF_INTERPRETER
+        return block_m, given or table[block_m][0], _SLOTS_OF_INTERPRETER
     properties: Any = torch.cuda.get_device_properties(device)
     most, of_all = properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
-    choices = [(block_m, given)] if given else [(m, each) for m in BLOCKS if m <= block_m for each in BLOCKS[m]]
+    choices = [(block_m, given)] if given else [(m, each) for m in table if m <= block_m for each in table[m]]
     choices.sort(key=lambda choice: -choice[0])  # the order among those of as many rows stays
     fitting = (choice for choice in choices if shared_bytes(*choice, row_bytes) <= most)
     block_m, blocks = next(fitting, choices[-1])
