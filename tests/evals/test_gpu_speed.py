@@ -55,8 +55,13 @@ def test_all_benchmarks_share_the_minutes_and_how_each_ended_is_told(load, tmp_p
     gpu = load("gpu")
     monkeypatch.setattr(gpu, "FOLDER", tmp_path / "evals" / "speed")
     (tmp_path / "evals" / "speed").mkdir(parents=True)
-    scripts = {"good": "print('{}')", "missed": "print('{}'); exit(1)", "broken": "exit(1)", "slow": "input()"}
-    scripts = {**scripts, "slow": "import time; time.sleep(600)", "late": "print('{}')"}
+    scripts = {
+        "good": "print('{}')",
+        "missed": "print('{}'); exit(1)",
+        "broken": "exit(1)",
+        "slow": "import time; time.sleep(600)",
+    }
+    scripts["late"] = "print('{}')"
     for name, text in scripts.items():
         (tmp_path / "evals" / "speed" / f"{name}.py").write_text(text, "utf-8")
     ended = gpu.run_all({name: [f"{name}.py"] for name in scripts}, [], minutes=0.1)
