@@ -7,8 +7,8 @@
 
 In each round all rivals take turns in random order, timed by the GPU's own events. Ratios are medians over rounds of
 seconds of ours over seconds of the other, so one half is twice as fast. `saved` is what ours keeps for backward over
-T*D + 2*T*K*F elements, by which the goals are set. Before anything is timed, output and all gradients of ours and of
-grouped_mm are compared with float64 on the same inputs.
+T*D + 2*T*K*F elements, by which the goals are set. Before anything is timed, output and all gradients of ours are
+compared with float64 on the same inputs, and those of the others beside them. `gpu.py` runs this with all others.
 
 liger-kernel takes part where it is installed. It times many configurations at its first call, which takes minutes;
 LIGER_FUSED_MOE_AUTOTUNE=0 holds it to one, which is not its best, and the results say which it was.
@@ -18,14 +18,13 @@ import argparse
 import importlib.util
 import json
 import os
-import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gpu import measure, require_gpu
 from rounds import Spread, add_options, report, spread
 
 SHAPES = {  # experts, experts a token, hidden, inner
@@ -37,8 +36,6 @@ DENSE = {"forward": 0.68, "both": 0.60}  # of the dense product's rate
 GROUPED_MM = {"forward": 2.0, "both": 1.7}  # times as fast
 MOST_SAVED = 1.15
 LARGEST_ERROR = 1e-2  # norm of the difference from float64 over norm
-MOST_BUSY = 12  # percent
-LEAST_CAPABILITY = (8, 0)
 DEVICE = "cuda"
 
 
@@ -51,21 +48,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--without-liger", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def require_gpu() -> None:
-    """One sentence and exit code 1 where this cannot run."""
-    import torch
-
-    least = ".".join(map(str, LEAST_CAPABILITY))
-    if not torch.cuda.is_available():
-        sys.exit(f"experts_gpu.py needs a CUDA GPU of compute capability {least} or newer; torch finds none.")
-    if torch.cuda.get_device_capability() < LEAST_CAPABILITY:
-        sys.exit(f"experts_gpu.py needs compute capability {least}; {torch.cuda.get_device_name()} has less.")
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
-    busy = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0])
-    if busy > MOST_BUSY:
-        sys.exit(f"Another program keeps this GPU {busy} % busy; stop it first.")
 
 
 def count_operations(tokens: int, shape: tuple[int, int, int, int], which: str) -> int:
@@ -157,12 +139,7 @@ def make_forwards(layer: Any, arguments: argparse.Namespace) -> dict[str, Callab
 
     forwards = {"ours": by("hub_moe"), "grouped_mm": by("grouped_mm")}
     if not arguments.without_liger and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
-
-        def liger(x: Any, chosen: Any, weights: Any) -> Any:
-            return LigerFusedMoEFunction.apply(x, layer.gate_up_proj, layer.down_proj, chosen.int(), weights)
-
-        forwards["liger"] = liger
+        forwards["liger"] = by("hub_moe_liger")
     return forwards
 
 
@@ -183,26 +160,6 @@ def make_dense(tokens: int, shape: tuple[int, int, int, int], which: str) -> Cal
             torch.mm(left, right)
 
     return run
-
-
-def measure(rivals: dict[str, Callable[[], Any]], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of one call of every rival in every round, in random order within a round."""
-    import torch
-
-    draw, seconds = random.Random(arguments.seed), {name: [] for name in rivals}
-    for run in rivals.values():
-        run()
-    for _ in range(arguments.rounds):
-        for name in draw.sample(list(rivals), len(rivals)):
-            rivals[name]()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(arguments.repeats):
-                rivals[name]()
-            end.record()
-            end.synchronize()
-            seconds[name].append(start.elapsed_time(end) / 1e3 / arguments.repeats)
-    return seconds
 
 
 def saved_bytes(layer: Any, forward: Callable[..., Any], inputs: tuple[Any, ...]) -> int:
@@ -249,7 +206,7 @@ def compare(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     forwards = make_forwards(layer, arguments)
     expected = run_float64(layer, inputs, backward=True)
     errors = {}
-    for rival in ("ours", "grouped_mm"):
+    for rival in forwards:
         errors[rival] = largest_error(make_runner(layer, forwards[rival], inputs, "both")(), expected)
     assert errors["ours"] <= LARGEST_ERROR, f"{name} is off by {errors}"
     del expected
@@ -288,7 +245,7 @@ def plot(figures: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     arguments = parse()
-    require_gpu()
+    require_gpu("experts_gpu.py", arguments)
     os.environ["HUB_MOE_GPU_EXPERTS"] = "triton"  # whatever speaks against it is an error then, and no fallback
     import torch
 
@@ -304,11 +261,11 @@ def main() -> None:
         needed_bytes = 2 * count_needed(arguments.tokens, SHAPES[name])
         ratios[f"{name}_saved"] = figures[name]["saved_bytes"]["ours"] / needed_bytes
         goals |= goals_of(name, list(figures[name]["saved_bytes"]))
-    if arguments.out is not None:
+    if arguments.out is not None and importlib.util.find_spec("matplotlib"):
         arguments.out.mkdir(parents=True, exist_ok=True)
         plot(figures, arguments.out / "experts_gpu_tflops.png")
     report(
-        "experts_gpu",
+        "experts_gpu" if len(figures) == len(SHAPES) else f"experts_gpu_{'_'.join(figures)}",
         ratios,
         goals,
         arguments,

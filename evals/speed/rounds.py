@@ -5,6 +5,7 @@ and the highest, refuses a busy machine, and with `--out FOLDER` leaves `NAME.js
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -137,11 +138,12 @@ def report(
     text = json.dumps(result, indent=2) + "\n"
     print(text, end="")
     if arguments.out is not None:
-        from picture import draw
-
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / f"{name}.json").write_text(text, "utf-8")
-        draw(result).savefig(arguments.out / f"{name}.png", dpi=120)
+        if importlib.util.find_spec("matplotlib"):  # a machine with a GPU may lack it; table.py draws later
+            from picture import draw
+
+            draw(result).savefig(arguments.out / f"{name}.png", dpi=120)
     sys.exit(1 if missed else 0)
 
 

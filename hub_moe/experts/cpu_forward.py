@@ -3,10 +3,9 @@
 Importing this registers `experts_implementation="hub_moe"`, which on a GPU stands for the kernels of `triton_forward`,
 where those can be had, and otherwise, and while torch compiles, for transformers' own `grouped_mm`; see `stacks`.
 
-Pairs are sorted once; each expert's matrix is read once
-per product; sums run in float32 (float64 for float64 weights) and are rounded once, at the end. For backward only the
-input, the pre-activations and the routing are kept. A stack's gradient is written once, whole; a frozen stack costs
-none.
+Pairs are sorted once; each expert's matrix is read once per product; sums run in float32 (float64 for float64 weights)
+and are rounded once, at the end. For backward only the input, the pre-activations and the routing are kept. A stack's
+gradient is written once, whole; a frozen stack costs none.
 
 Shape letters: T tokens, K experts per token, S token-expert pairs, D hidden, F expert inner, H what the first product
 gives (2F with a gate), E routed experts.

@@ -19,6 +19,7 @@ from transformers.integrations import moe
 from ..errors import ConfigError, UnsupportedModelError
 
 IMPLEMENTATION = "hub_moe"  # in transformers' ExpertsInterface
+LIGER_IMPLEMENTATION = "hub_moe_liger"
 GPU_VARIABLE = "HUB_MOE_GPU_EXPERTS"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
@@ -72,8 +73,9 @@ def is_swiglu(experts: Any) -> bool:
     if not experts.has_gate or "_apply_gate" in vars(experts):
         return False
     gate, activation = getattr(type(experts), "_apply_gate", None), getattr(experts, "act_fn", None)
-    is_plain = isinstance(activation, nn.SiLU | SiLUActivation) and not activation._forward_hooks
-    return is_plain and gate is not None and gate is getattr(moe, "_default_apply_gate", None)
+    is_silu = isinstance(activation, nn.SiLU | SiLUActivation) and not activation._forward_hooks
+    is_silu = is_silu or activation is nn.functional.silu
+    return is_silu and gate is not None and gate is getattr(moe, "_default_apply_gate", None)
 
 
 def _check_other_parameters(experts: nn.Module, names: tuple[str, ...]) -> None:

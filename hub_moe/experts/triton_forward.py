@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
 from . import triton_kernels as kernels
-from .stacks import Stacks, stacks_of
+from .stacks import Stacks, is_swiglu, stacks_of
 
 _PROGRAMS_OF_INTERPRETER = 3  # few enough that each walks over several tiles
 _Gradients = tuple[Tensor | None, ...]
@@ -62,7 +60,7 @@ def triton_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Ten
     plan = Plan(
         top_k_index,
         activate=experts._apply_gate if experts.has_gate else experts.act_fn,
-        is_swiglu=_is_swiglu(experts),
+        is_swiglu=is_swiglu(experts),
         may_be_elsewhere=getattr(experts, "_is_expert_parallel", False),
         keeps_h=torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in trained),
     )
@@ -70,13 +68,6 @@ def triton_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Ten
     with torch.cuda.device_of(hidden_states):
         output: Tensor = apply(hidden_states, top_k_weights, plan, *stacks)
     return output
-
-
-def _is_swiglu(experts: Any) -> bool:
-    """Whether the activation is silu of the first half times the second; any other is computed by torch."""
-    activation = getattr(experts, "act_fn", None)
-    is_silu = isinstance(activation, nn.SiLU | SiLUActivation) or activation is nn.functional.silu
-    return bool(experts.has_gate and is_silu and type(experts)._apply_gate is _default_apply_gate)
 
 
 def route(plan: Plan, weight_TK: Tensor, num_experts: int) -> Routing:

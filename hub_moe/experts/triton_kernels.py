@@ -1,4 +1,4 @@
-"""The kernels of the experts on GPUs, and which block sizes each may take; the only module that imports triton.
+"""The kernels of the experts on GPUs, and which block sizes each may take.
 
 Every row product is one persistent grid: as many programs as the GPU holds at once walk over all tiles of all experts.
 Which expert a tile belongs to is read from a map that the GPU made itself, so the processor never waits for it. Sums

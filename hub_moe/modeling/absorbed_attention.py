@@ -9,6 +9,10 @@ Shape letters: B batch, L new tokens, S cached tokens (new ones included), H hea
 C latent (kv_lora_rank), N head without rotation, R rotary part, V value of a head, X = N + V.
 """
 
+import importlib.util
+import os
+import shutil
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +27,7 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 _MEASURED_SHARE = 0.75
 # float32 copies of 16-bit latents are made in blocks of this many tokens, which stay in the processor's cache
 _BLOCK_TOKENS = 1024
+_LEAST_CAPABILITY = (8, 0)  # of GPUs, for the kernels of `latent_kernels`
 
 
 class LatentCache(NamedTuple):
@@ -80,7 +85,8 @@ def attend_to_latents(
     """Attention of the new tokens over the latent cache, without expanding it.
 
     Scores and softmax are float32 (float64 for float64 inputs), and so is what is added up. 16-bit latents are cast in
-    blocks where the CPU multiplies them slowly. Differentiable in every argument.
+    blocks where the CPU multiplies them slowly. On an NVIDIA GPU, where gradients are off, Triton's kernels read each
+    latent once (see `latent_kernels`). Differentiable in every argument.
 
     Args:
         query_BHLX: Queries of shape (B, H, L, N + R), the rotated part last.
@@ -102,24 +108,32 @@ def attend_to_latents(
     work = torch.float32 if dtype.itemsize < 4 and query_BHLX.device.type == "cpu" else dtype
     nope_BHLN, rope_BHLR = query_BHLX.split([key_rows, rope_size], dim=-1)
     latent_query_BHLC = _multiply_by_head(nope_BHLN.to(work), weight_HXC[:, :key_rows].to(work))
-    query_BMC, query_BMR = latent_query_BHLC.flatten(1, 2), rope_BHLR.flatten(1, 2)
-    if mask is not None:
-        mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)
     weights_BMS = None
-    if not needs_weights and _suits_one_kernel(cache.latent_BSC):
-        context_BMC = _attend_in_one_kernel(query_BMC, query_BMR, cache, mask, scaling)
+    if not needs_weights and _suits_gpu_kernels(cache, dtype):
+        context_BHLC = _attend_on_gpu(latent_query_BHLC.to(dtype), rope_BHLR, cache, mask, scaling)
     else:
-        scores_BMS = _score(query_BMC, query_BMR, cache)
-        weights_BMS, sees_BM1 = _softmax(scores_BMS * scaling, mask)
-        context_BMC = _add_up(weights_BMS, cache.latent_BSC)
-        if sees_BM1 is not None:
-            context_BMC = context_BMC * sees_BM1
-    context_BHLC = context_BMC.unflatten(1, (heads, new)).to(work)
+        query_BMC, query_BMR = latent_query_BHLC.flatten(1, 2), rope_BHLR.flatten(1, 2)
+        if mask is not None:
+            mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)
+        if not needs_weights and _suits_one_kernel(cache.latent_BSC):
+            context_BMC = _attend_in_one_kernel(query_BMC, query_BMR, cache, mask, scaling)
+        else:
+            context_BMC, weights_BMS = _attend_in_products(query_BMC, query_BMR, cache, mask, scaling)
+        context_BHLC = context_BMC.unflatten(1, (heads, new))
     value_HCV = weight_HXC[:, key_rows:].to(work).transpose(1, 2)
-    output_BLHV = _multiply_by_head(context_BHLC, value_HCV).transpose(1, 2).to(dtype)
+    output_BLHV = _multiply_by_head(context_BHLC.to(work), value_HCV).transpose(1, 2).to(dtype)
     if not needs_weights or weights_BMS is None:
         return output_BLHV, None
     return output_BLHV, weights_BMS.unflatten(1, (heads, new)).to(dtype)
+
+
+def _attend_in_products(
+    query_BMC: Tensor, query_BMR: Tensor, cache: LatentCache, mask: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted sums of latents, (B, M, C), and the weights, (B, M, S)."""
+    weights_BMS, sees_BM1 = _softmax(_score(query_BMC, query_BMR, cache) * scaling, mask)
+    context_BMC = _add_up(weights_BMS, cache.latent_BSC)
+    return context_BMC if sees_BM1 is None else context_BMC * sees_BM1, weights_BMS
 
 
 def _multiply_by_head(x_BHLA: Tensor, weight_HAB: Tensor) -> Tensor:
@@ -128,6 +142,38 @@ def _multiply_by_head(x_BHLA: Tensor, weight_HAB: Tensor) -> Tensor:
     rows = x_BHLA.transpose(0, 1).reshape(heads, batch * new, width)
     product: Tensor = torch.bmm(rows, weight_HAB).unflatten(1, (batch, new))
     return product.transpose(0, 1)
+
+
+def _suits_gpu_kernels(cache: LatentCache, dtype: torch.dtype) -> bool:
+    """Whether the kernels of `latent_kernels` give the same here; they have no gradients."""
+    latent_BSC, rope_BSR = cache
+    if not latent_BSC.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or latent_BSC.dtype != dtype:
+        return False
+    if latent_BSC.shape[1] == 0 or not _runs_triton(latent_BSC.device):
+        return False
+    from .latent_kernels import fits
+
+    return fits(latent_BSC.shape[2], rope_BSR.shape[2])
+
+
+@lru_cache
+def _runs_triton(device: torch.device) -> bool:
+    """Whether Triton is installed, finds the C compiler that it starts kernels with, and the GPU is new enough."""
+    if torch.version.hip is not None or importlib.util.find_spec("triton") is None:
+        return False
+    has_compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))
+    return bool(has_compiler) and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+
+
+def _attend_on_gpu(
+    query_BHLC: Tensor, rope_BHLR: Tensor, cache: LatentCache, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax-weighted sums of latents, (B, H, L, C)."""
+    from .latent_kernels import attend_in_splits
+
+    return attend_in_splits(query_BHLC, rope_BHLR, cache, mask=mask, scaling=scaling)
 
 
 def _suits_one_kernel(latent_BSC: Tensor) -> bool:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_SIBLING_IMPORT = re.compile(r"^from \.(\w+) import", re.MULTILINE)
+_SIBLING_IMPORT = re.compile(r"^ *from \.(\w+) import", re.MULTILINE)
 _ERRORS_IMPORT = "from ..errors import"
 
 

@@ -1,4 +1,4 @@
-"""Compile every kernel as a forward and a backward pass would start it on a GPU, without one.
+"""Compile every kernel as a forward and a backward pass, or a step of decoding, would start it on a GPU, without one.
 
     TRITON_INTERPRET=0 python -m tests.experts.compile_kernels 90
 
@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from hub_moe.experts import triton_forward, triton_kernels
+from hub_moe.modeling import latent_kernels
 
 from .naive import draw_inputs, make_experts, run
 
@@ -65,6 +66,17 @@ def main():
             experts = make_experts(sizes={"D": 512, "F": 256, "E": 2}, **layout).bfloat16()
             inputs = draw_inputs(torch.tensor([[0, 1]] * 4), hidden=512, dtype=torch.bfloat16)
             run(triton_forward.triton_experts_forward, experts, inputs)
+    compile_attention()
+
+
+def compile_attention():
+    """DeepSeek-V2-Lite's, for one new token without a mask and for four with one."""
+    for name, kernel in list(latent_kernels.KERNELS.items()):
+        latent_kernels.KERNELS[name] = Compiled(kernel)
+    for new, mask in ((1, None), (4, torch.ones(2, 1, 4, 4096, dtype=torch.bool))):
+        query = torch.zeros(2, 16, new, 576, dtype=torch.bfloat16).split([512, 64], dim=-1)
+        cache = torch.zeros(2, 4096, 576, dtype=torch.bfloat16).split([512, 64], dim=-1)
+        latent_kernels.attend_in_splits(*query, cache, mask=mask, scaling=0.1)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ def test_every_kernel_compiles_fits_and_multiplies_by_the_matrix_units(capabilit
     facts = [json.loads(line) for line in done.stdout.splitlines()]
     units = "wgmma" if capability == "90" else "mma"
     products = {each["kernel"] for each in facts if each[units]}
-    assert products == {"multiply_rows", "multiply_rows_swiglu", "multiply_rows_swiglu_gradient", "stack_gradient"}
-    assert {each["kernel"] for each in facts} == products | {"route", "sum_over_experts", "sum_over_pairs"}
+    experts = {"multiply_rows", "multiply_rows_swiglu", "multiply_rows_swiglu_gradient", "stack_gradient"}
+    assert products == experts | {"attend_to_split"}
+    others = {"route", "sum_over_experts", "sum_over_pairs", "join_splits"}
+    assert {each["kernel"] for each in facts} == products | others
     assert all(each["shared_bytes"] <= shared_bytes for each in facts)
