@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from .layers import HubMoeMoE
+from .layers import HubMoeMoE, linear
 from .losses import (
     ROUTER_LOSS_WEIGHTS,
     has_router_loss,
@@ -99,7 +99,7 @@ class MoeCausalLMMixin:
             **recording,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = linear(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         result = HubMoeCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
