@@ -12,6 +12,7 @@ H heads, N part of a head without rotation, R rotary part, X = N + R, C latent, 
 """
 
 import ctypes
+import os
 from functools import cache
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .compiled_products import DTYPES, CompiledProducts
-from .products import choose_products
+from .products import VARIABLE, choose_products
 
 INTERFACE = 1  # of DecodingSteps; code beside a checkpoint asks for the one it was written for
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
@@ -78,10 +79,9 @@ def find_steps(x: Tensor, interface: int) -> "DecodingSteps | None":
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
-    products = choose_products(x.dtype)
-    if not isinstance(products, CompiledProducts) or is_in_torch_dispatch_mode():
+    steps = _steps_for(os.environ.get(VARIABLE, ""))
+    if steps is None or is_in_torch_dispatch_mode():
         return None
-    steps = _steps_of(products)
     return steps if 0 < x.numel() <= steps.most_rows * x.shape[-1] else None
 
 
@@ -94,7 +94,7 @@ class DecodingSteps:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.most_rows: int = library.hub_moe_most_rows()
         self._linear, self._rms_norm = library.hub_moe_linear, library.hub_moe_rms_norm
-        self._linear.argtypes = [*[_POINTER] * 3, _INT, *[_LONG] * 3, _INT]
+        self._linear.argtypes = [*[_POINTER] * 3, _INT, _INT, *[_LONG] * 3, _INT]
         self._rms_norm.argtypes = [*[_POINTER] * 3, _INT, _LONG, _LONG, _FLOAT]
         self._feed_forward = library.hub_moe_feed_forward
         self._feed_forward.argtypes = [
@@ -108,15 +108,21 @@ class DecodingSteps:
         for function in (self._linear, self._rms_norm, self._project, self._attend):
             function.restype = None
 
-    def linear(self, x: Tensor, weight_BA: Tensor) -> Tensor:
-        """As `torch.nn.functional.linear`: (..., A) to (..., B)."""
+    def linear(self, x: Tensor, weight_BA: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """As `torch.nn.functional.linear`: (..., A) to (..., B), in the dtype of `x` or, where asked for, in float32."""
         x = x.contiguous()
         width_out, width_in = weight_BA.shape
-        y = x.new_empty(*x.shape[:-1], width_out)
-        rows = x.numel() // width_in
-        is_bfloat16, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        y = x.new_empty(*x.shape[:-1], width_out, dtype=dtype)
         self._linear(
-            x.data_ptr(), weight_BA.data_ptr(), y.data_ptr(), is_bfloat16, rows, width_in, width_out, threads
+            x.data_ptr(),
+            weight_BA.data_ptr(),
+            y.data_ptr(),
+            x.dtype == torch.bfloat16,
+            y.dtype == torch.bfloat16,
+            x.numel() // width_in,
+            width_in,
+            width_out,
+            torch.get_num_threads(),
         )
         return y
 
@@ -134,7 +140,7 @@ class DecodingSteps:
     def feed_forward(self, x: Tensor, shared: FeedForward | None, routed: Routed | None = None) -> Tensor | None:
         """The sum of a block that gets every row and of the routed experts, (..., D) like `x`.
 
-        None for an expert id that no expert has, or a row with one expert twice.
+        None for an expert id that no expert has, and for an expert that is chosen more than `most_rows` times.
         """
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -176,7 +182,9 @@ class DecodingSteps:
         heads, latent_size = q_last.shape[0] // head_size, weights.kv_a.shape[0] - rope_size
         cos, sin = (part.expand(batch, -1, -1).contiguous() for part in rotation)
         query_BLHX = x_BLD.new_empty(batch, new, heads, head_size)
-        latent, key = x_BLD.new_empty(batch, 1, new, latent_size), x_BLD.new_empty(batch, 1, new, rope_size)
+        # side by side, as LatentLayer keeps them
+        both = x_BLD.new_empty(batch, 1, new, latent_size + rope_size)
+        latent, key = both[..., :latent_size], both[..., latent_size:]
         q_norm, q_b = weights.q_norm, weights.q_b
         tensors = (weights.q_a, q_norm and q_norm.weight, q_b, weights.kv_a, weights.kv_norm.weight)
         addresses = (_POINTER * 5)(*[None if each is None else each.data_ptr() for each in tensors])
@@ -251,5 +259,7 @@ _MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
 @cache
-def _steps_of(products: CompiledProducts) -> DecodingSteps:
-    return DecodingSteps(products.library)
+def _steps_for(asked: str) -> DecodingSteps | None:
+    """Those of the products that HUB_MOE_CPU_EXPERTS stands for."""
+    products = choose_products(torch.float32)
+    return DecodingSteps(products.library) if isinstance(products, CompiledProducts) else None

@@ -61,7 +61,8 @@ def is_plain(linear: nn.Module, like: Tensor) -> bool:
     """Whether calling `linear` is nothing but a product with its weight, which lies beside `like`."""
     if type(linear) is not nn.Linear or not is_untouched(linear):
         return False
-    return linear._parameters["bias"] is None and is_like(linear.weight, like)
+    parameters = linear._parameters  # a module's attributes take ten times as long, and this is asked at every step
+    return parameters["bias"] is None and is_like(parameters.get("weight"), like)
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -70,9 +71,9 @@ def is_untouched(module: nn.Module) -> bool:
     return not hooks and "forward" not in vars(module)
 
 
-def is_like(weight: Tensor, like: Tensor) -> bool:
+def is_like(weight: Tensor | None, like: Tensor) -> bool:
     """Whether `weight` is a plain tensor of the dtype of `like`, beside it."""
-    is_tensor = type(weight) in (nn.Parameter, Tensor)
+    is_tensor = weight is not None and type(weight) in (nn.Parameter, Tensor)
     return is_tensor and weight.dtype == like.dtype and weight.device == like.device
 
 

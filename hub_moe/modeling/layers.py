@@ -135,7 +135,11 @@ class HubMoeRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hidden_TD = hidden_states.view(-1, hidden_states.shape[-1])
-        logits_TE = nn.functional.linear(hidden_TD.float(), self.weight.float())
+        steps = find_steps(hidden_TD)
+        if steps is not None and is_like(self.weight, hidden_TD) and self.weight.is_contiguous():
+            logits_TE = steps.linear(hidden_TD, self.weight, torch.float32)
+        else:
+            logits_TE = nn.functional.linear(hidden_TD.float(), self.weight.float())
         weight_TK, expert_TK = route_tokens(logits_TE, self.e_score_correction_bias, self.config)
         return logits_TE, weight_TK, expert_TK
 

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kRowsAtOnce = 4;           // rows that share one pass over a weight
 constexpr int kMostRows = 8;
-constexpr int64_t kTaskRows = 128;       // rows of a weight in one task, at most
+constexpr int64_t kTaskRows = 128, kBlockRows = 32;  // rows of a weight in one task, at most; of a SwiGLU block's
 constexpr int64_t kBlock = 64, kSplit = 512;  // cached tokens that stay in the cache, and of one task
 constexpr int kHeadRows = kLanes == 16 ? 8 : 4;   // rows of queries in one tile of sums of latents
 constexpr int kWide = kLanes == 16 ? 16 : 8;      // vectors of a run of columns that stays in registers
@@ -203,8 +203,8 @@ inline void normalise(const X* x, const W* weight, int64_t count, float eps, Y* 
   if (i < count) store_some(y + i, load_some(x + i, count - i) * factor * load_some(weight + i, count - i), count - i);
 }
 
-template <typename W>
-void linear(const W* x, int64_t T, int64_t A, const W* w, int64_t B, W* y, int threads) {
+template <typename W, typename Y>
+void linear(const W* x, int64_t T, int64_t A, const W* w, int64_t B, Y* y, int threads) {
   using X = RowOf<W>;
   RowList<X> rows(as_rows(x, T * A, (X*)scratch(T * A * sizeof(X))), A, T);
   threads = threads_for(2.0 * T * A * B, threads);
@@ -238,8 +238,8 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
     block.place = size;
     size += block.count * block.inner;
     operations += 6.0 * block.count * block.inner * D;
-    for (int64_t f = 0; f < block.inner; f += kTaskRows / 2)
-      parts.push_back({&block, f, std::min(block.inner, f + kTaskRows / 2)});
+    for (int64_t f = 0; f < block.inner; f += kBlockRows)
+      parts.push_back({&block, f, std::min(block.inner, f + kBlockRows)});
   }
   Pieces pieces;
   size_t row_place = pieces.add<X>(T * D), inner_place = pieces.add<X>(size);
@@ -251,7 +251,7 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
   {
     share(parts.size(), 1, [&](int64_t index, int64_t) {
       auto [block, first, last] = parts[index];
-      float gate[kMostRows][kTaskRows / 2 + kLanes], up[kMostRows][kTaskRows / 2 + kLanes];
+      float gate[kMostRows][kBlockRows + kLanes], up[kMostRows][kBlockRows + kLanes];
       const X* mine[kMostRows];
       for (int64_t m = 0; m < block->count; ++m) mine[m] = rows + block->token[m] * D;
       dots(mine, block->count, block->gate, D, first, last, D,
@@ -267,8 +267,8 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
           lanes == kLanes ? store(to, a) : store_some(to, a, lanes);
         }
     });
-    share(D, std::min<int64_t>(kTaskRows / 2, step_for(D, threads)), [&](int64_t first, int64_t last) {
-      float sums[kMostRows][kTaskRows / 2] = {};
+    share(D, std::min<int64_t>(kBlockRows, step_for(D, threads)), [&](int64_t first, int64_t last) {
+      float sums[kMostRows][kBlockRows] = {};
       for (const auto& block : blocks) {
         RowList<X> mine(inner + block.place, block.inner, block.count);
         dots(mine.rows, block.count, block.down, block.inner, first, last, block.inner,
@@ -337,7 +337,7 @@ struct Projections {  // q_b and q_norm only where queries have a latent of thei
   int64_t D, A, H, N, R, C;
 };
 
-// query (T, H, N + R) with its last part rotated, latent (T, C) normalised, key (T, R) rotated.
+// query (T, H, N + R) with its last part rotated; latent (T, C) normalised and key (T, R) rotated, in rows of C + R.
 template <typename W>
 void project(const W* x, int64_t T, const Projections& p, const Rotation& by, W* query, W* latent, W* key, int threads) {
   using X = RowOf<W>;
@@ -374,8 +374,8 @@ void project(const W* x, int64_t T, const Projections& p, const Rotation& by, W*
     }
   }
   for (int64_t t = 0; t < T; ++t) {
-    normalise(kv + t * keys, (const W*)p.kv_norm, p.C, p.kv_eps, latent + t * p.C);
-    rotate(kv + t * keys + p.C, by, t, p.R, key + t * p.R);
+    normalise(kv + t * keys, (const W*)p.kv_norm, p.C, p.kv_eps, latent + t * keys);
+    rotate(kv + t * keys + p.C, by, t, p.R, key + t * keys);
     for (int64_t h = 0; h < p.H; ++h) {
       const float* from = q + t * queries + h * width;
       W* to = query + t * queries + h * width;
@@ -464,13 +464,17 @@ inline void mask_scores(float* scores, int64_t count, float scaling, const Mask&
   }
 }
 
-// sums[0:I, two vectors] += p[0:I, 0:count] times `count` rows of latents.
+// sums[0:I, two vectors] += p[0:I, 0:count] times `count` rows of latents. Fetches the same columns of the rows `ahead`,
+// which come next: their way from memory takes as long as this.
 template <int I, typename W>
-inline void add_latents(const float* p, int64_t count, const W* latent, int64_t row, float* sums, int64_t sums_row) {
+inline void add_latents(const float* p, int64_t count, const W* latent, int64_t row, const W* ahead, float* sums,
+                        int64_t sums_row) {
   Vec acc[I][2];
 #pragma GCC unroll 8
   for (int i = 0; i < I; ++i) acc[i][0] = load(sums + i * sums_row), acc[i][1] = load(sums + i * sums_row + kLanes);
   for (int64_t j = 0; j < count; ++j) {
+    for (size_t line = 0; line < kTile * sizeof(W); line += 64)
+      __builtin_prefetch((const char*)(ahead + j * row) + line, 0, 2);
     Vec first = load(latent + j * row), second = load(latent + j * row + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i) {
@@ -483,6 +487,46 @@ inline void add_latents(const float* p, int64_t count, const W* latent, int64_t 
   for (int i = 0; i < I; ++i) store(sums + i * sums_row, acc[i][0]), store(sums + i * sums_row + kLanes, acc[i][1]);
 }
 
+#if defined(__AVX512BF16__)
+// The same by products of pairs: two tokens at a time, their columns interleaved in registers.
+template <int I>
+inline void add_latents(const bfloat16* p, int64_t count, const bfloat16* latent, int64_t row, const bfloat16* ahead,
+                        float* sums, int64_t sums_row) {
+  // where columns are after unpacking: of each eight, the first four in one vector and the last four in the other
+  const __m512i first_four = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+  const __m512i last_four = _mm512_setr_epi32(4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  __m512 acc[I][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i) {
+    __m512 one = (__m512)load(sums + i * sums_row), two = (__m512)load(sums + i * sums_row + kLanes);
+    acc[i][0] = _mm512_permutex2var_ps(one, first_four, two), acc[i][1] = _mm512_permutex2var_ps(one, last_four, two);
+  }
+  for (int64_t j = 0; j < count; j += 2) {
+    const bfloat16* left = latent + j * row;
+    const bfloat16* right = j + 1 < count ? left + row : left;  // then its weight is 0
+    __builtin_prefetch(ahead + j * row, 0, 2);
+    __builtin_prefetch(ahead + (j + 1) * row, 0, 2);
+    __m512i one = _mm512_loadu_si512(left), two = _mm512_loadu_si512(right);
+    __m512bh first = (__m512bh)_mm512_unpacklo_epi16(one, two), last = (__m512bh)_mm512_unpackhi_epi16(one, two);
+#pragma GCC unroll 8
+    for (int i = 0; i < I; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, p + i * kBlock + j, sizeof pair);
+      __m512bh factors = (__m512bh)_mm512_set1_epi32(pair);
+      acc[i][0] = _mm512_dpbf16_ps(acc[i][0], first, factors);
+      acc[i][1] = _mm512_dpbf16_ps(acc[i][1], last, factors);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < I; ++i) {
+    store(sums + i * sums_row, (Vec)_mm512_permutex2var_ps(acc[i][0], low, acc[i][1]));
+    store(sums + i * sums_row + kLanes, (Vec)_mm512_permutex2var_ps(acc[i][0], high, acc[i][1]));
+  }
+}
+#endif
+
 template <int I, typename... Rest>
 inline void add_latents_of(int64_t rows, Rest... rest) {
   if constexpr (I > 0) {
@@ -492,38 +536,42 @@ inline void add_latents_of(int64_t rows, Rest... rest) {
 }
 
 // Adds a block's latents, weighed by p (M, kBlock), to sums (M, C).
-template <typename W>
-void add_block(const float* p, int64_t M, int64_t C, const W* latent, int64_t row, int64_t count, float* sums) {
+template <typename P, typename W>
+void add_block(const P* p, int64_t M, int64_t C, const W* latent, int64_t row, int64_t count, const W* ahead, float* sums) {
   for (int64_t m = 0; m < M; m += kHeadRows) {
     int64_t rows = std::min<int64_t>(kHeadRows, M - m), c = 0;
     for (; c + kTile <= C; c += kTile)
-      add_latents_of<kHeadRows>(rows, p + m * kBlock, count, latent + c, row, sums + m * C + c, C);
+      add_latents_of<kHeadRows>(rows, p + m * kBlock, count, latent + c, row, m ? latent + c : ahead + c, sums + m * C + c, C);
     for (; c < C; ++c)
       for (int64_t i = m; i < m + rows; ++i)
-        for (int64_t j = 0; j < count; ++j) sums[i * C + c] += p[i * kBlock + j] * widen(latent[j * row + c]);
+        for (int64_t j = 0; j < count; ++j) sums[i * C + c] += widen(p[i * kBlock + j]) * widen(latent[j * row + c]);
   }
 }
 
-// Replaces a row of scores by e^(score - largest) and returns their sum; `largest` and the sums so far follow.
-inline float weigh(float* scores, int64_t count, float& largest, float& total, float* sums, int64_t C) {
-  float most = largest;
-  for (int64_t j = 0; j < count; ++j) most = std::max(most, scores[j]);
-  if (most == -INFINITY) {
-    std::fill(scores, scores + count, 0.0f);
-    return 0;
+// The weights e^(score - largest) of a row of scores, in the type of rows, with zeros up to a whole vector behind them.
+// Returns their sum; `largest` and the sums so far follow.
+template <typename P>
+inline float weigh(float* scores, int64_t count, P* weights, float& largest, float& total, float* sums, int64_t C) {
+  int64_t whole = (count + kLanes - 1) / kLanes * kLanes;
+  std::fill(scores + count, scores + whole, -INFINITY);
+  Vec most_of = broadcast(largest);
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    Vec v = load(scores + j);
+    most_of = most_of < v ? v : most_of;
   }
+  float most = most_of[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, most_of[i]);
   if (most > largest) {
     float factor = largest == -INFINITY ? 0.0f : std::exp(largest - most);
     total *= factor;
     for (int64_t c = 0; c < C; ++c) sums[c] *= factor;
     largest = most;
   }
-  for (int64_t j = count; j < (count + kLanes - 1) / kLanes * kLanes; ++j) scores[j] = -INFINITY;
+  if (most == -INFINITY) most = 0;  // nothing seen so far: all weights are 0
   Vec added = {};
-  for (int64_t j = 0; j < count; j += kLanes) {
-    Vec e = exp_of(load(scores + j) - most);
-    store(scores + j, e);
-    added += e;
+  for (int64_t j = 0; j < whole; j += kLanes) {
+    store(weights + j, exp_of(load(scores + j) - most));
+    added += load(weights + j);
   }
   return sum_of(added);
 }
@@ -571,7 +619,8 @@ void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask
       std::fill(sums, sums + M * p.C, 0.0f);
       for (int64_t m = 0; m < M; ++m) state[2 * m] = -INFINITY, state[2 * m + 1] = 0;
       thread_local std::vector<float> scores;
-      scores.resize(M * kBlock);
+      thread_local std::vector<X> weights;
+      scores.resize(M * kBlock), weights.resize(M * kBlock);
       for (int64_t s = from; s < to; s += kBlock) {
         int64_t count = std::min(kBlock, to - s);
         score_block(latent_query + b * M * width, M, p.C, p.R, latent + s * cache.latent_row, cache.latent_row,
@@ -580,10 +629,11 @@ void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask
           float* row = scores.data() + m * kBlock;
           int64_t offset = b * mask.sequence + m % p.H * mask.head + m / p.H * mask.token + s * mask.cached;
           mask_scores(row, count, scaling, mask, offset);
-          float sum = weigh(row, count, state[2 * m], state[2 * m + 1], sums + m * p.C, p.C);
+          float sum = weigh(row, count, weights.data() + m * kBlock, state[2 * m], state[2 * m + 1], sums + m * p.C, p.C);
           state[2 * m + 1] += sum;
         }
-        add_block(scores.data(), M, p.C, latent + s * cache.latent_row, cache.latent_row, count, sums);
+        const W *here = latent + s * cache.latent_row, *ahead = s + 2 * kBlock <= cache.S ? here + kBlock * cache.latent_row : here;
+        add_block(weights.data(), M, p.C, here, cache.latent_row, count, ahead, sums);
       }
     });
     share(p.B * M, 1, [&](int64_t row, int64_t) {
@@ -614,15 +664,17 @@ void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask
 
 extern "C" {
 
-// In all of these every tensor but the cache and the mask is contiguous, and all but cos, sin and the mask are of one
+// In all of these every tensor is contiguous where nothing else is said, and all but cos, sin and the mask are of one
 // type, bfloat16 or float32; at most kMostRows rows.
 
 int hub_moe_most_rows() { return kMostRows; }
 
-// y (T, B) = x (T, A) w (B, A)^T.
-void hub_moe_linear(const void* x, const void* w, void* y, int is_bfloat16, int64_t T, int64_t A, int64_t B, int threads) {
-  is_bfloat16 ? linear((const bfloat16*)x, T, A, (const bfloat16*)w, B, (bfloat16*)y, threads)
-              : linear((const float*)x, T, A, (const float*)w, B, (float*)y, threads);
+// y (T, B) = x (T, A) w (B, A)^T; y may be float32 beside bfloat16.
+void hub_moe_linear(const void* x, const void* w, void* y, int is_bfloat16, int is_bfloat16_y, int64_t T, int64_t A,
+                    int64_t B, int threads) {
+  if (!is_bfloat16) return linear((const float*)x, T, A, (const float*)w, B, (float*)y, threads);
+  is_bfloat16_y ? linear((const bfloat16*)x, T, A, (const bfloat16*)w, B, (bfloat16*)y, threads)
+                : linear((const bfloat16*)x, T, A, (const bfloat16*)w, B, (float*)y, threads);
 }
 
 // y = x / sqrt(mean(x^2) + eps) * weight, row by row.
