@@ -5,7 +5,7 @@ the speed of the memory, and that little happens between two calls. torch's prod
 all, reach a third of that speed, and its norms and rotations are a dozen calls each. These steps stand beside the plain
 modules of `hub_moe.modeling`, which compute the same where `find_steps` has none, and which tests compare them with.
 
-They are built with the compiled products of experts and used where those are: HUB_MOE_CPU_EXPERTS=torch is without both.
+They are built with the compiled products of experts, and used where those are: HUB_MOE_CPU_EXPERTS=torch has neither.
 
 Shape letters: T rows (B sequences of L new tokens), S cached tokens, D hidden, F inner, E experts, K experts per token,
 H heads, N part of a head without rotation, R rotary part, X = N + R, C latent, V value.
@@ -109,7 +109,7 @@ class DecodingSteps:
             function.restype = None
 
     def linear(self, x: Tensor, weight_BA: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """As `torch.nn.functional.linear`: (..., A) to (..., B), in the dtype of `x` or, where asked for, in float32."""
+        """As `torch.nn.functional.linear`: (..., A) to (..., B), in the dtype of `x` or, if asked for, in float32."""
         x = x.contiguous()
         width_out, width_in = weight_BA.shape
         y = x.new_empty(*x.shape[:-1], width_out, dtype=dtype)

@@ -228,10 +228,8 @@ class HubMoeAttention(DeepseekV3Attention):
 
     def _project(self, hidden_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, L, N + R), latents (B, 1, L, C) and keys (B, 1, L, R), the rotary parts rotated."""
-        if self.q_lora_rank is None:
-            for_queries = (self.q_proj,)
-        else:
-            for_queries = (self.q_a_proj, self.q_a_layernorm, self.q_b_proj)
+        with_latent = (self.q_a_proj, self.q_a_layernorm, self.q_b_proj)
+        for_queries = (self.q_proj,) if self.q_lora_rank is None else with_latent
         steps = find_steps(hidden_BLD, *for_queries, self.kv_a_proj_with_mqa, self.kv_a_layernorm)
         if steps is not None and position_embeddings[0].dtype in (torch.float32, torch.bfloat16):
             q_a, q_norm, q_b = for_queries if len(for_queries) == 3 else (*for_queries, None, None)

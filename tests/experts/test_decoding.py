@@ -62,7 +62,11 @@ def test_products_with_one_weight(sizes, dtype, steps):
     wide = steps.linear(x, weight, torch.float32)
     assert wide.dtype == torch.float32
     assert_near(wide, expected, torch.float32)
-    assert_near(steps.linear(draw(width_in, rows, dtype=dtype).T, weight).T, weight.double() @ draw(width_in, rows, dtype=dtype).double(), dtype)
+    assert_near(
+        steps.linear(draw(width_in, rows, dtype=dtype).T, weight).T,
+        weight.double() @ draw(width_in, rows, dtype=dtype).double(),
+        dtype,
+    )
 
 
 @DTYPES
