@@ -230,13 +230,13 @@ class DecodingSteps:
         value_size = weight_HXC.shape[1] - key_rows
         query_BLHX = query_BHLX.transpose(1, 2).contiguous()
         y_BLHV = query_BLHX.new_empty(batch, new, heads, value_size)
-        kind, mask_strides = 0, (0, 0, 0, 0)
+        kind, mask_strides = 0, [0] * 4
         if mask is not None:
             if mask.dtype not in _MASK_KINDS:
                 mask = mask.float()
             kind = _MASK_KINDS[mask.dtype]
             mask = mask.expand(batch, heads, new, latent_BSC.shape[1])
-            mask_strides = mask.stride()
+            mask_strides = list(mask.stride())
         sizes = (batch, new, heads, key_rows, rope_size, latent_BSC.shape[2], value_size, latent_BSC.shape[1])
         self._attend(
             query_BLHX.data_ptr(),

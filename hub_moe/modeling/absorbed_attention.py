@@ -71,10 +71,10 @@ def is_untouched(module: nn.Module) -> bool:
     return not hooks and "forward" not in vars(module)
 
 
-def is_like(weight: Tensor | None, like: Tensor) -> bool:
+def is_like(weight: Any, like: Tensor) -> bool:
     """Whether `weight` is a plain tensor of the dtype of `like`, beside it."""
-    is_tensor = weight is not None and type(weight) in (nn.Parameter, Tensor)
-    return is_tensor and weight.dtype == like.dtype and weight.device == like.device
+    is_tensor = type(weight) in (nn.Parameter, Tensor)
+    return is_tensor and bool(weight.dtype == like.dtype and weight.device == like.device)
 
 
 def attend_to_latents(

@@ -78,7 +78,7 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _norm(module: nn.Module) -> Any:
+def _norm(module: Any) -> Any:
     """A norm as compiled steps take it."""
     return decoding.Norm(module.weight, module.variance_epsilon)
 
@@ -99,8 +99,9 @@ class HubMoeRMSNorm(DeepseekV3RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         steps = find_steps(hidden_states, self)
         if steps is not None:
-            return steps.rms_norm(hidden_states, _norm(self))
-        normed: Tensor = super().forward(hidden_states)
+            normed: Tensor = steps.rms_norm(hidden_states, _norm(self))
+            return normed
+        normed = super().forward(hidden_states)
         return normed
 
 
@@ -110,8 +111,9 @@ class HubMoeMLP(DeepseekV2MLP):
     def forward(self, x: Tensor) -> Tensor:
         steps = find_steps(x, self)
         if steps is not None:
-            return steps.feed_forward(x, self.weights())
-        out: Tensor = super().forward(x)
+            out: Tensor = steps.feed_forward(x, self.weights())
+            return out
+        out = super().forward(x)
         return out
 
     def weights(self) -> Any:
