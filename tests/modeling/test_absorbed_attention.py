@@ -170,6 +170,7 @@ def test_half_precision_is_as_close_to_float32_as_the_expanded_form(dtype, is_fa
     absorbed = _step_by_step(ours, tokens, mask, **given)
     assert absorbed.dtype == dtype
     expands()
+    monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "torch")  # what is usual is torch's rounding everywhere
     expanded = _step_by_step(ours, tokens, mask, **given)
     exact = _step_by_step(copy.deepcopy(ours).float(), tokens, mask, **given)
     error, usual = ((logits.float() - exact).abs().mean() for logits in (absorbed, expanded))
