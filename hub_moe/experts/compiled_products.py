@@ -1,9 +1,9 @@
 """The products of `Products` in compiled code, for float32 and bfloat16 weights.
 
-`kernels/products.cpp` has a plain C interface and is compiled on the user's machine at first use, which takes some
-seconds, into the user's cache folder, under a name made from the source, the compiler and the processor's instruction
-sets. It runs on as many threads as torch is set to, in the OpenMP that torch has loaded, so the two share one set of
-threads. torch's ATEN_CPU_CAPABILITY=avx2 holds it to AVX2, too.
+`kernels/decoding.cpp`, which includes `products.cpp`, has a plain C interface and is compiled on the user's machine at
+first use, which takes some seconds, into the user's cache folder, under a name made from the source, the compiler and
+the processor's instruction sets. It runs on as many threads as torch is set to, in the OpenMP that torch has loaded, so
+the two share one set of threads. torch's ATEN_CPU_CAPABILITY=avx2 holds it to AVX2, too.
 
 Letters: S rows, E experts, A what goes into a product, B what comes out.
 """
@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from .bfloat16_speed import cache_folder, describe_processor
 from .pairs import SortedPairs
 
-_SOURCE = Path(__file__).parent / "kernels" / "products.cpp"
+_SOURCES = [Path(__file__).parent / "kernels" / name for name in ("decoding.cpp", "products.cpp")]  # the first has all
 _OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 _COMPILERS = ("g++", "c++", "clang++")
 _AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
@@ -66,6 +66,7 @@ class CompiledProducts:
     """
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:
+        self.library = library
         self.name = f"compiled ({level})"
         self._takes_bfloat16_rows = bool(library.hub_moe_takes_bfloat16_rows())
         self._multiply, self._stack_gradient = library.hub_moe_multiply, library.hub_moe_stack_gradient
@@ -266,7 +267,8 @@ def _find_compiler() -> list[str]:
 def _build(compiler: list[str], level: str) -> Path:
     """The library's path; it appears there whole, whichever of several processes builds it first."""
     options = [*_OPTIONS, *_LEVELS[level][1]]
-    key = "\n".join([_SOURCE.read_text(encoding="utf-8"), *options, *compiler, describe_processor()])
+    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    key = "\n".join([*texts, *options, *compiler, describe_processor()])
     path = cache_folder() / f"experts-{level}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if path.exists():
@@ -275,7 +277,7 @@ def _build(compiler: list[str], level: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             done = subprocess.run(
-                [*compiler, *options, str(_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
+                [*compiler, *options, str(_SOURCES[0]), "-o", str(built)], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")

@@ -4,7 +4,8 @@ torch: a matrix narrower than float32 is cast into one float32 buffer that all e
 measured to multiply bfloat16 faster than that. So sums run in float32, and no copy of a whole stack exists.
 
 `HUB_MOE_CPU_EXPERTS` says which: `compiled` (an error where they cannot be had), `torch`, or, where it is not set,
-compiled if this machine can build and run them, and torch otherwise. `hub-moe env` tells which that is, and why.
+compiled if this machine can build and run them, and torch otherwise. `hub-moe env` tells which that is, and why. The
+same goes for the decoding steps that are built with the compiled products (`decoding`).
 
 Shape letters: S rows, E experts, A what goes into a product, B what comes out.
 """

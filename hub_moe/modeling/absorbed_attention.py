@@ -55,22 +55,31 @@ def should_absorb(attention: nn.Module, query_BHLX: Tensor, latent_B1SC: Tensor,
         return False
     if (attention.training and config.attention_dropout) or torch.is_autocast_enabled(query_BHLX.device.type):
         return False
-    if latent_B1SC.dtype != query_BHLX.dtype or not _is_plain(attention.get_submodule("kv_b_proj"), query_BHLX):
+    if latent_B1SC.dtype != query_BHLX.dtype or not is_plain(attention.get_submodule("kv_b_proj"), query_BHLX):
         return False
     width = config.qk_nope_head_dim + config.v_head_dim
     expansion = config.kv_lora_rank * width
     return bool(new * (expansion + cached * (2 * config.kv_lora_rank - width)) < _MEASURED_SHARE * cached * expansion)
 
 
-def _is_plain(linear: nn.Module, like: Tensor) -> bool:
+def is_plain(linear: nn.Module, like: Tensor) -> bool:
     """Whether calling `linear` is nothing but a product with its weight, which lies beside `like`."""
-    if type(linear) is not nn.Linear or "forward" in vars(linear):
+    if type(linear) is not nn.Linear or not is_untouched(linear):
         return False
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        return False
-    weight, has_bias = linear.weight, linear._parameters["bias"] is not None
+    parameters = linear._parameters  # a module's attributes take ten times as long, and this is asked at every step
+    return parameters["bias"] is None and is_like(parameters.get("weight"), like)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling `module` is calling the forward of its class: it has no hooks, and no forward of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module)
+
+
+def is_like(weight: Any, like: Tensor) -> bool:
+    """Whether `weight` is a plain tensor of the dtype of `like`, beside it."""
     is_tensor = type(weight) in (nn.Parameter, Tensor)
-    return is_tensor and not has_bias and weight.dtype == like.dtype and weight.device == like.device
+    return is_tensor and bool(weight.dtype == like.dtype and weight.device == like.device)
 
 
 def attend_to_latents(
@@ -81,6 +90,7 @@ def attend_to_latents(
     mask: Tensor | None,
     scaling: float,
     needs_weights: bool = False,
+    steps: Any = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of the new tokens over the latent cache, without expanding it.
 
@@ -96,10 +106,13 @@ def attend_to_latents(
             see everything. A query that sees nothing has output 0 with a bool mask, as in torch's SDPA.
         scaling: Factor of the scores.
         needs_weights: Also return the attention weights.
+        steps: Compiled code that does it in one call, where there is any (`DecodingSteps` of hub_moe.experts.decoding).
 
     Returns:
         Outputs of shape (B, L, H, V), and the weights (B, H, L, S) or None, both in the dtype of the queries.
     """
+    if steps is not None and not needs_weights:
+        return steps.attend(query_BHLX, cache, weight_HXC, mask=mask, scaling=scaling), None
     heads, new = query_BHLX.shape[1:3]
     rope_size = cache.rope_BSR.shape[-1]
     key_rows = query_BHLX.shape[-1] - rope_size

@@ -13,8 +13,7 @@ from transformers.modeling_outputs import ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from .half_products import multiply
-from .layers import HubMoeMoE
+from .layers import HubMoeMoE, linear
 from .losses import (
     ROUTER_LOSS_WEIGHTS,
     has_router_loss,
@@ -100,7 +99,7 @@ class MoeCausalLMMixin:
             **recording,
             **kwargs,
         )
-        logits = multiply(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = linear(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         result = HubMoeCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
@@ -141,7 +140,7 @@ class MoeCausalLMMixin:
             count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
             losses.append(
                 self.loss_function(
-                    logits=multiply(self.lm_head, hidden),
+                    logits=linear(self.lm_head, hidden),
                     labels=None,
                     shift_labels=targets,
                     vocab_size=self.config.vocab_size,

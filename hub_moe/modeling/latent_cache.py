@@ -56,8 +56,11 @@ class LatentLayer(DynamicLayer):
             self._move(places=end + max(_SMALLEST_ROOM, end // _ROOM_SHARE))
         buffer_B1PX = self._buffer_B1PX
         assert buffer_B1PX is not None
-        buffer_B1PX[:, :, start:end, :split] = key_states
-        buffer_B1PX[:, :, start:end, split:] = value_states
+        if are_side_by_side(key_states, value_states):
+            buffer_B1PX[:, :, start:end] = join(key_states, value_states)
+        else:
+            buffer_B1PX[:, :, start:end, :split] = key_states
+            buffer_B1PX[:, :, start:end, split:] = value_states
         self._written = end
         self.keys, self.values = buffer_B1PX[:, :, :end, :split], buffer_B1PX[:, :, :end, split:]
         return self.keys, self.values

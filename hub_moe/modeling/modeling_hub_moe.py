@@ -19,7 +19,6 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3Model,
     DeepseekV3PreTrainedModel,
-    DeepseekV3RMSNorm,
 )
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -34,6 +33,7 @@ from .layers import (
     HubMoeAttention,
     HubMoeDecoderLayer,
     HubMoeMtpLayer,
+    HubMoeRMSNorm,
     HubMoeRotaryEmbedding,
     HubMoeRouter,
 )
@@ -85,7 +85,7 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(HubMoeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = DeepseekV3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = HubMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = HubMoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()

@@ -57,6 +57,8 @@ def _keep_best_groups(scores_TE: Tensor, config: HubMoeConfig, *, experts_ranked
 
     A group is worth the sum of its best `experts_ranked` experts.
     """
+    if config.topk_group == config.n_group:
+        return scores_TE
     scores_TGx: Tensor = scores_TE.unflatten(-1, (config.n_group, -1))
     group_TG = scores_TGx.topk(experts_ranked, dim=-1).values.sum(dim=-1)
     kept_Tg = torch.topk(group_TG, k=config.topk_group, dim=-1, sorted=False).indices

@@ -27,9 +27,13 @@ def absorbed_calls(monkeypatch):
     return calls
 
 
-@pytest.fixture(params=["one kernel", "products"])
+@pytest.fixture(params=["one kernel", "products", "compiled"])
 def _way(request, monkeypatch):
-    """Both ways of attending to latents; which one a machine takes depends on its threads."""
+    """All ways of attending to latents; which one of torch's a machine takes depends on its threads."""
+    if request.param == "compiled":
+        monkeypatch.delenv("HUB_MOE_CPU_EXPERTS", raising=False)  # asked for, they refuse float16
+        return
+    monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "torch")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1 if request.param == "one kernel" else 99)
 
 
