@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.token_rows import PackedCollator
 from ..errors import DatasetError
-from .eval_mode import eval_mode
+from .profiling import eval_mode
 
 _DOCUMENT_TOKENS = 128  # long enough for layers that attend to a compressed history to have one
 

@@ -4,6 +4,7 @@ Shape letters: B batch, L sequence.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from ..anatomy import ExpertProfile, record_routing
 from ..data import LoadedRows, prepare
-from .eval_mode import eval_mode
 
 Batch = Mapping[str, Any]
 
@@ -106,3 +106,15 @@ def _run_decoder(model: Any, batch: Batch) -> None:
     if device.type != "meta":  # else accelerate has offloaded the embedding and moves its inputs itself
         inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
     decoder(**{**inputs, "use_cache": False})
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training

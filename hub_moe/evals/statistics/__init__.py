@@ -8,9 +8,10 @@ from .estimates import (
     estimate_mean,
     estimate_perplexity,
     estimate_ratio,
+    minimum_detectable_effect,
+    plan_detectable_difference,
 )
 from .pairing import DocumentScores, Pairs, pair_scores
-from .power import minimum_detectable_effect, plan_detectable_difference
 from .significance import PermutationTest, adjust_by_holm, exact_mcnemar, permutation_test
 
 __all__ = [

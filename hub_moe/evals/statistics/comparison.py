@@ -7,9 +7,16 @@ from typing import Any, Literal
 import numpy as np
 
 from ...errors import ConfigError, EvaluationError
-from .estimates import Estimate, Numbers, estimate_accuracy, estimate_mean, estimate_ratio, is_binary
+from .estimates import (
+    Estimate,
+    Numbers,
+    estimate_accuracy,
+    estimate_mean,
+    estimate_ratio,
+    is_binary,
+    minimum_detectable_effect,
+)
 from .pairing import Pairs
-from .power import minimum_detectable_effect
 from .significance import adjust_by_holm, exact_mcnemar, permutation_test
 
 Verdict = Literal["better", "worse", "tied"]
