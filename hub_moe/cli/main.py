@@ -1,5 +1,6 @@
 """The `hub-moe` command: its commands, and how every error reaches the person who typed it."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -90,6 +91,7 @@ def _root(
 
 def main() -> None:
     """Run the command line; a known error becomes one sentence on stderr and exit code 1."""
+    _quiet_torchao()
     try:
         app()
     except SystemExit:  # also how every good end arrives: do not import for it what the next line imports
@@ -102,6 +104,12 @@ def main() -> None:
         if hint:
             say(f"Hint: {hint}")
         sys.exit(1)
+
+
+def _quiet_torchao() -> None:
+    """No lines on stderr of every command about what torchao, where it is installed, cannot load without a GPU."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _known_errors() -> tuple[type[Exception], ...]:
