@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .half_products import has_fast_products
+from .half_products import has_fast_products, is_plain
 from .latent_cache import join
 
 # implementations whose masks and results are plain enough to be had from the latents
@@ -60,26 +60,6 @@ def should_absorb(attention: nn.Module, query_BHLX: Tensor, latent_B1SC: Tensor,
     width = config.qk_nope_head_dim + config.v_head_dim
     expansion = config.kv_lora_rank * width
     return bool(new * (expansion + cached * (2 * config.kv_lora_rank - width)) < _MEASURED_SHARE * cached * expansion)
-
-
-def is_plain(linear: nn.Module, like: Tensor) -> bool:
-    """Whether calling `linear` is nothing but a product with its weight, which lies beside `like`."""
-    if type(linear) is not nn.Linear or not is_untouched(linear):
-        return False
-    parameters = linear._parameters  # a module's attributes take ten times as long, and this is asked at every step
-    return parameters["bias"] is None and is_like(parameters.get("weight"), like)
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling `module` is calling the forward of its class: it has no hooks, and no forward of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in vars(module)
-
-
-def is_like(weight: Any, like: Tensor) -> bool:
-    """Whether `weight` is a plain tensor of the dtype of `like`, beside it."""
-    is_tensor = type(weight) in (nn.Parameter, Tensor)
-    return is_tensor and bool(weight.dtype == like.dtype and weight.device == like.device)
 
 
 def attend_to_latents(

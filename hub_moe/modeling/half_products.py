@@ -25,7 +25,9 @@ def multiply(linear: Any, x: Tensor) -> Tensor:
     keeps for backward nothing is kept. Few rows without gradients, and layers that are more than their weight
     (adapters, quantisation, sharding, hooks), are called as they are; so is everything where `runs_as_written` says no.
     """
-    if has_fast_products(x.dtype, x.device.type) or not is_plain_linear(linear, x):
+    device_type = x.device.type
+    is_left = has_fast_products(x.dtype, device_type) or not runs_as_written(device_type)
+    if is_left or not is_plain(linear, x, may_have_bias=True):
         output: Tensor = linear(x)
         return output
     weight, bias = linear.weight, linear.bias
@@ -37,34 +39,31 @@ def multiply(linear: Any, x: Tensor) -> Tensor:
     return wide
 
 
-def is_plain_linear(linear: nn.Module, like: Tensor) -> bool:
-    """Whether calling `linear` is nothing but a product with its weight and bias, of the dtype and device of `like`."""
-    if not runs_as_written(like.device.type) or type(linear) is not nn.Linear:
+def is_plain(linear: nn.Module, like: Tensor, *, may_have_bias: bool = False) -> bool:
+    """Whether calling `linear` is nothing but a product with its weight, which lies beside `like`, and its bias."""
+    if type(linear) is not nn.Linear or not is_untouched(linear):
         return False
-    if "forward" in vars(linear) or _has_hooks(linear):
-        return False
-    tensors = [tensor for tensor in (linear.weight, linear.bias) if tensor is not None]
-    return all(
-        type(tensor) in (nn.Parameter, Tensor) and tensor.dtype == like.dtype and tensor.device == like.device
-        for tensor in tensors
-    )
+    parameters = linear._parameters  # a module's attributes take ten times as long, and this is asked at every step
+    weight, bias = parameters.get("weight"), parameters["bias"]
+    return is_like(weight, like) and (bias is None or (may_have_bias and is_like(bias, like)))
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether calling `module` is calling the forward of its class: there are no hooks, and it has no other forward."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not (own or all_modules._has_any_global_hook() or "forward" in vars(module))
+
+
+def is_like(weight: Any, like: Tensor) -> bool:
+    """Whether `weight` is a plain tensor of the dtype of `like`, beside it."""
+    is_tensor = type(weight) in (nn.Parameter, Tensor)
+    return is_tensor and bool(weight.dtype == like.dtype and weight.device == like.device)
 
 
 def runs_as_written(device_type: str) -> bool:
     """Whether operations run one by one as they are: no autocast, compilation, tracing or transform of torch.func."""
     is_graph = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return not (is_graph or torch.is_autocast_enabled(device_type) or torch._C._are_functorch_transforms_active())
-
-
-def _has_hooks(linear: nn.Module) -> bool:
-    of_all = (
-        "_global_forward_hooks",
-        "_global_forward_pre_hooks",
-        "_global_backward_hooks",
-        "_global_backward_pre_hooks",
-    )
-    own = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(all_modules, name) for name in of_all) or any(getattr(linear, name) for name in own)
 
 
 class _WideProduct(torch.autograd.Function):

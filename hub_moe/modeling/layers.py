@@ -26,10 +26,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     eager_attention_forward,
 )
 
-from .absorbed_attention import LatentCache, attend_to_latents, is_like, is_plain, is_untouched, should_absorb
+from .absorbed_attention import LatentCache, attend_to_latents, should_absorb
 from .causal_attention import attend_to_past, suits_blocks
 from .configuration_hub_moe import HubMoeConfig
-from .half_products import multiply
+from .half_products import is_like, is_plain, is_untouched, multiply
 from .latent_cache import give_room
 from .routing import route_tokens
 
