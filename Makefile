@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install demo train test test-unit test-network check golden clean
+.PHONY: install demo train test test-quantized test-unit test-network check golden clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hub_moe needs Python 3.11 or newer: make PYTHON=python3.13 ...")'
@@ -23,6 +23,16 @@ train: demo  ## fine-tune the demo's model by each method of evals/recipes: a pa
 
 test: $(VENV)/.installed  ## every test
 	$(BIN)/python -m pytest -n 2
+	@$(MAKE) --no-print-directory test-quantized
+
+# torchao lies beside the environment, not in it: transformers and peft import it wherever they find it, and then every
+# program starts later, with some lines about GPU libraries that it cannot load.
+$(VENV)/quantized/.installed: $(VENV)/.installed
+	$(PIP_INSTALL) --no-deps --target $(@D) torchao
+	@touch $@
+
+test-quantized: $(VENV)/quantized/.installed  ## experts in 8 and 4 bits, which the other tests skip
+	PYTHONPATH=$(abspath $(VENV)/quantized) $(BIN)/python -m pytest -n 2 tests/experts/test_quantized.py
 
 test-unit: $(VENV)/.installed  ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"

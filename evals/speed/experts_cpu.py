@@ -14,11 +14,21 @@ same in processor seconds, which a busy machine disturbs less. What ours gives i
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from rounds import Figures, Spread, add_options, compare, report, require_quiet, take_turns, time_both
+from rounds import (
+    Figures,
+    Spread,
+    add_isa_option,
+    add_options,
+    compare,
+    hold_to_isa,
+    report,
+    require_quiet,
+    take_turns,
+    time_both,
+)
 
 GOALS = {
     "forward_512_float32_limit": 1.3,
@@ -46,7 +56,6 @@ LAYERS |= {"backward_512": (512, 256, 512)}
 EXPERTS, TOP_K = 64, 6
 LARGEST_ERROR = {"float32": 1e-5, "bfloat16": 1e-2}  # norm of the difference from float64 over norm
 LARGEST_LOSS_DIFFERENCE = {"float32": 1e-4, "bfloat16": 2e-2}
-ISA = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
 
 
 def parse() -> argparse.Namespace:
@@ -55,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="*", default=[*LAYERS, "step"], choices=[*LAYERS, "step"])
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    parser.add_argument("--isa", choices=sorted(ISA), help="hold all rivals to these instructions")
+    add_isa_option(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -230,8 +239,7 @@ def ratios_of(key: str, seconds: dict[str, list[Figures]]) -> dict[str, Spread]:
 
 def main() -> None:
     arguments = parse()
-    if arguments.isa and any(os.environ.get(name) != value for name, value in ISA[arguments.isa].items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[arguments.isa]})
+    hold_to_isa(arguments)
     busy = require_quiet(arguments)
     import torch
 

@@ -1,6 +1,7 @@
 """Decoding with a long context: HubMoe against transformers' deepseek_v3 with the same weights, at batch 1.
 
     python evals/speed/mla_decode.py [--rounds 9] [--contexts 2048 8192] [--dtypes float32 bfloat16] [--tokens 2]
+        [--isa avx2]
 
 A model of 679 M parameters (122 M active), as large as that of `loading.py`. Both classes share every weight and start
 from the same latents, random ones of unit mean square as the norm before the cache makes them; the cost of a step does
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from loading import shape_of
-from rounds import add_options, compare, report, require_quiet, take_turns, time_both
+from rounds import add_isa_option, add_options, compare, hold_to_isa, report, require_quiet, take_turns, time_both
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -192,7 +193,9 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=2, help="tokens decoded in each round")
+    add_isa_option(parser)
     arguments = parser.parse_args()
+    hold_to_isa(arguments)
     busy = require_quiet(arguments)
     ratios, details, implementations = {}, {}, {}
     for name in arguments.dtypes:
@@ -209,7 +212,7 @@ def main() -> None:
         del models
         gc.collect()
     report(
-        "mla_decode",
+        f"mla_decode_{arguments.isa}" if arguments.isa else "mla_decode",
         ratios,
         {key: goal for key, goal in GOALS.items() if key in ratios},
         arguments,

@@ -20,6 +20,7 @@ from typing import Any
 
 FEWEST_ROUNDS = 9
 MOST_BUSY = 0.12
+ISA = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}}
 # torch's threads fight with any other busy process; one setting for all rivals keeps the ratio fair
 THREADS = str(os.cpu_count() or 1)
 
@@ -33,6 +34,17 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int | None = FEWEST_
         parser.add_argument("--rounds", type=int, default=rounds, help=f"below {FEWEST_ROUNDS} is for a first look")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where NAME.json and NAME.png go")
     parser.add_argument("--even-if-busy", action="store_true", help="measure beside other programs, and say so")
+
+
+def add_isa_option(parser: argparse.ArgumentParser) -> None:
+    """`--isa`, for `hold_to_isa`."""
+    parser.add_argument("--isa", choices=sorted(ISA), help="hold all rivals to these instructions")
+
+
+def hold_to_isa(arguments: argparse.Namespace) -> None:
+    """Start the program anew with torch and its libraries held to the instructions of `--isa`, unless they are."""
+    if arguments.isa and any(os.environ.get(name) != value for name, value in ISA[arguments.isa].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[arguments.isa]})
 
 
 def require_quiet(arguments: argparse.Namespace) -> float:
