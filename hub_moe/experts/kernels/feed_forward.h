@@ -57,10 +57,9 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
       for (int64_t m = 0; m < block->count; ++m)
         for (int64_t f = 0; f < last - first; f += kLanes) {
           Vec g = load(&gate[m][f]);
-          Vec a = g / (1.0f + exp_of(-g)) * load(&up[m][f]);
+          Vec a = g * sigmoid(g) * load(&up[m][f]);
           X* to = inner + block->place + m * block->inner + first + f;
-          int64_t lanes = std::min<int64_t>(kLanes, last - first - f);
-          lanes == kLanes ? store(to, a) : store_some(to, a, lanes);
+          put(to, a, std::min<int64_t>(kLanes, last - first - f));
         }
     });
     share(D, std::min<int64_t>(kBlockRows, step_for(D, threads)), [&](int64_t first, int64_t last) {

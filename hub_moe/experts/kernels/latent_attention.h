@@ -198,7 +198,7 @@ inline float weigh(float* scores, int64_t count, P* weights, float& largest, flo
   if (most == -INFINITY) most = 0;  // nothing seen so far: all weights are 0
   Vec added = {};
   for (int64_t j = 0; j < whole; j += kLanes) {
-    store(weights + j, exp_of(load(scores + j) - most));
+    store(weights + j, exponential_or_zero(load(scores + j) - most));
     added += load(weights + j);
   }
   return sum_of(added);

@@ -9,8 +9,6 @@
 
 namespace {
 
-inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
-
 // a = silu(gate) * linear, of rows h = (gate, linear).
 template <typename T>
 void swiglu(const float* h, int64_t rows, int64_t F, T* a, int threads) {

@@ -148,7 +148,7 @@ inline float sum_of(Vec v) {
   return total;
 }
 
-// e^x to a few units in the last place, for |x| < 87; beyond that as at 87. NaN stays NaN.
+// e^x to 2 units in the last place for |x| < 87; beyond that as at 87. NaN stays NaN.
 inline Vec exponential(Vec x) {
   constexpr float kMost = 87, kShift = 12582912;  // 1.5 * 2^23: adding it leaves the integer in the lowest bits
   x = x > kMost ? broadcast(kMost) : x;
@@ -162,25 +162,9 @@ inline Vec exponential(Vec x) {
   return sum * (Vec)(((Words)shifted << 23) + (127u << 23));
 }
 
-inline Vec at_most(Vec x, float most) { return broadcast(most) < x ? broadcast(most) : x; }  // these let NaN pass
-inline Vec at_least(Vec x, float least) { return broadcast(least) > x ? broadcast(least) : x; }
+// The same, but 0 below -87, where float32 ends.
+inline Vec exponential_or_zero(Vec x) { return (Vec)((Words)exponential(x) & ~(Words)(x < -87.0f)); }
 
-// e^x to 2 units in the last place; 0 below -87, where float32 ends, and x is at most 88.
-inline Vec exp_of(Vec x) {
-  Words is_tiny = (Words)(x < broadcast(-87.0f));
-  x = at_most(at_least(x, -87.0f), 88.0f);
-  const Vec round = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
-  Vec shifted = x * 1.44269504088896341f + round, whole = shifted - round;
-  Vec r = x - whole * 0.693145751953125f;
-  r -= whole * 1.42860682030941723e-6f;
-  Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return (Vec)(((Words)p + (((Words)shifted - (Words)round) << 23)) & ~is_tiny);
-}
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
 
 }  // namespace
