@@ -12,9 +12,10 @@ MOST_SOURCE_FILES = 250
 MOST_SOURCE_FILES_OF_THE_HUB = 100
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "managers"}
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(?:tmp|root|home|work|Users)/")
-TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".txt", ".cfg", ""}
+TEXT_SUFFIXES = {".py", ".md", ".toml", ".yml", ".yaml", ".json", ".txt", ".cfg", ".cpp", ".h", ""}
 
 SOURCES = sorted((ROOT / "hub_moe").rglob("*.py"))
+COMPILED = sorted(path for path in (ROOT / "hub_moe").rglob("*") if path.suffix in {".cpp", ".h"})
 PYTHON = SOURCES + sorted((ROOT / "tests").rglob("*.py")) + sorted((ROOT / "evals").rglob("*.py"))
 
 
@@ -51,7 +52,7 @@ def find_mocks(source):
 
 
 def test_no_file_is_over_400_lines():
-    lengths = {_name(path): len(path.read_text("utf-8").splitlines()) for path in PYTHON}
+    lengths = {_name(path): len(path.read_text("utf-8").splitlines()) for path in [*PYTHON, *COMPILED]}
     assert {n: lines for n, lines in lengths.items() if lines > MOST_LINES_OF_A_FILE} == {}
 
 
@@ -62,7 +63,7 @@ def test_the_package_has_at_most_250_source_files_and_the_embedded_hub_100():
 
 
 def test_no_file_or_folder_has_a_name_that_says_nothing():
-    names = [_name(path.with_suffix("")) for path in PYTHON]
+    names = [_name(path.with_suffix("")) for path in [*PYTHON, *COMPILED]]
     assert [name for name in names if VAGUE_NAMES & set(re.split(r"[/_]", name))] == []
 
 

@@ -1,9 +1,10 @@
 """The products of `Products` in compiled code, for float32 and bfloat16 weights.
 
-`kernels/decoding.cpp`, which includes `products.cpp`, has a plain C interface and is compiled on the user's machine at
-first use, which takes some seconds, into the user's cache folder, under a name made from the source, the compiler and
-the processor's instruction sets. It runs on as many threads as torch is set to, in the OpenMP that torch has loaded, so
-the two share one set of threads. torch's ATEN_CPU_CAPABILITY=avx2 holds it to AVX2, too.
+`kernels/products.cpp` has a plain C interface. It is compiled on the user's machine at first use, as part of
+`kernels/decoding.cpp`, which includes all files of the folder. That takes some seconds and goes into the user's cache
+folder, under a name made from those files, the compiler and the processor's instruction sets. The code runs on as many
+threads as torch is set to, in the OpenMP that torch has loaded, so the two share one set of threads. torch's
+ATEN_CPU_CAPABILITY=avx2 holds it to AVX2, too.
 
 Letters: S rows, E experts, A what goes into a product, B what comes out.
 """
@@ -30,7 +31,7 @@ from ..errors import ConfigError
 from .bfloat16_speed import cache_folder, describe_processor
 from .pairs import SortedPairs
 
-_SOURCES = [Path(__file__).parent / "kernels" / name for name in ("decoding.cpp", "products.cpp")]  # the first has all
+_WHOLE_SOURCE = Path(__file__).parent / "kernels" / "decoding.cpp"  # includes the other files of its folder
 _OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast")
 _COMPILERS = ("g++", "c++", "clang++")
 _AVX2 = {"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe"}
@@ -267,9 +268,11 @@ def _find_compiler() -> list[str]:
 def _build(compiler: list[str], level: str) -> Path:
     """The library's path; it appears there whole, whichever of several processes builds it first."""
     options = [*_OPTIONS, *_LEVELS[level][1]]
-    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
-    key = "\n".join([*texts, *options, *compiler, describe_processor()])
-    path = cache_folder() / f"experts-{level}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    sources = sorted(path for path in _WHOLE_SOURCE.parent.iterdir() if path.is_file())
+    digest = hashlib.sha256("\n".join([*options, *compiler, describe_processor()]).encode())
+    for source in sources:
+        digest.update(source.name.encode() + source.read_bytes())
+    path = cache_folder() / f"experts-{level}-{digest.hexdigest()[:16]}.so"
     try:
         if path.exists():
             return path
@@ -277,7 +280,7 @@ def _build(compiler: list[str], level: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             built = Path(scratch) / path.name
             done = subprocess.run(
-                [*compiler, *options, str(_SOURCES[0]), "-o", str(built)], capture_output=True, text=True, check=False
+                [*compiler, *options, str(_WHOLE_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
             )
             if done.returncode:
                 reason = next((line for line in done.stderr.splitlines() if "error" in line), f"exit {done.returncode}")

@@ -1,6 +1,8 @@
 """What the compiled products do beside products, against torch, and whose memory gradients get."""
 
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,18 @@ from hub_moe.experts.pairs import sort_pairs_by_expert
 from hub_moe.experts.products import TorchProducts
 
 SHAPE = torch.Size((4, 512, 1024))  # 8 MiB of float32
+
+
+def _find_included(source):
+    """The names of the files that a C++ file includes from its own folder, and those that these include."""
+    names = re.findall(r'^#include "(.+)"$', source.read_text("utf-8"), re.MULTILINE)
+    return set(names).union(*(_find_included(source.with_name(name)) for name in names))
+
+
+def test_all_files_of_the_kernels_are_built_as_one():
+    folder = Path(cpu_forward.__file__).with_name("kernels")
+    here = {path.name for path in folder.iterdir()}
+    assert _find_included(folder / "decoding.cpp") == here - {"decoding.cpp"}
 
 
 @pytest.fixture(params=find_levels())

@@ -165,6 +165,15 @@ def test_attention_over_latents(is_joined, sizes, kind, dtype, steps):
     assert_near(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF], ids=hex)
+def test_attention_to_a_number_that_is_none_gives_none_whatever_its_bits(bits, steps):
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    query, weight = draw(1, 3, 1, 7 + 4, dtype=torch.float32), draw(3, 7 + 6, 8, dtype=torch.float32)
+    cache = LatentCache(draw(1, 5, 8, dtype=torch.float32), draw(1, 5, 4, dtype=torch.float32))
+    cache[1][0, 2, 3] = nan
+    assert attend_to_latents(query, cache, weight, mask=None, scaling=1.0, steps=steps)[0].isnan().all()
+
+
 @DTYPES
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("q_lora_rank", [None, 20])

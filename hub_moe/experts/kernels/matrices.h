@@ -1,0 +1,131 @@
+// Products of rows sorted by expert with their experts' matrices.
+//
+// Letters: S rows, E experts, A what goes into a product, B what comes out.
+
+#pragma once
+
+#include "tasks.h"
+#include "tiles.h"
+
+namespace {
+
+constexpr int kDotDepth = 704;  // how much of kDotColumns matrix rows stays in the first-level cache
+constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
+constexpr int kTaskColumns = 32;
+
+// Matrices whose rows are outputs: y = x w^T, by dot products of contiguous rows.
+template <typename X, typename W>
+void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
+                      int64_t A, int64_t B, float* y, int threads) {
+  auto tasks = make_tasks(ends, experts, B, kTaskColumns, false);
+  run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
+    int64_t start = task.expert ? ends[task.expert - 1] : 0, end = ends[task.expert];
+    const W* matrix = w + task.expert * w_expert;
+    int64_t last = std::min(B, task.column + kTaskColumns), whole = last - (last - task.column) % kDotColumns;
+    for (int64_t n = task.column; n < last; n += kDotColumns) {
+      // too few columns for a tile: their last ones are computed again, or, in a tiny matrix, one is repeated
+      bool is_short = n >= whole;
+      int64_t from = is_short ? std::max<int64_t>(0, last - kDotColumns) : n;
+      bool is_tiny = B < kDotColumns;
+      for (int64_t k = 0; k < A; k += kDotDepth) {
+        int64_t depth = std::min<int64_t>(kDotDepth, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
+        // The same few matrix rows meet all rows of the expert: they are widened once, not once for every tile, and
+        // laid side by side, as rows a power of two apart would take each other's place in the cache.
+        alignas(64) X near[kDotColumns * kDotDepth];
+        bool is_near = !is_short && parts > 1;
+        for (int c = 0; is_near && c < kDotColumns; ++c) {
+          const W* row = matrix + (n + c) * w_row + k;
+          if constexpr (std::is_same<X, W>::value)
+            std::copy(row, row + depth, near + c * kDotDepth);
+          else
+            each_vector(depth, [&](int64_t i, auto some) { put(near + c * kDotDepth + i, get(row + i, some), some); });
+        }
+        const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
+        for (int64_t s = start; s < end; s += kDotRows) {
+          int64_t count = std::min<int64_t>(kDotRows, end - s);
+          if (parts > 2) prefetch_part(next, kDotColumns, w_row, depth, (s - start) / kDotRows, parts);
+          const X* rows[kDotRows];
+          float sums[kDotRows * kDotColumns];
+          for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
+          if (is_near) {
+            dot_tile_of<kDotRows>(count, rows, (const X*)near, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
+          } else if (!is_short) {
+            dot_tile_of<kDotRows, true>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
+          } else if (!is_tiny) {
+            dot_tile_of<kDotRows>(count, rows, matrix + from * w_row + k, w_row, depth, sums, (int64_t)kDotColumns, false);
+            for (int64_t m = 0; m < count; ++m)
+              for (int64_t c = n; c < last; ++c) {
+                float& place = y[(s + m) * B + c];
+                place = (k ? place : 0) + sums[m * kDotColumns + c - from];
+              }
+          } else {
+            for (int64_t c = n; c < last; ++c) {
+              dot_tile_of<kDotRows>(count, rows, matrix + c * w_row + k, (int64_t)0, depth, sums, (int64_t)kDotColumns,
+                                    false);
+              for (int64_t m = 0; m < count; ++m) {
+                float& place = y[(s + m) * B + c];
+                place = (k ? place : 0) + sums[m * kDotColumns];
+              }
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+// Matrices whose columns are outputs: y = x w, by outer products; a panel of w is widened into the cache first.
+template <typename W>
+void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
+                         int64_t A, int64_t B, float* y, int threads) {
+  auto tasks = make_tasks(ends, experts, B, kPanelColumns, false);
+  run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
+    alignas(64) float panel[kPanelDepth * kPanelColumns];
+    int64_t start = task.expert ? ends[task.expert - 1] : 0, end = ends[task.expert];
+    int64_t columns = std::min<int64_t>(kPanelColumns, B - task.column);
+    for (int64_t k = 0; k < A; k += kPanelDepth) {
+      int64_t depth = std::min<int64_t>(kPanelDepth, A - k);
+      for (int64_t r = 0; r < depth; ++r) {
+        const W* from = w + task.expert * w_expert + (k + r) * w_row + task.column;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+          float* to = panel + (c / kTile) * kPanelDepth * kTile + r * kTile + c % kTile;
+          store(to, c + kLanes <= columns ? load(from + c) : load_some(from + c, columns - c));
+        }
+      }
+      const W* next = w + task.expert * w_expert + (k + kPanelDepth) * w_row + task.column;
+      int64_t parts = (end - start + kOuterRows - 1) / kOuterRows;
+      for (int64_t s = start; s < end; s += kOuterRows) {
+        int64_t count = std::min<int64_t>(kOuterRows, end - s);
+        if (parts > 1) prefetch_part(next, kPanelDepth, w_row, columns, (s - start) / kOuterRows, parts);
+        const float* rows[kOuterRows];
+        for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
+        for (int64_t c = 0; c < columns; c += kTile) {
+          float* out = y + s * B + task.column + c;
+          int64_t width = std::min<int64_t>(kTile, columns - c);
+          Vec sums[kOuterRows][2] = {};
+          if (k) {
+            for (int64_t m = 0; m < count; ++m)
+              for (int half = 0; half < 2; ++half) {
+                int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
+                const float* from = out + m * B + half * kLanes;
+                if (lanes > 0) sums[m][half] = lanes == kLanes ? load(from) : load_some(from, lanes);
+              }
+          }
+          const float* tile = panel + (c / kTile) * kPanelDepth * kTile;
+          outer_tile_of<kOuterRows>(
+              count, sums, depth, [&](int64_t r) { return [&rows, r](int i) { return rows[i][r]; }; },
+              [&](int64_t r) { return tile + r * kTile; });
+          for (int64_t m = 0; m < count; ++m)
+            for (int half = 0; half < 2; ++half) {
+              int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
+              float* to = out + m * B + half * kLanes;
+              if (lanes == kLanes) store(to, sums[m][half]);
+              else if (lanes > 0) store_some(to, sums[m][half], lanes);
+            }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace

@@ -1,0 +1,118 @@
+// Tiles of products whose sums stay in registers: of dot products, and of outer products.
+//
+// Where the processor multiplies pairs of bfloat16 itself, dot products take two of them as they are; sums are float32.
+
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kDotRows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 4;
+constexpr int kOuterRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;
+constexpr int kDotColumns = 4;     // matrix rows whose sums one tile of dot products keeps in registers
+constexpr int kTile = 2 * kLanes;  // columns of a tile of outer products
+
+// How many elements one step of a dot product takes, and how it adds them to the sums.
+template <typename X, typename W>
+struct Dot {
+  static constexpr int kWidth = kLanes;
+  template <typename T>
+  static Vec get(const T* p) { return load(p); }
+  template <typename T>
+  static Vec get_some(const T* p, int64_t count) { return load_some(p, count); }
+  static void add(Vec& sum, Vec a, Vec b) { sum += a * b; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bfloat16, bfloat16> {
+  static constexpr int kWidth = 2 * kLanes;
+  static __m512bh get(const bfloat16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+  static __m512bh get_some(const bfloat16* p, int64_t count) {
+    return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((uint64_t{1} << count) - 1), p);
+  }
+  static void add(Vec& sum, __m512bh a, __m512bh b) { sum = (Vec)_mm512_dpbf16_ps((__m512)sum, a, b); }
+};
+#endif
+
+// y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements. For few rows a matrix comes from memory at the speed of that, so
+// `Ahead` asks for the next four rows while these are multiplied.
+template <int M, bool Ahead, typename X, typename W>
+__attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
+  Vec sums[M][kDotColumns] = {};
+  int64_t i = 0;
+  using D = Dot<X, W>;
+  auto step = [&](auto get) {
+    decltype(get(w)) columns[kDotColumns];
+#pragma GCC unroll 4
+    for (int n = 0; n < kDotColumns; ++n) {
+      columns[n] = get(w + n * w_row + i);
+      if (Ahead) __builtin_prefetch(w + (n + kDotColumns) * w_row + i, 0, 2);
+    }
+#pragma GCC unroll 6
+    for (int m = 0; m < M; ++m) {
+      auto row = get(x[m] + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < kDotColumns; ++n) D::add(sums[m][n], row, columns[n]);
+    }
+  };
+  for (; i + D::kWidth <= depth; i += D::kWidth) step([](auto* p) { return D::get(p); });
+  if (i < depth) step([rest = depth - i](auto* p) { return D::get_some(p, rest); });
+#pragma GCC unroll 6
+  for (int m = 0; m < M; ++m) {
+    Four four = sum_lanes(sums[m][0], sums[m][1], sums[m][2], sums[m][3]), before = {};
+    if (add) std::memcpy(&before, y + m * y_row, sizeof before);
+    four += before;
+    std::memcpy(y + m * y_row, &four, sizeof four);
+  }
+}
+
+template <int M, bool Ahead = false, typename X, typename W, typename... Rest>
+inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... rest) {
+  if constexpr (M > 0) {
+    if (rows == M) return dot_tile<M, Ahead>(x, w, rest...);
+    dot_tile_of<M - 1, Ahead>(rows, x, w, rest...);
+  }
+}
+
+// sums[i, 0:2] over `depth`: get_left(r) gives the numbers of all i, get_right(r) points to kTile columns.
+template <int I, typename Left, typename Right>
+inline void outer_tile(Vec (&sums)[kOuterRows][2], int64_t depth, Left get_left, Right get_right) {
+  Vec acc[I][2];
+#pragma GCC unroll 12
+  for (int i = 0; i < I; ++i) acc[i][0] = sums[i][0], acc[i][1] = sums[i][1];
+  for (int64_t r = 0; r < depth; ++r) {
+    const float* right = get_right(r);
+    auto numbers = get_left(r);
+    Vec first = load(right), second = load(right + kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < I; ++i) {
+      Vec left = broadcast(numbers(i));
+      acc[i][0] += left * first;
+      acc[i][1] += left * second;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < I; ++i) sums[i][0] = acc[i][0], sums[i][1] = acc[i][1];
+}
+
+template <int I, typename... Rest>
+inline void outer_tile_of(int64_t rows, Vec (&sums)[kOuterRows][2], Rest... rest) {
+  if constexpr (I > 0) {
+    if (rows == I) return outer_tile<I>(sums, rest...);
+    outer_tile_of<I - 1>(rows, sums, rest...);
+  }
+}
+
+// Fetches the `part`th of `parts` of a block of rows ahead of its use: matrices come from memory once, each in short
+// runs that the processor does not foresee.
+template <typename W>
+inline void prefetch_part(const W* block, int64_t rows, int64_t row, int64_t width, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 64 / sizeof(W);
+  int64_t per_row = (width + kLine - 1) / kLine, lines = rows * per_row;
+  for (int64_t i = part * lines / parts; i < (part + 1) * lines / parts; ++i)
+    __builtin_prefetch(block + i / per_row * row + i % per_row * kLine, 0, 2);
+}
+
+}  // namespace
