@@ -1,4 +1,4 @@
-"""What a model computes for a few new tokens, in few compiled calls: the code of `kernels/decoding.cpp`.
+"""What a model computes for a few new tokens, in few compiled calls: the code of `kernels`.
 
 One token's arithmetic takes far less time than reading its weights, so what counts is that each weight is read once at
 the speed of the memory, and that little happens between two calls. torch's products with one row, in bfloat16 above
