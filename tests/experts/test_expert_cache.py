@@ -14,6 +14,8 @@ from hub_moe.modeling import HubMoeForCausalLM
 from hub_moe.modeling.conversion import Part, StoredStack
 from hub_moe.modeling.safetensors_files import read_headers
 
+from .apart import with_experts_apart
+
 EXPERT = 3 * 16 * 32 * 4  # bytes of one of the 16 experts of the tiny model in float32
 
 
@@ -150,6 +152,7 @@ def test_guesses_are_learnt_and_whether_right_or_wrong_change_no_logits(tiny_mod
     first.mlp.shared_experts.down_proj.weight.mul_(1e-3)
     tiny_model.save_pretrained(tmp_path)
     model = HubMoeForCausalLM.from_pretrained(tmp_path, expert_budget=8 * EXPERT)
+    with_experts_apart(tiny_model)
     guess = model.model.layers[2].mlp.experts.guess
     assert isinstance(model.model.layers[1].mlp.experts, PlacedExperts)
     assert model.model.layers[1].mlp.experts._following is guess
