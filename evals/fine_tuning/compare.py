@@ -40,6 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     choice.add_argument("--top-p", type=float, help="of the choice of experts by token score; 0.2 by default")
     choice.add_argument("--share", type=float, help="of all experts that are chosen, instead")
     parser.add_argument("--shared-experts", action="store_true", help="train the shared experts beside the chosen ones")
+    parser.add_argument("--non-expert-modules", action="store_true", help="and all that is no expert")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="experts is always made")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "results" / "fine_tuning")
     return parser.parse_args()
@@ -99,9 +100,10 @@ def read_or_make(bench: Bench, trial: Trial, *, out: Path, name: str) -> dict[st
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     by_share = {"share": arguments.share} if arguments.share is not None else {"top_p": arguments.top_p or 0.2}
+    others = {"non_expert_modules": True} if arguments.non_expert_modules else {}
     return {
         **{key: getattr(arguments, key) for key in ("limit", "max_length", "steps", "batch_size")},
-        "choice": {**by_share, "shared_experts": arguments.shared_experts},
+        "choice": {**by_share, "shared_experts": arguments.shared_experts, **others},
     }
 
 

@@ -64,18 +64,22 @@ def test_the_table_says_for_which_methods_a_better_rate_may_lie_outside(summary)
     assert "| experts | 1,000 | 0.003 | 2 | 3.100 ± 0.141 | 1.700 ± 0.141 (+0.200) |" in table
 
 
-def test_the_committed_figures_are_those_of_the_committed_records(summary):
-    committed = json.loads((RESULTS / "gsm8k.json").read_text("utf-8"))
-    records = [json.loads(path.read_text("utf-8")) for path in (RESULTS / "runs").glob("gsm8k-*.json")]
+@pytest.mark.parametrize("name", sorted(path.stem for path in RESULTS.glob("*.json")))
+def test_the_committed_figures_are_those_of_the_committed_records(summary, name):
+    committed = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    files = [
+        path for method in ("full", "experts", "lora") for path in (RESULTS / "runs").glob(f"{name}-{method}-*.json")
+    ]
+    records = [json.loads(path.read_text("utf-8")) for path in files]
     assert len(records) == len({(r["method"], r["learning_rate"], r["seed"]) for r in records})
     assert {json.dumps(record["settings"], sort_keys=True) for record in records} == {
         json.dumps(committed["settings"], sort_keys=True)
     }
-    again = summary.summarise(records, name="gsm8k", settings=committed["settings"])
+    again = summary.summarise(records, name=name, settings=committed["settings"])
     for method, figures in committed["methods"].items():
         for key in ("task_loss", "base_text_bits_per_byte"):
             assert again["methods"][method][key] == pytest.approx(figures[key])
-    assert (RESULTS / "gsm8k.md").read_text("utf-8") == summary.render_table(committed)
+    assert (RESULTS / f"{name}.md").read_text("utf-8") == summary.render_table(committed)
 
 
 def test_the_rows_of_a_field_are_halved_between_base_and_task(tmp_path):
