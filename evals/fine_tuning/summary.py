@@ -79,8 +79,8 @@ def render_table(summary: dict[str, Any]) -> str:
         rank = f" (rank {figures['rank']})" if figures["rank"] else ""
         lines.append(
             f"| {method}{rank} | {figures['trained']:,} | {figures['learning_rate']:g} | {figures['seeds']} | "
-            f"{loss['after']:.3f} ± {loss['after_sd']:.3f} | "
-            f"{bits['after']:.3f} ± {bits['after_sd']:.3f} ({bits['after'] - bits['before']:+.3f}) |"
+            f"{_spread(loss, figures['seeds'])} | "
+            f"{_spread(bits, figures['seeds'])} ({bits['after'] - bits['before']:+.3f}) |"
         )
     edges = _at_the_edge(summary)
     if edges:
@@ -89,6 +89,11 @@ def render_table(summary: dict[str, Any]) -> str:
             f"For {', '.join(edges)} the best rate is the largest or smallest one tried: a better one may exist.",
         ]
     return "\n".join([*lines, ""])
+
+
+def _spread(figure: dict[str, float], seeds: int) -> str:
+    """The mean with its deviation, which one seed does not have."""
+    return f"{figure['after']:.3f}" + (f" ± {figure['after_sd']:.3f}" if seeds > 1 else "")
 
 
 def _at_the_edge(summary: dict[str, Any]) -> list[str]:
