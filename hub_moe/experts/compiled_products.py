@@ -173,7 +173,12 @@ class GradientMemory:
 
     def __init__(self, most_bytes: int) -> None:
         self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
-        self._waiting_bytes, self._most_bytes = 0, most_bytes
+        self._most_bytes = most_bytes
+
+    @property
+    def _waiting_bytes(self) -> int:
+        """Added up each time: threads give memory back at once, and would lose some of each other's counting."""
+        return sum(size * len(blocks) for size, blocks in list(self._free.items()))
 
     def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor, not initialised."""
@@ -182,7 +187,6 @@ class GradientMemory:
             return torch.empty(shape, dtype=dtype)
         try:
             block = self._free[size].pop()
-            self._waiting_bytes -= size
         except IndexError:
             block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         lease = (ctypes.c_char * size).from_buffer(block)
@@ -193,7 +197,6 @@ class GradientMemory:
         if self._waiting_bytes + size <= self._most_bytes:
             block.madvise(mmap.MADV_FREE)
             self._free[size].append(block)
-            self._waiting_bytes += size
 
 
 _MEMORY = GradientMemory(_MOST_WAITING)

@@ -19,7 +19,7 @@ from .half_products import runs_as_written
 
 _BLOCK_TOKENS = 128  # fewer make small products, more compute what is masked; 64 and 256 take 2 and 10 % longer
 # arguments of transformers' attention functions under which a sequence is not just causal
-_DIFFERENT = ("is_causal", "position_bias", "cache", "softcap", "sliding_window", "output_attentions")
+_DIFFERENT = ("position_bias", "cache", "softcap", "sliding_window", "output_attentions")
 
 
 def suits_blocks(
@@ -30,7 +30,9 @@ def suits_blocks(
     It does for a whole sequence without a mask and without dropout, on a CPU, if it is longer than one block.
     """
     config: Any = attention.config
-    is_plain = mask is None and attention.is_causal and not any(given.get(name) for name in _DIFFERENT)
+    is_causal = given.get("is_causal")  # which transformers lets say otherwise than the module
+    is_causal = attention.is_causal if is_causal is None else is_causal
+    is_plain = mask is None and is_causal and not any(given.get(name) for name in _DIFFERENT)
     if config._attn_implementation != "sdpa" or query_BHLX.device.type != "cpu" or not is_plain:
         return False
     if attention.training and config.attention_dropout:
@@ -66,7 +68,8 @@ class _CausalAttention(torch.autograd.Function):
             scores_MlL[:, :, start:] += hidden_ll[: end - start, : end - start]
             weights_MlL = torch.softmax(scores_MlL, dim=-1)
             torch.bmm(weights_MlL, value_MLV[:, :end], out=output_MLV[:, start:end])
-            kept.append(weights_MlL)
+            if any(ctx.needs_input_grad):  # a long prompt's take far more memory than all else here
+                kept.append(weights_MlL)
         ctx.save_for_backward(query, key, value, output_MLV, *kept)
         ctx.scaling = scaling
         return output_MLV.to(query.dtype).view(*query.shape[:3], -1)

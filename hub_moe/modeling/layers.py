@@ -59,18 +59,22 @@ def _is_known(module: nn.Module, x: Tensor) -> bool:
     if not is_untouched(module):
         return False
     if type(module) is HubMoeMLP:
-        return isinstance(module.act_fn, SiLUActivation) and all(
+        return _is_silu(module.act_fn) and all(
             _is_known(each, x) for each in (module.gate_proj, module.up_proj, module.down_proj)
         )
     if type(module) is HubMoeExperts:
         stacks = (module.gate_up_proj, module.down_proj)
         return (
             module.config._experts_implementation == _OUR_EXPERTS
-            and isinstance(module.act_fn, SiLUActivation)
+            and _is_silu(module.act_fn)
             and not getattr(module, "_is_expert_parallel", False)
             and all(is_like(stack, x) and stack.is_contiguous() for stack in stacks)
         )
     return type(module) in (DeepseekV3RMSNorm, HubMoeRMSNorm) and is_like(module.weight, x)
+
+
+def _is_silu(activation: Any) -> bool:
+    return type(activation) is SiLUActivation and is_untouched(activation)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:

@@ -279,7 +279,13 @@ def _strides(model):
     experts.down_proj = nn.Parameter(experts.down_proj.detach().mT.contiguous().mT)
 
 
-@pytest.mark.parametrize("change", [_hook, _other_implementation, _own_forward, _other_activation, _strides])
+def _hook_of_activation(model):
+    model.model.layers[1].mlp.shared_experts.act_fn.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change", [_hook, _hook_of_activation, _other_implementation, _own_forward, _other_activation, _strides]
+)
 def test_a_module_that_is_more_than_its_weights_is_called(change, tiny_model, monkeypatch):
     monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "compiled")
     moe, x = tiny_model.model.layers[1].mlp, torch.ones(1, 1, tiny_model.config.hidden_size)

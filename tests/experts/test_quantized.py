@@ -19,6 +19,7 @@ from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
 from hub_moe.patches.touched_tensors import find_touched
 from tests.anatomy.families import FAMILIES, tiny_config
 from tests.experts.apart import with_experts_apart
+from tests.experts.sizes import MANY_EXPERTS
 
 primitives = pytest.importorskip("torchao.quantization.quant_primitives", reason="torchao is not installed")
 
@@ -126,27 +127,6 @@ def test_rows_of_zeros_and_of_one_sign_are_kept(tmp_path, tiny_config):
         torch.testing.assert_close(row[0], torch.full((32,), 3.0), rtol=0.01, atol=0)
 
 
-SHAPE = {
-    "vocab_size": 256,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 0,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 1,
-    "topk_group": 1,
-}
-
 # the limit is on all private memory, above what the imports took; what loads is read, not mapped
 CHILD = """
 import resource, sys
@@ -170,7 +150,7 @@ except (MemoryError, RuntimeError, OSError) as error:
 def large(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("large")
-    HubMoeForCausalLM(HubMoeConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    HubMoeForCausalLM(HubMoeConfig(**MANY_EXPERTS)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -265,3 +245,11 @@ def test_without_torchao_it_says_how_to_get_it(saved):
     run = subprocess.run([sys.executable, "-c", code, str(saved)], check=True, capture_output=True, text=True)
     assert run.stdout == "expert_dtype needs torchao: pip install 'hub_moe[quantized]'.\n"
     assert issubclass(MissingExtraError, ImportError)
+
+
+def test_commands_say_nothing_of_what_torchao_cannot_load():
+    done = subprocess.run(
+        [sys.executable, "-m", "hub_moe", "env", "--json"], capture_output=True, text=True, check=True
+    )
+    assert "torchao" not in done.stderr
+    assert "pytree" not in done.stderr

@@ -1,8 +1,12 @@
 """Whole sequences attend to their past in blocks: the same numbers as torch's own attention."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DeepseekV3ForCausalLM
 
 from hub_moe.modeling import HubMoeForCausalLM, layers
 from hub_moe.modeling.causal_attention import attend_to_past
@@ -71,6 +75,23 @@ def test_half_precision_is_as_close_to_float64_as_torchs_attention(dtype):
         assert (actual.double() - expected).norm() <= 1.02 * (theirs.double() - expected).norm()
 
 
+def test_attention_weights_are_kept_for_gradients_alone():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._softmax.default:
+                held.append(weakref.ref(output.untyped_storage()))
+                alive.append(sum(each() is not None for each in held))
+            return output
+
+    for is_trained, most in ((True, 5), (False, 2)):
+        held, alive = [], []
+        inputs = [each.requires_grad_(is_trained) for each in _inputs(600)[:3]]
+        with Watch():
+            attend_to_past(*inputs, scaling=SCALING)
+        assert max(alive) == most
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_training_and_prompts_of_more_than_one_block_equal_the_stock_class(variant, tmp_path, block_calls):
     stock = save_stock(variant, tmp_path).from_pretrained(tmp_path).train()
@@ -100,6 +121,10 @@ def test_masks_dropout_short_sequences_autocast_and_other_implementations_are_le
     ours(tokens[:, :128])
     with torch.autocast("cpu", torch.bfloat16):
         ours(tokens)
+    stock = DeepseekV3ForCausalLM.from_pretrained(tmp_path)
+    both_ways = [model(tokens, is_causal=False).logits for model in (ours, stock)]
+    torch.testing.assert_close(*both_ways, rtol=0, atol=1e-5)
+    assert not torch.allclose(both_ways[0], stock(tokens).logits, atol=1e-3)
     for layer in ours.model.layers:
         layer.self_attn.is_causal = False
     ours(tokens)

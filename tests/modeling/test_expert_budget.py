@@ -19,6 +19,7 @@ from hub_moe.errors import CheckpointError, ConfigError, UnsupportedModelError
 from hub_moe.experts.offload import PlacedExperts, count_reads, parse_budget
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, HubMoeForSequenceClassification
 from tests.experts.apart import with_experts_apart
+from tests.experts.sizes import MANY_EXPERTS
 
 EXPERT = 3 * 16 * 32 * 4  # bytes of one of the 16 experts of the tiny model in float32
 TOKENS = torch.arange(34).view(2, 17) * 7 % 128
@@ -276,27 +277,6 @@ def test_a_model_without_experts_is_refused(tiny_config, tmp_path):
         HubMoeForCausalLM.from_pretrained(tmp_path, expert_budget="20KiB")
 
 
-LARGE = {
-    "vocab_size": 256,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "first_k_dense_replace": 0,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "n_group": 1,
-    "topk_group": 1,
-}
-
 # the limit is on all private memory, above what the imports took; files that are mapped or cached do not count
 CHILD = """
 import resource, sys
@@ -320,7 +300,7 @@ except (MemoryError, RuntimeError, OSError) as error:
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux only")
 def test_a_model_twice_as_large_as_the_memory_limit_runs(tmp_path):
     torch.manual_seed(0)
-    whole = HubMoeForCausalLM(HubMoeConfig(**LARGE)).eval()
+    whole = HubMoeForCausalLM(HubMoeConfig(**MANY_EXPERTS)).eval()
     whole.save_pretrained(tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert size > 380 * 2**20
