@@ -5,8 +5,7 @@
 A HubMoe of about 165 M parameters in float32 on the CPU, AdamW, all layers with experts, and in each the experts that
 the data uses most: those cost the most to train. Both methods start from the same weights in a fresh process and see
 the same tokens; their first loss must be the same. Memory is the peak resident size while training, less that with the
-weights loaded. Full fine-tuning runs with the experts of hub_moe, the fastest there are for it; expert tuning still
-multiplies with torch.
+weights loaded. Both compute with the products of hub_moe, the fastest there are for full fine-tuning.
 """
 
 import argparse

@@ -83,7 +83,10 @@ class CompiledProducts:
         """See `Products`."""
         return torch.float32
 
-    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `Products`."""
         num_experts, width_in, width_out = stack_EAB.shape
         by_rows = stack_EAB.stride(1) == 1
@@ -91,7 +94,7 @@ class CompiledProducts:
             stack_EAB = stack_EAB.contiguous()
         if self._wants_bfloat16_rows(stack_EAB):
             x_SA = x_SA.bfloat16()
-        y_SB = torch.empty(ends[-1], width_out)
+        y_SB = torch.empty(ends[-1], width_out) if out is None else out
         x_address, *x_places = _place(x_SA, rows)
         self._multiply(
             x_address,

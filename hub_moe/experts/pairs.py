@@ -3,7 +3,8 @@
 Shape letters: T tokens, K experts per token, S token-expert pairs, E routed experts, D hidden.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,25 +27,38 @@ class SortedPairs:
         """Whether no pair was left out, as under expert parallelism some are."""
         return self.order_S.shape[0] == self.num_tokens * self.top_k
 
+    def behind(self, first: int) -> "SortedPairs":
+        """The pairs from `first` on alone, of the same experts."""
+        ends = tuple(max(end - first, 0) for end in self.ends)
+        return replace(self, order_S=self.order_S[first:], token_S=self.token_S[first:], ends=ends)
 
-def sort_pairs_by_expert(expert_TK: Tensor, num_experts: int, *, may_be_elsewhere: bool = False) -> SortedPairs:
+
+def sort_pairs_by_expert(
+    expert_TK: Tensor, num_experts: int, *, may_be_elsewhere: bool = False, chosen: Sequence[int] = ()
+) -> SortedPairs:
     """Sort once for all products, forward and backward; stable, so that a run can be repeated bit by bit.
 
     Args:
         expert_TK: Integer expert ids.
         may_be_elsewhere: Ids from `num_experts` on stand for experts of another process (expert parallelism).
+        chosen: Experts whose pairs come behind all others, in this order, as if they were further experts.
 
     Raises:
         ConfigError: For an id that no expert has.
     """
     key_S = expert_TK.reshape(-1)
-    order_S = torch.sort(key_S, stable=True).indices
-    sorted_S = key_S[order_S]
-    if key_S.numel() and (sorted_S[0] < 0 or (sorted_S[-1] >= num_experts and not may_be_elsewhere)):
-        raise ConfigError(
-            f"The router chose expert ids from {int(sorted_S[0])} to {int(sorted_S[-1])}; the layer has "
-            f"{num_experts} experts, numbered from 0."
-        )
+    if key_S.numel():
+        lowest, highest = key_S.aminmax()
+        if lowest < 0 or (highest >= num_experts and not may_be_elsewhere):
+            raise ConfigError(
+                f"The router chose expert ids from {int(lowest)} to {int(highest)}; the layer has {num_experts} "
+                "experts, numbered from 0."
+            )
+    if chosen:
+        place_E = torch.arange(num_experts)
+        place_E[list(chosen)] = torch.arange(num_experts, num_experts + len(chosen))
+        key_S, num_experts = place_E[key_S], num_experts + len(chosen)
+    sorted_S, order_S = torch.sort(key_S, stable=True)
     ends = torch.searchsorted(sorted_S, torch.arange(num_experts, dtype=sorted_S.dtype), right=True).tolist()
     order_S = order_S[: ends[-1]]
     top_k = expert_TK.shape[-1]

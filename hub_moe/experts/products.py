@@ -13,7 +13,7 @@ Shape letters: S rows, E experts, A what goes into a product, B what comes out.
 import os
 from functools import cache
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from .bfloat16_speed import has_fast_bfloat16
 from .compiled_products import DTYPES, load_compiled_products
 from .pairs import SortedPairs, sum_over_experts
-from .stacks import IMPLEMENTATION, describe_gpu_choice
+from .stacks import IMPLEMENTATION, SPLIT_IMPLEMENTATION, describe_gpu_choice
 
 VARIABLE = "HUB_MOE_CPU_EXPERTS"
 
@@ -36,14 +36,18 @@ class Products(Protocol):
         """What rows are computed in beside stacks of `dtype`."""
         ...
 
-    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
-        """Each row times its expert's matrix, (S, B) in the dtype of `x`.
+    def multiply(
+        self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Each row times its expert's matrix, (S, B) in the work dtype.
 
         Args:
             x_SA: In the work dtype.
             stack_EAB: Any strides, such as a transposed view has.
             ends: Where the rows of each expert end.
             rows: int64 (S,): row s is `x[rows[s]]`.
+            out: Contiguous; written and returned.
         """
         ...
 
@@ -78,10 +82,13 @@ class TorchProducts:
             return dtype
         return torch.promote_types(dtype, torch.float32)
 
-    def multiply(self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None) -> Tensor:
+    def multiply(
+        self, x_SA: Tensor, stack_EAB: Tensor, ends: tuple[int, ...], rows: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See `Products`."""
         x_SA = x_SA if rows is None else x_SA[rows]
-        y_SB = x_SA.new_empty(x_SA.shape[0], stack_EAB.shape[-1])
+        y_SB = x_SA.new_empty(x_SA.shape[0], stack_EAB.shape[-1]) if out is None else out
         buffer_AB = None
         if stack_EAB.dtype != x_SA.dtype:
             buffer_AB = torch.empty_like(stack_EAB[0], dtype=x_SA.dtype)  # keeps the strides: a plain cast
@@ -127,6 +134,77 @@ def _outer(out_AB: Tensor, left_RA: Tensor, right_RB: Tensor) -> None:
         torch.mm(right_RB.mT, left_RA, out=out_AB.mT)
 
 
+class SplitStack(NamedTuple):
+    """The stack of a layer whose chosen experts are trained, and theirs, (C, A, B), which count as experts E to E + C.
+
+    The `stack_EAB` and `like_EAB` of `SplitProducts`.
+    """
+
+    frozen: Tensor
+    chosen: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of both."""
+        return self.frozen.dtype
+
+    @property
+    def mT(self) -> "SplitStack":
+        """Both transposed."""
+        return SplitStack(self.frozen.mT, self.chosen.mT)
+
+
+class SplitProducts:
+    """The products of another for rows that are sorted by expert, those of chosen experts behind all others."""
+
+    def __init__(self, products: Products) -> None:
+        self.products = products
+        self.name = products.name
+
+    def work_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """See `Products`."""
+        return self.products.work_dtype(dtype)
+
+    def multiply(
+        self, x_SA: Tensor, stack_EAB: Any, ends: tuple[int, ...], rows: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See `Products`."""
+        ends_E, ends_C, behind = _part(ends, stack_EAB)
+        if out is None:
+            out = torch.empty(ends[-1], stack_EAB.frozen.shape[-1], dtype=self.work_dtype(stack_EAB.dtype))
+        for stack, its_ends, part in (
+            (stack_EAB.frozen, ends_E, slice(behind.start)),
+            (stack_EAB.chosen, ends_C, behind),
+        ):
+            if its_ends[-1]:
+                x, its_rows = (x_SA[part], None) if rows is None else (x_SA, rows[part])
+                self.products.multiply(x, stack, its_ends, its_rows, out[part])
+        return out
+
+    def stack_gradient(
+        self, left: tuple[Tensor, Tensor | None], right: tuple[Tensor, Tensor | None], ends: tuple[int, ...],
+        like_EAB: Any,
+    ) -> Tensor:  # fmt: skip
+        """See `Products`; of the chosen experts alone."""
+        _, ends_C, behind = _part(ends, like_EAB)
+        left, right = (
+            (rows[behind], None) if places is None else (rows, places[behind]) for rows, places in (left, right)
+        )
+        return self.products.stack_gradient(left, right, ends_C, like_EAB.chosen)
+
+    def sum_over_experts(self, y_SD: Tensor, weight_TK: Tensor | None, pairs: SortedPairs) -> Tensor:
+        """See `Products`."""
+        return self.products.sum_over_experts(y_SD, weight_TK, pairs)
+
+
+def _part(ends: tuple[int, ...], stack: SplitStack) -> tuple[tuple[int, ...], tuple[int, ...], slice]:
+    """Where the rows of each frozen expert end, and those of each chosen one among theirs, and which those are."""
+    num_experts = stack.frozen.shape[0]
+    first = ends[num_experts - 1]
+    return ends[:num_experts], tuple(end - first for end in ends[num_experts:]), slice(first, None)
+
+
 _TORCH = TorchProducts()
 
 
@@ -169,7 +247,8 @@ def describe_for_record(implementation: str | None, device: str, dtype: torch.dt
     `{"hub_moe experts": name}`.
     """
     kind = device.split(":")[0]
-    if implementation != IMPLEMENTATION or kind not in ("cpu", "cuda"):
+    ours = {"cpu": (IMPLEMENTATION, SPLIT_IMPLEMENTATION), "cuda": (IMPLEMENTATION,)}
+    if implementation not in ours.get(kind, ()):
         return {}
     name = choose_products(dtype).name if kind == "cpu" else describe_gpu_choice()[0]
     return {f"{IMPLEMENTATION} experts": name}

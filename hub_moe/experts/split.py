@@ -15,7 +15,8 @@ from ..anatomy import MoeLayer, expert_tensors, find_moe_layers, named_tensors
 from ..anatomy.moe_layers import CHOSEN, ChosenExperts, find_chosen
 from ..anatomy.parameters import sort_names
 from ..errors import ConfigError, UnsupportedModelError
-from .split_forward import SPLIT_IMPLEMENTATION
+from .split_forward import GROUPED_SPLIT_IMPLEMENTATION
+from .stacks import IMPLEMENTATION, SPLIT_IMPLEMENTATION
 
 Chosen = Mapping[int, Sequence[int]]  # layer index -> expert ids
 
@@ -26,10 +27,11 @@ _SPLIT = "expert_split"  # where a split model keeps its ExpertSplit
 def split_experts(model: Any, chosen: Chosen, *, dtype: torch.dtype | None = None) -> None:
     """Freeze all routed experts and put trainable copies of the chosen ones beside them.
 
-    What the model computes stays the same. With a `dtype`, the copies are kept in it (float32 beside a bfloat16 model,
-    where steps of a small learning rate would be rounded away) and computed with in the model's own. Other parameters
-    are left as they are; `freeze_all_but` sets them too. `save_pretrained` of a split model saves it merged, and its
-    `load_state_dict` takes a merged state dict as well as its own.
+    What the model computes stays the same: to the bit where it ran with `hub_moe` or `grouped_mm`. With a `dtype`, the
+    copies are kept in it (float32 beside a bfloat16 model, where steps of a small learning rate would be rounded away)
+    and computed with in the model's own. Other parameters are left as they are; `freeze_all_but` sets them too.
+    `save_pretrained` of a split model saves it merged, and its `load_state_dict` takes a merged state dict as well as
+    its own.
 
     Raises:
         ConfigError: If the model is split already, or has no such layer or expert.
@@ -47,7 +49,7 @@ def split_experts(model: Any, chosen: Chosen, *, dtype: torch.dtype | None = Non
             layer.experts.add_module(CHOSEN, ChosenExperts(layer.experts, chosen[layer.index], dtype))
     setattr(model, _SPLIT, split)
     model.save_pretrained, model.load_state_dict = split.save_pretrained, split.load_state_dict
-    model.set_experts_implementation(SPLIT_IMPLEMENTATION)
+    model.set_experts_implementation({part: _split_twin(name) for part, name in split.implementations.items()})
 
 
 def merge_experts(model: Any) -> None:
@@ -160,6 +162,11 @@ class ExpertSplit:
                 _write_rows(_own(experts), base)
                 experts.add_module(CHOSEN, trained)
         return result
+
+
+def _split_twin(implementation: str | None) -> str:
+    """What computes split experts with the same bits, or, where nothing does, as `grouped_mm`."""
+    return SPLIT_IMPLEMENTATION if implementation == IMPLEMENTATION else GROUPED_SPLIT_IMPLEMENTATION
 
 
 def _split_of(model: Any) -> ExpertSplit:

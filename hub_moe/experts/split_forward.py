@@ -1,8 +1,9 @@
 """The experts of a layer of which some are trained and the others frozen: forward and backward.
 
-Equals transformers' `grouped_mm` and computes no gradient for a frozen expert's weights. For backward it keeps the
-pre-activations, and of the input only what chosen experts saw; where neither input nor router need a gradient, as in
-the lowest trained layer, it keeps the pre-activations of chosen experts alone.
+`hub_moe_split` is for models that ran with `hub_moe`, and on a CPU gives the same bits as that (`cpu_forward`).
+`grouped_mm_split`, which it stands for elsewhere, equals transformers' `grouped_mm`. No gradient is computed for a
+frozen expert's weights. For backward the pre-activations are kept, and of the input only what chosen experts saw; where
+neither input nor router need a gradient, as in the lowest trained layer, the pre-activations of chosen experts alone.
 
 Shape letters: T tokens, K experts per token, S = T * K token-expert pairs, D hidden, F expert inner, H what the first
 product gives (2F with a gate), E routed experts, C chosen ones.
@@ -19,9 +20,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..anatomy.moe_layers import ChosenExperts, find_chosen
 from ..errors import ConfigError
+from .cpu_forward import hub_moe_experts_forward, split_experts_on_cpu
 from .grouped_products import Part, bias_gradient, multiply, repeat_rows, weight_gradient
+from .stacks import SPLIT_IMPLEMENTATION
 
-SPLIT_IMPLEMENTATION = "hub_moe_split"
+GROUPED_SPLIT_IMPLEMENTATION = "grouped_mm_split"
 _Gradients = tuple[Tensor | None, ...]
 
 
@@ -93,16 +96,39 @@ def split_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tens
     Raises:
         ConfigError: If a frozen stack requires a gradient, which it would silently not get.
     """
+    if hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        return grouped_split_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    (frozen, trained), chosen = _both_stacks(experts), find_chosen(experts)
+    if chosen is None:
+        return hub_moe_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    inputs = hidden_states, top_k_index, top_k_weights
+    return split_experts_on_cpu(experts, frozen, trained, chosen.expert_ids, inputs)
+
+
+def _both_stacks(experts: Any) -> tuple[Stacks, Stacks]:
+    """The frozen ones, and those of chosen experts in the same dtype, or `_NO_STACKS`."""
     chosen, frozen_stacks = find_chosen(experts), _stacks(experts, experts)
     if any(stack is not None and stack.requires_grad for stack in frozen_stacks):
         raise ConfigError(
             "The experts are split, and a frozen stack requires a gradient, which it would not get; train chosen "
             "experts only, or call merge_experts first."
         )
+    if chosen is None:
+        return frozen_stacks, _NO_STACKS
     dtype = frozen_stacks.up.dtype
-    chosen_stacks = (
-        _NO_STACKS if chosen is None else [s if s is None else s.to(dtype) for s in _stacks(experts, chosen)]
-    )
+    return frozen_stacks, Stacks(*[stack if stack is None else stack.to(dtype) for stack in _stacks(experts, chosen)])
+
+
+def grouped_split_experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The function registered in transformers' ExpertsInterface as `grouped_mm_split`.
+
+    Raises:
+        ConfigError: As `split_experts_forward`.
+    """
+    frozen_stacks, chosen_stacks = _both_stacks(experts)
+    dtype, chosen = frozen_stacks.up.dtype, find_chosen(experts)
     pairs = sort_pairs(top_k_index, experts.num_experts, chosen)
     activate = experts._apply_gate if experts.has_gate else experts.act_fn
     weight_S = top_k_weights.reshape(-1)
@@ -123,6 +149,7 @@ def split_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tens
 
 
 ALL_EXPERTS_FUNCTIONS.register(SPLIT_IMPLEMENTATION, split_experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(GROUPED_SPLIT_IMPLEMENTATION, grouped_split_experts_forward)
 
 
 def _stacks(experts: Any, holder: Any) -> Stacks:

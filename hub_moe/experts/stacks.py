@@ -19,6 +19,7 @@ from transformers.integrations import moe
 from ..errors import ConfigError, UnsupportedModelError
 
 IMPLEMENTATION = "hub_moe"  # in transformers' ExpertsInterface
+SPLIT_IMPLEMENTATION = "hub_moe_split"  # the same for a layer of which some experts are trained
 LIGER_IMPLEMENTATION = "hub_moe_liger"
 GPU_VARIABLE = "HUB_MOE_GPU_EXPERTS"
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,10 +13,11 @@ from ..anatomy.families import FAMILIES, tiny_config
 from .training import CHOSEN, IDS, build, hashes, train
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "hub_moe"])  # whose output a split model has, bit by bit
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_training_and_merging_change_the_chosen_experts_and_no_bit_of_anything_else(model_type):
+def test_training_and_merging_change_the_chosen_experts_and_no_bit_of_anything_else(model_type, implementation):
     model = build(model_type)
-    model.set_experts_implementation("grouped_mm")  # whose output a split model has, bit by bit
+    model.set_experts_implementation(implementation)
     before = hashes(model)
     layer = find_moe_layers(model)[-1]
     trained = freeze_all_but(model, {layer.index: [6, 1]}, shared_experts=False, non_expert_modules=False)
@@ -42,7 +43,7 @@ def test_merging_restores_the_forward_and_what_was_trained_before():
     find_moe_layers(model)[0].experts.down_proj.requires_grad_(False)
     before = {name: each.requires_grad for name, each in model.named_parameters()}
     split_experts(model, CHOSEN)
-    assert model.config._experts_implementation == "hub_moe_split"
+    assert model.config._experts_implementation == "grouped_mm_split"
     merge_experts(model)
 
     assert model.config._experts_implementation == "eager"

@@ -26,7 +26,7 @@ def test_a_split_model_is_saved_merged_and_stays_split(model_type, tmp_path):
 
     assert {name: hash_tensor(view) for name, view in trained_tensors(model).items()} == trained
     assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items() if ".chosen." not in name)
-    assert "hub_moe_split" not in (tmp_path / "config.json").read_text()
+    assert "_split" not in (tmp_path / "config.json").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert hashes(loaded).items() >= trained.items()
     torch.testing.assert_close(loaded(IDS, use_cache=False).logits, logits)
