@@ -14,53 +14,42 @@ H heads, N part of a head without rotation, R rotary part, X = N + R, C latent, 
 import ctypes
 import os
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .compiled_products import DTYPES, CompiledProducts
+from .decoding_layer import (
+    FLOAT,
+    INT,
+    LONG,
+    POINTER,
+    FeedForward,
+    LayerWeights,
+    Norm,
+    PreparedLayer,
+    PreparedProjections,
+    Projections,
+    Routed,
+    Router,
+    lay_out_mask,
+)
 from .products import VARIABLE, choose_products
 
-INTERFACE = 1  # of DecodingSteps; code beside a checkpoint asks for the one it was written for
-_POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-
-
-class FeedForward(NamedTuple):
-    """Weights of one SwiGLU block: `gate` and `up` (F, D), `down` (D, F)."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-
-
-class Routed(NamedTuple):
-    """Routed SwiGLU experts, `gate_up` (E, 2F, D) and `down` (E, D, F), and what each row gets of them."""
-
-    gate_up: Tensor
-    down: Tensor
-    expert_TK: Tensor  # int64
-    weight_TK: Tensor
-
-
-class Norm(NamedTuple):
-    """An RMS norm."""
-
-    weight: Tensor
-    eps: float
-
-
-class Projections(NamedTuple):
-    """Weights in front of latent attention; `q_norm` and `q_b` are None where `q_a` gives the queries themselves."""
-
-    q_a: Tensor
-    q_norm: Norm | None
-    q_b: Tensor | None
-    kv_a: Tensor  # (C + R, D)
-    kv_norm: Norm
-    head_sizes: tuple[int, int]  # N, R
-    is_interleaved: bool  # how rotary parts lie, as `rope_interleave` says
+__all__ = [
+    "DecodingSteps",
+    "FeedForward",
+    "LayerWeights",
+    "Norm",
+    "PreparedLayer",
+    "PreparedProjections",
+    "Projections",
+    "Routed",
+    "Router",
+    "find_steps",
+]
+INTERFACES = (1, 2)  # of DecodingSteps; code beside a checkpoint asks for the one it was written for
 
 
 def find_steps(x: Tensor, interface: int) -> "DecodingSteps | None":
@@ -76,7 +65,7 @@ def find_steps(x: Tensor, interface: int) -> "DecodingSteps | None":
     Raises:
         ConfigError: As `choose_products`.
     """
-    if interface != INTERFACE or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
+    if interface not in INTERFACES or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
@@ -97,19 +86,21 @@ class DecodingSteps:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.most_rows: int = library.hub_moe_most_rows()
         self._linear, self._rms_norm = library.hub_moe_linear, library.hub_moe_rms_norm
-        self._linear.argtypes = [*[_POINTER] * 3, _INT, _INT, *[_LONG] * 3, _INT]
-        self._rms_norm.argtypes = [*[_POINTER] * 3, _INT, _LONG, _LONG, _FLOAT]
+        self._linear.argtypes = [*[POINTER] * 3, INT, INT, *[LONG] * 3, INT]
+        self._rms_norm.argtypes = [*[POINTER] * 3, INT, LONG, LONG, FLOAT]
         self._feed_forward = library.hub_moe_feed_forward
         self._feed_forward.argtypes = [
-            *(_POINTER, _POINTER, _INT, _LONG, _LONG),
-            *(_POINTER, _POINTER, _POINTER, _LONG),
-            *(_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _INT),
+            *(POINTER, POINTER, INT, LONG, LONG),
+            *(POINTER, POINTER, POINTER, LONG),
+            *(POINTER, POINTER, LONG, LONG, POINTER, POINTER, LONG, INT),
         ]
         self._project, self._attend = library.hub_moe_project, library.hub_moe_attend
-        self._project.argtypes = [*[_POINTER] * 6, _INT, _INT, _LONG, *[_POINTER] * 3, _INT, _INT]
-        self._attend.argtypes = [*[_POINTER] * 5, _INT, _POINTER, _POINTER, _FLOAT, _POINTER, _INT, _INT]
+        self._project.argtypes = [*[POINTER] * 6, INT, INT, LONG, *[POINTER] * 3, INT, INT]
+        self._attend.argtypes = [*[POINTER] * 5, INT, POINTER, POINTER, FLOAT, POINTER, INT, INT]
         for function in (self._linear, self._rms_norm, self._project, self._attend):
             function.restype = None
+        self._finish_layer = library.hub_moe_finish_layer
+        self._finish_layer.argtypes = [*[POINTER] * 5, INT, INT]
 
     def linear(self, x: Tensor, weight_BA: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """As `torch.nn.functional.linear`: (..., A) to (..., B), in the dtype of `x` or, if asked for, in float32."""
@@ -171,44 +162,16 @@ class DecodingSteps:
     def project(
         self, x_BLD: Tensor, weights: Projections, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, L, X), latents (B, 1, L, C) and keys (B, 1, L, R) of new tokens, normed and rotated.
+        """See `PreparedProjections`."""
+        return self.prepare_projections(weights)(x_BLD, rotation)
 
-        Args:
-            x_BLD: Hidden states.
-            weights: See `Projections`.
-            rotation: Cosines and sines, each (B or 1, L, R), float32 or bfloat16.
-        """
-        x_BLD = x_BLD.contiguous()
-        batch, new, width = x_BLD.shape
-        head_size, rope_size = sum(weights.head_sizes), weights.head_sizes[1]
-        q_last = weights.q_a if weights.q_b is None else weights.q_b
-        heads, latent_size = q_last.shape[0] // head_size, weights.kv_a.shape[0] - rope_size
-        cos, sin = (part.expand(batch, -1, -1).contiguous() for part in rotation)
-        query_BLHX = x_BLD.new_empty(batch, new, heads, head_size)
-        # side by side, as LatentLayer keeps them
-        both = x_BLD.new_empty(batch, 1, new, latent_size + rope_size)
-        latent, key = both[..., :latent_size], both[..., latent_size:]
-        q_norm, q_b = weights.q_norm, weights.q_b
-        tensors = (weights.q_a, q_norm and q_norm.weight, q_b, weights.kv_a, weights.kv_norm.weight)
-        addresses = (_POINTER * 5)(*[None if each is None else each.data_ptr() for each in tensors])
-        sizes = (batch * new, width, weights.q_a.shape[0], heads, weights.head_sizes[0], rope_size, latent_size)
-        self._project(
-            x_BLD.data_ptr(),
-            addresses,
-            (_FLOAT * 2)(q_norm.eps if q_norm else 0.0, weights.kv_norm.eps),
-            (_LONG * 7)(*sizes),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            cos.dtype == torch.bfloat16,
-            weights.is_interleaved,
-            rope_size,
-            query_BLHX.data_ptr(),
-            latent.data_ptr(),
-            key.data_ptr(),
-            x_BLD.dtype == torch.bfloat16,
-            torch.get_num_threads(),
-        )
-        return query_BLHX.transpose(1, 2), latent, key
+    def prepare_projections(self, weights: Projections) -> PreparedProjections:
+        """`project` with the weights looked up once; good as long as they lie where they are."""
+        return PreparedProjections(self._project, weights)
+
+    def prepare_layer(self, weights: LayerWeights) -> PreparedLayer:
+        """The part of a layer behind its projections, with the weights looked up once."""
+        return PreparedLayer(self._finish_layer, weights)
 
     def attend(
         self,
@@ -233,13 +196,7 @@ class DecodingSteps:
         value_size = weight_HXC.shape[1] - key_rows
         query_BLHX = query_BHLX.transpose(1, 2).contiguous()
         y_BLHV = query_BLHX.new_empty(batch, new, heads, value_size)
-        kind, mask_strides = 0, [0] * 4
-        if mask is not None:
-            if mask.dtype not in _MASK_KINDS:
-                mask = mask.float()
-            kind = _MASK_KINDS[mask.dtype]
-            mask = mask.expand(batch, heads, new, latent_BSC.shape[1])
-            mask_strides = list(mask.stride())
+        kind, mask, mask_strides = lay_out_mask(mask, (batch, heads, new, latent_BSC.shape[1]))
         sizes = (batch, new, heads, key_rows, rope_size, latent_BSC.shape[2], value_size, latent_BSC.shape[1])
         self._attend(
             query_BLHX.data_ptr(),
@@ -248,17 +205,14 @@ class DecodingSteps:
             rope_BSR.data_ptr(),
             None if mask is None else mask.data_ptr(),
             kind,
-            (_LONG * 8)(*sizes),
-            (_LONG * 8)(*latent_BSC.stride()[:2], *rope_BSR.stride()[:2], *mask_strides),
+            (LONG * 8)(*sizes),
+            (LONG * 8)(*latent_BSC.stride()[:2], *rope_BSR.stride()[:2], *mask_strides),
             scaling,
             y_BLHV.data_ptr(),
             query_BLHX.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
         return y_BLHV
-
-
-_MASK_KINDS = {torch.bool: 1, torch.float32: 2, torch.bfloat16: 3}
 
 
 @cache

@@ -48,18 +48,18 @@ def should_absorb(attention: nn.Module, query_BHLX: Tensor, latent_B1SC: Tensor,
     dropout, autocast, and a `kv_b_proj` that is more than its weight (adapters, quantisation, sharding, hooks).
     """
     new, cached = query_BHLX.shape[2], latent_B1SC.shape[2]
-    config: Any = attention.config
-    if config._attn_implementation not in _IMPLEMENTATIONS or (mask is None and new > 1):
+    sizes: Any = attention  # it keeps what it needs of its config, whose plain reads take ten times as long
+    if sizes.config._attn_implementation not in _IMPLEMENTATIONS or (mask is None and new > 1):
         return False
     if mask is not None and mask.dim() != 4:
         return False
-    if (attention.training and config.attention_dropout) or torch.is_autocast_enabled(query_BHLX.device.type):
+    if (attention.training and sizes.config.attention_dropout) or torch.is_autocast_enabled(query_BHLX.device.type):
         return False
-    if latent_B1SC.dtype != query_BHLX.dtype or not is_plain(attention.get_submodule("kv_b_proj"), query_BHLX):
+    if latent_B1SC.dtype != query_BHLX.dtype or not is_plain(sizes.kv_b_proj, query_BHLX):
         return False
-    width = config.qk_nope_head_dim + config.v_head_dim
-    expansion = config.kv_lora_rank * width
-    return bool(new * (expansion + cached * (2 * config.kv_lora_rank - width)) < _MEASURED_SHARE * cached * expansion)
+    width, latent_size = sizes.qk_nope_head_dim + sizes.v_head_dim, sizes.kv_lora_rank
+    expansion = latent_size * width
+    return bool(new * (expansion + cached * (2 * latent_size - width)) < _MEASURED_SHARE * cached * expansion)
 
 
 def attend_to_latents(

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.cache_utils import Cache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2MLP
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3Attention,
-    DeepseekV3DecoderLayer,
     DeepseekV3Experts,
     DeepseekV3MoE,
     DeepseekV3RMSNorm,
@@ -34,12 +32,16 @@ from .latent_cache import give_room
 from .routing import route_tokens
 
 try:  # beside a checkpoint this code also works where hub_moe is not installed
-    from hub_moe.experts import decoding
+    from hub_moe.experts import decoding as decoding
 except ImportError:
     decoding = None  # type: ignore[assignment]
 
 _OUR_EXPERTS = "hub_moe"  # as hub_moe.experts registers them
-_STEPS_INTERFACE = 1
+_STEPS_INTERFACE = 2
+_ROUTER_SETTINGS = (
+    *("scoring_func", "topk_method", "num_experts_per_tok", "n_group", "topk_group"),
+    *("norm_topk_prob", "routed_scaling_factor"),
+)
 
 
 def find_steps(x: Tensor, *modules: nn.Module) -> Any:
@@ -70,6 +72,17 @@ def _is_known(module: nn.Module, x: Tensor) -> bool:
             and not getattr(module, "_is_expert_parallel", False)
             and all(is_like(stack, x) and stack.is_contiguous() for stack in stacks)
         )
+    if type(module) is HubMoeRouter:
+        bias = module.e_score_correction_bias
+        is_plain_bias = bias is None or (
+            type(bias) is Tensor and bias.dtype in (torch.float32, torch.bfloat16) and bias.is_contiguous()
+        )
+        return is_plain_bias and is_like(module.weight, x) and module.weight.is_contiguous()
+    if type(module) is HubMoeMoE:
+        parts = (module.gate, module.experts, module.shared_experts)
+        return all(part is None or _is_known(part, x) for part in parts)
+    if type(module) is HubMoeAttention:
+        return all(part is None or _is_known(part, x) for part in module._modules.values())
     return type(module) in (DeepseekV3RMSNorm, HubMoeRMSNorm) and is_like(module.weight, x)
 
 
@@ -84,7 +97,7 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _norm(module: Any) -> Any:
+def norm_of(module: Any) -> Any:
     """A norm as compiled steps take it."""
     return decoding.Norm(module.weight, module.variance_epsilon)
 
@@ -105,7 +118,7 @@ class HubMoeRMSNorm(DeepseekV3RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         steps = find_steps(hidden_states, self)
         if steps is not None:
-            normed: Tensor = steps.rms_norm(hidden_states, _norm(self))
+            normed: Tensor = steps.rms_norm(hidden_states, norm_of(self))
             return normed
         normed = super().forward(hidden_states)
         return normed
@@ -124,6 +137,14 @@ class HubMoeMLP(DeepseekV2MLP):
     def weights(self) -> Any:
         """As compiled steps take them."""
         return decoding.FeedForward(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    def settings(self) -> tuple[Any, ...]:
+        """What of the config decides on what is computed: nothing."""
+        return ()
+
+    def layer_weights(self) -> dict[str, Any]:
+        """Fields of `LayerWeights` of hub_moe.experts.decoding."""
+        return {"shared": self.weights()}
 
 
 class HubMoeRouter(nn.Module):
@@ -183,6 +204,20 @@ class HubMoeMoE(DeepseekV3MoE):
         routed: Tensor = self.experts(hidden_TD, expert_TK, weight_TK).view(*hidden_states.shape)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
+    def settings(self) -> tuple[Any, ...]:
+        """What of the config decides on the routing, and the experts implementation."""
+        settings = vars(self.config)  # plain reads take ten times as long, and this is asked at every step
+        return (*[settings[name] for name in _ROUTER_SETTINGS], self.config._experts_implementation)
+
+    def layer_weights(self) -> dict[str, Any]:
+        """Fields of `LayerWeights` of hub_moe.experts.decoding."""
+        weight, bias = self.gate.weight, self.gate.e_score_correction_bias
+        return {
+            "shared": None if self.shared_experts is None else self.shared_experts.weights(),
+            "router": decoding.Router(weight, bias, *self.settings()[:-1]),
+            "experts": (self.experts.gate_up_proj, self.experts.down_proj),
+        }
+
 
 class HubMoeAttention(DeepseekV3Attention):
     """Multi-head latent attention whose rotation may run in float32 (`rope_in_float32`).
@@ -199,11 +234,36 @@ class HubMoeAttention(DeepseekV3Attention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        batch_size, seq_length = hidden_states.shape[:-1]
+        """Outputs (B, L, D) and, from some implementations, the attention weights."""
         query, latent, k_rot = self._project(hidden_states, position_embeddings)
         if past_key_values is not None:
-            give_room(past_key_values, self.layer_idx)
-            latent, k_rot = past_key_values.update(latent, k_rot, self.layer_idx)
+            latent, k_rot = self.remember(past_key_values, latent, k_rot)
+        return self.attend((query, latent, k_rot), attention_mask, past_key_values, **kwargs)
+
+    def remember(self, cache: Cache, latent: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new tokens' latents and rotated keys into the cache; returns those of all tokens."""
+        give_room(cache, self.layer_idx)
+        kept: tuple[Tensor, Tensor] = cache.update(latent, k_rot, self.layer_idx)
+        return kept
+
+    def reads_latents(self, query: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None) -> bool:
+        """Whether `attend` needs no more than compiled steps do: latents, in rows, and no weights to give back."""
+        are_rows = latent.stride(-1) == k_rot.stride(-1) == 1
+        return are_rows and should_absorb(self, query, latent, mask) and not self._gives_weights()
+
+    def _gives_weights(self) -> bool:
+        return bool(self.config._attn_implementation == "eager")
+
+    def attend(
+        self,
+        projected: tuple[Tensor, Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `forward` returns, from queries and all tokens' latents and rotated keys, laid out as by `_project`."""
+        query, latent, k_rot = projected
+        batch_size, seq_length = query.shape[0], query.shape[2]
         if past_key_values is not None and should_absorb(self, query, latent, attention_mask):
             are_rows = latent.stride(-1) == k_rot.stride(-1) == 1
             output, weights = attend_to_latents(
@@ -212,8 +272,8 @@ class HubMoeAttention(DeepseekV3Attention):
                 self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)),
                 mask=attention_mask,
                 scaling=self.scaling,
-                needs_weights=self.config._attn_implementation == "eager",
-                steps=find_steps(hidden_states, self.kv_b_proj) if are_rows else None,
+                needs_weights=self._gives_weights(),
+                steps=find_steps(query[:, 0], self.kv_b_proj) if are_rows else None,
             )
             return linear(self.o_proj, output.reshape(batch_size, seq_length, -1)), weights
 
@@ -242,23 +302,26 @@ class HubMoeAttention(DeepseekV3Attention):
         k_nope, value = both.split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat((k_nope, k_rot.expand(-1, self.num_heads, -1, -1)), dim=-1), value
 
+    def projections(self) -> Any:
+        """The weights of `_project` as compiled steps take them."""
+        q_a, q_norm, q_b = self.q_proj, self.q_a_layernorm, self.q_b_proj
+        return decoding.Projections(
+            self.q_a_proj.weight if q_a is None else q_a.weight,
+            q_norm and norm_of(q_norm),
+            q_b and q_b.weight,
+            self.kv_a_proj_with_mqa.weight,
+            norm_of(self.kv_a_layernorm),
+            (self.qk_nope_head_dim, self.qk_rope_head_dim),
+            self.config.rope_interleave,
+        )
+
     def _project(self, hidden_BLD: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, L, N + R), latents (B, 1, L, C) and keys (B, 1, L, R), the rotary parts rotated."""
         with_latent = (self.q_a_proj, self.q_a_layernorm, self.q_b_proj)
         for_queries = (self.q_proj,) if self.q_lora_rank is None else with_latent
         steps = find_steps(hidden_BLD, *for_queries, self.kv_a_proj_with_mqa, self.kv_a_layernorm)
         if steps is not None and position_embeddings[0].dtype in (torch.float32, torch.bfloat16):
-            q_a, q_norm, q_b = for_queries if len(for_queries) == 3 else (*for_queries, None, None)
-            weights = decoding.Projections(
-                q_a.weight,
-                q_norm and _norm(q_norm),
-                q_b and q_b.weight,
-                self.kv_a_proj_with_mqa.weight,
-                _norm(self.kv_a_layernorm),
-                (self.qk_nope_head_dim, self.qk_rope_head_dim),
-                self.config.rope_interleave,
-            )
-            query, latent, k_rot = steps.project(hidden_BLD, weights, position_embeddings)
+            query, latent, k_rot = steps.project(hidden_BLD, self.projections(), position_embeddings)
             return query, latent, k_rot
 
         batch_size, seq_length = hidden_BLD.shape[:-1]
@@ -275,42 +338,6 @@ class HubMoeAttention(DeepseekV3Attention):
         rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
         q_rot, k_rot = (part.to(query.dtype) for part in rotate(q_rot, k_rot, *position_embeddings))
         return torch.cat((q_pass, q_rot), dim=-1), latent, k_rot
-
-
-class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
-    """Attention and either a dense block or experts, as `HubMoeConfig.is_moe_layer` says."""
-
-    def __init__(self, config: HubMoeConfig, layer_idx: int, *, has_experts: bool | None = None) -> None:
-        GradientCheckpointingLayer.__init__(self)
-        self.hidden_size = config.hidden_size
-        self.self_attn = HubMoeAttention(config, layer_idx)
-        if has_experts is None:
-            has_experts = config.is_moe_layer(layer_idx)
-        self.mlp = HubMoeMoE(config) if has_experts else HubMoeMLP(config)
-        self.input_layernorm = HubMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = HubMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-
-class HubMoeMtpLayer(HubMoeDecoderLayer):
-    """One multi-token-prediction depth (arXiv:2412.19437 section 2.2), its weights named as DeepSeek names them.
-
-    Embedding and head are the main model's. `shared_head.norm` ends the layer, and the normed state goes on to the next
-    depth, as in transformers' `MtpModel`.
-    """
-
-    def __init__(self, config: HubMoeConfig, depth: int) -> None:
-        # the layer index is the place in the MTP cache, which counts depths from 0
-        super().__init__(config, depth, has_experts=True)
-        self.enorm = HubMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.hnorm = HubMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.shared_head = nn.ModuleDict({"norm": HubMoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)})
-
-    def forward(self, inputs_embeds: Tensor, previous_hidden_state: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states of shape (B, L, D) from the next tokens' embeddings and the states one depth below."""
-        both = torch.cat([self.enorm(inputs_embeds), self.hnorm(previous_hidden_state)], dim=-1)
-        hidden: Tensor = self.shared_head["norm"](super().forward(linear(self.eh_proj, both), **kwargs))
-        return hidden
 
 
 class DefaultExpertsMixin:

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import CandidateGenerator
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
     DeepseekV3ForCausalLM,
     DeepseekV3Model,
     DeepseekV3PreTrainedModel,
 )
+from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..errors import ConfigError
@@ -27,12 +30,11 @@ from .causal_lm import MoeCausalLMMixin, MtpOutput
 from .checkpoint import CheckpointMixin
 from .configuration_hub_moe import HubMoeConfig
 from .conversion import register_model_classes
+from .decoder_layer import HubMoeDecoderLayer, HubMoeMtpLayer, prepare_layers
 from .drafted_decoding import decode_with_drafts, must_leave_it
 from .layers import (
     DefaultExpertsMixin,
     HubMoeAttention,
-    HubMoeDecoderLayer,
-    HubMoeMtpLayer,
     HubMoeRMSNorm,
     HubMoeRotaryEmbedding,
     HubMoeRouter,
@@ -89,6 +91,57 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
         self.rotary_emb = HubMoeRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
+        """Final hidden states (B, L, D) of token ids (B, L) or their embeddings (B, L, D), as in the stock classes.
+
+        Raises:
+            ValueError: If both or neither of `input_ids` and `inputs_embeds` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds was expected.")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + seen).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotation = self.rotary_emb(hidden, position_ids)
+        layers = self.layers[: self.config.num_hidden_layers]
+        prepared = prepare_layers(layers, hidden, rotation, past_key_values)
+        layer: Any
+        for place, layer in enumerate(layers):
+            if prepared is not None:
+                hidden = layer.decode(prepared[place], hidden, rotation, mask, past_key_values)
+                continue
+            hidden = layer(
+                hidden,
+                position_embeddings=rotation,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     @property
     def mtp_layers(self) -> nn.ModuleList:

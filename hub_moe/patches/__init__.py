@@ -22,7 +22,7 @@ _LAZY_NAMES = {
     "diff_patches": "comparison",
     "find_conflicts": "combining",
     "hash_base": "expert_patch",
-    "load_patched_model": "loading",
+    "load_patched_model": "applying",
     "make_patch": "expert_patch",
     "measure_changes": "comparison",
     "merge_into_base": "merging",
@@ -33,13 +33,12 @@ _LAZY_NAMES = {
 }
 
 if TYPE_CHECKING:
-    from .applying import applied_patches, apply_patch, remove_patch, swap_patch
+    from .applying import applied_patches, apply_patch, load_patched_model, remove_patch, swap_patch
     from .combination_methods import CombinationMethod
     from .combining import CombinedPatch, combine_patches, find_conflicts
     from .comparison import diff_patches, measure_changes
     from .conflicts import ConflictTable
     from .expert_patch import ExpertPatch, hash_base, make_patch
-    from .loading import load_patched_model
     from .merging import merge_into_base
     from .metadata import Base, Combination, Contributor, PatchMetadata, Selection
     from .rebasing import rebase_patch

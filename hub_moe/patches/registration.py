@@ -47,7 +47,7 @@ class ExpertPatchForCausalLM:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
         """See `load_patched_model`; `base=` says where the base is, all other arguments are its `from_pretrained`'s."""
-        from .loading import load_patched_model
+        from .applying import load_patched_model
 
         for name in _OF_THE_PATCH_ONLY:
             kwargs.pop(name, None)

@@ -239,14 +239,17 @@ def test_bfloat16_logits_are_no_further_off_than_those_of_torch_alone(tiny_model
 def test_steps_are_for_few_plain_rows_without_gradients(monkeypatch):
     x = torch.ones(2, 4, 16)
 
-    def has_steps(x=x, interface=decoding.INTERFACE):
+    newest = max(decoding.INTERFACES)
+
+    def has_steps(x=x, interface=newest):
         return find_steps(x, interface) is not None
 
     assert not has_steps()  # gradients
     with torch.no_grad():
         assert has_steps()
         assert has_steps(x.bfloat16())
-        assert not has_steps(interface=decoding.INTERFACE + 1)
+        assert all(has_steps(interface=known) for known in decoding.INTERFACES)
+        assert not has_steps(interface=newest + 1)
         for other in (x.double(), x.half(), x.to("meta"), nn.Parameter(x), x[:, :0], torch.ones(9, 16)):
             assert not has_steps(other)
         with torch.autocast("cpu", dtype=torch.bfloat16):

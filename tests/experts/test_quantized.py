@@ -16,7 +16,7 @@ from hub_moe.anatomy import find_moe_layers
 from hub_moe.errors import CheckpointError, ConfigError, MissingExtraError, PatchError, UnsupportedModelError
 from hub_moe.experts.offload import PlacedExperts
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
-from hub_moe.patches.touched_tensors import find_touched
+from hub_moe.patches.expert_patch import find_touched
 from tests.anatomy.families import FAMILIES, tiny_config
 from tests.experts.apart import with_experts_apart
 from tests.experts.sizes import MANY_EXPERTS

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
+from hub_moe.experts.decoding import PreparedLayer
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, absorbed_attention, half_products, layers
 from hub_moe.modeling.absorbed_attention import LatentCache, attend_to_latents
 from tests.modeling.stock_models import SHAPE, VARIANTS, save_stock
@@ -23,7 +24,13 @@ def absorbed_calls(monkeypatch):
         calls.append(tuple(query_BHLX.shape))
         return attend_to_latents(query_BHLX, *args, **kwargs)
 
+    def finish(layer, x_BLD, query_BHLX, *args, **kwargs):
+        calls.append(tuple(query_BHLX.shape))
+        return in_one_call(layer, x_BLD, query_BHLX, *args, **kwargs)
+
+    in_one_call = PreparedLayer.__call__
     monkeypatch.setattr(layers, "attend_to_latents", attend)
+    monkeypatch.setattr(PreparedLayer, "__call__", finish)
     return calls
 
 

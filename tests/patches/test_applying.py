@@ -8,7 +8,7 @@ import torch
 from hub_moe.anatomy.expert_tensors import hash_tensor
 from hub_moe.errors import PatchError, UnsupportedModelError
 from hub_moe.patches import ExpertPatch, applied_patches, apply_patch, hash_base, make_patch, remove_patch, swap_patch
-from hub_moe.patches.touched_tensors import find_touched
+from hub_moe.patches.expert_patch import find_touched
 from tests.anatomy.families import FAMILIES
 
 from .patching import (

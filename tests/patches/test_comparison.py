@@ -14,7 +14,7 @@ from .patching import BASE, COMMIT, build_model, last_layers, names_of, patch_ex
 def scaled_patch(model, names, factor, *, base=BASE):
     """A patch that multiplies tensors, so that sizes and directions of its changes are known."""
     from hub_moe.anatomy import find_moe_layers
-    from hub_moe.patches.touched_tensors import find_touched
+    from hub_moe.patches.expert_patch import find_touched
 
     tensors = {name: factor * tensor for name, tensor in find_touched(model, find_moe_layers(model), names).items()}
     return make_patch(tensors, model_before=hash_base(model, names), base=base)

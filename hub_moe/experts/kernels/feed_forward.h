@@ -19,9 +19,10 @@ struct Block {  // one SwiGLU block and the rows it gets
   int64_t place = 0;  // of its activations
 };
 
-// y[t] = sum over the blocks of weight * down(silu(gate x[t]) * up x[t]).
+// y[t] = sum over the blocks of weight * down(silu(gate x[t]) * up x[t]), and plus[t] unless that is null.
 template <typename W>
-void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& blocks, W* y, int threads) {
+void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& blocks, W* y, int threads,
+                  const W* plus = nullptr) {
   using X = RowOf<W>;
   struct Part {
     Block<W>* block;
@@ -64,6 +65,8 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
     });
     share(D, std::min<int64_t>(kBlockRows, step_for(D, threads)), [&](int64_t first, int64_t last) {
       float sums[kMostRows][kBlockRows] = {};
+      for (int64_t t = 0; plus && t < T; ++t)
+        for (int64_t n = first; n < last; ++n) sums[t][n - first] = widen(plus[t * D + n]);
       for (const auto& block : blocks) {
         RowList<X> mine(inner + block.place, block.inner, block.count);
         dots(mine.rows, block.count, block.down, block.inner, first, last, block.inner,
@@ -73,6 +76,14 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
         for (int64_t n = first; n < last; ++n) put(y + t * D + n, sums[t][n - first]);
     });
   }
+}
+
+// A block that gets every row.
+template <typename W>
+void add_block_of_all(std::vector<Block<W>>& blocks, const W* gate, const W* up, const W* down, int64_t F, int64_t T) {
+  Block<W> all{gate, up, down, F};
+  for (; all.count < T; ++all.count) all.token[all.count] = all.count, all.weight[all.count] = 1;
+  blocks.push_back(all);
 }
 
 // The blocks of the routed experts that get rows; false for an id that no expert has.

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int kRowsAtOnce = 4;  // rows that share one pass over a weight
 constexpr int kMostRows = 8;
-constexpr int64_t kTaskRows = 128;  // rows of a weight in one task, at most
+constexpr int64_t kTaskRows = 64;  // rows of a weight in one task, at most
+constexpr int kAhead = 4096;       // bytes that are fetched ahead: the processor's own foresight ends with a page
 
 #if defined(__AVX512BF16__)
 template <typename W>
@@ -53,7 +54,7 @@ inline void share(int64_t count, int64_t step, F run) {
 }
 
 inline int64_t step_for(int64_t rows, int threads) {
-  int64_t each = (rows / (threads * 4) + kDotColumns - 1) / kDotColumns * kDotColumns;
+  int64_t each = (rows / (threads * 8) + kDotColumns - 1) / kDotColumns * kDotColumns;
   return std::max<int64_t>(kDotColumns, std::min(kTaskRows, each));
 }
 
@@ -71,6 +72,7 @@ inline void four_dots(const X* const* x, const W* const* w, int64_t depth, Four*
     for (; i + U * D::kWidth <= depth; i += U * D::kWidth) {
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
+        __builtin_prefetch((const char*)(row + i + u * D::kWidth) + kAhead, 0, 2);
         auto column = D::get(row + i + u * D::kWidth);
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) D::add(acc[m][u], D::get(x[m] + i + u * D::kWidth), column);
@@ -157,14 +159,17 @@ inline void normalise(const X* x, const W* weight, int64_t count, float eps, Y* 
   if (i < count) store_some(y + i, load_some(x + i, count - i) * factor * load_some(weight + i, count - i), count - i);
 }
 
+// y (T, B) = x (T, A) w (B, A)^T, and plus (T, B) unless that is null.
 template <typename W, typename Y>
-void linear(const W* x, int64_t T, int64_t A, const W* w, int64_t B, Y* y, int threads) {
+void linear(const W* x, int64_t T, int64_t A, const W* w, int64_t B, Y* y, int threads, const Y* plus = nullptr) {
   using X = RowOf<W>;
   RowList<X> rows(as_rows(x, T * A, (X*)scratch(T * A * sizeof(X))), A, T);
   threads = threads_for(2.0 * T * A * B, threads);
 #pragma omp parallel num_threads(threads)
   share(B, step_for(B, threads), [&](int64_t first, int64_t last) {
-    dots(rows.rows, T, w, A, first, last, A, [&](int64_t t, int64_t n, float sum) { put(y + t * B + n, sum); });
+    dots(rows.rows, T, w, A, first, last, A, [&](int64_t t, int64_t n, float sum) {
+      put(y + t * B + n, plus ? widen(plus[t * B + n]) + sum : sum);
+    });
   });
 }
 

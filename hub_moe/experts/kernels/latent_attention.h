@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kBlock = 64, kSplit = 512;     // cached tokens that stay in the cache, and of one task
 constexpr int kHeadRows = kLanes == 16 ? 8 : 4;  // rows of queries in one tile of sums of latents
 constexpr int kWide = kLanes == 16 ? 16 : 8;     // vectors of a run of columns that stays in registers
+constexpr int kRowsAhead = 16;                   // of such a run, that are fetched ahead: they lie apart
 
 // out (columns) = sum over n of x[n] * w[n]: the product with a weight whose columns are outputs.
 template <int V, typename W, typename Y>
@@ -20,7 +21,10 @@ inline void combine(const float* x, int64_t count, const W* w, int64_t w_row, Y*
   for (int64_t n = 0; n < count; ++n) {
     Vec factor = broadcast(x[n]);
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) acc[v] += factor * load(w + n * w_row + v * kLanes);
+    for (int v = 0; v < V; ++v) {
+      __builtin_prefetch(w + (n + kRowsAhead) * w_row + v * kLanes, 0, 2);
+      acc[v] += factor * load(w + n * w_row + v * kLanes);
+    }
   }
 #pragma GCC unroll 16
   for (int v = 0; v < V; ++v) store(out + v * kLanes, acc[v]);

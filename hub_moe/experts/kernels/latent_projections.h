@@ -36,8 +36,8 @@ inline void rotate(const float* x, const Rotation& by, int64_t t, int64_t R, Y* 
 }
 
 struct Projections {  // q_b and q_norm only where queries have a latent of their own, A numbers wide
-  const void *q_a, *q_norm, *q_b, *kv_a, *kv_norm;
-  float q_eps, kv_eps;
+  const void *q_a, *q_norm, *q_b, *kv_a, *kv_norm, *x_norm;  // x_norm: of the rows themselves, or null
+  float q_eps, kv_eps, x_eps;
   int64_t D, A, H, N, R, C;
 };
 
@@ -47,10 +47,12 @@ void project(const W* x, int64_t T, const Projections& p, const Rotation& by, W*
   using X = RowOf<W>;
   int64_t width = p.N + p.R, queries = p.H * width, first_rows = p.q_b ? p.A : queries, keys = p.C + p.R;
   Pieces pieces;
-  size_t x_place = pieces.add<X>(T * p.D), first_place = pieces.add<float>(T * first_rows);
+  size_t x_place = pieces.add<X>(T * p.D), normed_place = pieces.add<W>(T * p.D), first_place = pieces.add<float>(T * first_rows);
   size_t key_place = pieces.add<float>(T * keys), q_place = pieces.add<float>(T * queries), a_place = pieces.add<X>(T * p.A);
   char* memory = scratch(pieces.size);
-  RowList<X> rows(as_rows(x, T * p.D, (X*)(memory + x_place)), p.D, T);
+  W* normed = (W*)(memory + normed_place);
+  for (int64_t t = 0; p.x_norm && t < T; ++t) normalise(x + t * p.D, (const W*)p.x_norm, p.D, p.x_eps, normed + t * p.D);
+  RowList<X> rows(as_rows(p.x_norm ? normed : x, T * p.D, (X*)(memory + x_place)), p.D, T);
   float *first = (float*)(memory + first_place), *kv = (float*)(memory + key_place);
   float* q = p.q_b ? (float*)(memory + q_place) : first;
   X* a = (X*)(memory + a_place);
