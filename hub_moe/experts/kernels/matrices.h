@@ -4,8 +4,7 @@
 
 #pragma once
 
-#include "tasks.h"
-#include "tiles.h"
+#include "few_rows.h"
 
 namespace {
 
@@ -21,6 +20,12 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
     int64_t start = task.expert ? ends[task.expert - 1] : 0, end = ends[task.expert];
     const W* matrix = w + task.expert * w_expert;
+    if (end - start <= kRowsAtOnce) {  // reading the matrix is what takes time, so it is read in long runs
+      const X* few[kRowsAtOnce];
+      for (int64_t s = start; s < end; ++s) few[s - start] = x[s];
+      return dots(few, end - start, matrix, w_row, task.column, std::min(B, task.column + kTaskColumns), A,
+                  [&](int64_t m, int64_t n, float sum) { y[(start + m) * B + n] = sum; });
+    }
     int64_t last = std::min(B, task.column + kTaskColumns), whole = last - (last - task.column) % kDotColumns;
     for (int64_t n = task.column; n < last; n += kDotColumns) {
       // too few columns for a tile: their last ones are computed again, or, in a tiny matrix, one is repeated
