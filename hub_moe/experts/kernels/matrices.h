@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kDotDepth = 704;  // how much of kDotColumns matrix rows stays in the first-level cache
 constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
-constexpr int kTaskColumns = 32;
+constexpr int kTaskColumns = 32, kExpertsPerThread = 8;
 
 // Matrices whose rows are outputs: y = x w^T, by dot products of contiguous rows.
 template <typename X, typename W>
@@ -79,57 +79,67 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
   });
 }
 
-// Matrices whose columns are outputs: y = x w, by outer products; a panel of w is widened into the cache first.
+// y[s, 0:columns] = x[s] w for the rows from `start` to `end`: outer products with panels of w, each widened into the cache
+// first. Meanwhile the next is fetched: below, or, behind the last one, where there is `more`, beside the first.
+template <typename W>
+void multiply_panels(Rows<float> x, int64_t start, int64_t end, const W* w, int64_t w_row, int64_t A, int64_t columns,
+                     bool more, float* y, int64_t y_row) {
+  alignas(64) float panel[kPanelDepth * kPanelColumns];
+  for (int64_t k = 0; k < A; k += kPanelDepth) {
+    int64_t depth = std::min<int64_t>(kPanelDepth, A - k);
+    for (int64_t r = 0; r < depth; ++r) {
+      const W* from = w + (k + r) * w_row;
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        float* to = panel + (c / kTile) * kPanelDepth * kTile + r * kTile + c % kTile;
+        store(to, c + kLanes <= columns ? load(from + c) : load_some(from + c, columns - c));
+      }
+    }
+    bool is_last = k + kPanelDepth >= A;
+    const W* next = is_last ? w + kPanelColumns : w + (k + kPanelDepth) * w_row;
+    int64_t parts = (end - start + kOuterRows - 1) / kOuterRows;
+    for (int64_t s = start; s < end; s += kOuterRows) {
+      int64_t count = std::min<int64_t>(kOuterRows, end - s);
+      if (parts > 1 && (more || !is_last))
+        prefetch_part(next, std::min<int64_t>(kPanelDepth, A), w_row, columns, (s - start) / kOuterRows, parts);
+      const float* rows[kOuterRows];
+      for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
+      for (int64_t c = 0; c < columns; c += kTile) {
+        float* out = y + s * y_row + c;
+        int64_t width = std::min<int64_t>(kTile, columns - c);
+        Vec sums[kOuterRows][2] = {};
+        for (int64_t m = 0; k && m < count; ++m)
+          for (int half = 0; half < 2; ++half) {
+            int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
+            const float* from = out + m * y_row + half * kLanes;
+            if (lanes > 0) sums[m][half] = lanes == kLanes ? load(from) : load_some(from, lanes);
+          }
+        const float* tile = panel + (c / kTile) * kPanelDepth * kTile;
+        outer_tile_of<kOuterRows>(
+            count, sums, depth, [&](int64_t r) { return [&rows, r](int i) { return rows[i][r]; }; },
+            [&](int64_t r) { return tile + r * kTile; });
+        for (int64_t m = 0; m < count; ++m)
+          for (int half = 0; half < 2; ++half) {
+            int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
+            if (lanes > 0) put(out + m * y_row + half * kLanes, sums[m][half], lanes);
+          }
+      }
+    }
+  }
+}
+
+// Matrices whose columns are outputs: y = x w.
 template <typename W>
 void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_row, const int64_t* ends, int64_t experts,
                          int64_t A, int64_t B, float* y, int threads) {
-  auto tasks = make_tasks(ends, experts, B, kPanelColumns, false);
+  auto tasks = make_tasks(ends, experts, B, B, false);
+  // with enough experts to go round, a thread keeps to one: then what it reads next is known, and fetched ahead
+  int64_t step = (int64_t)tasks.size() >= kExpertsPerThread * threads ? B : kPanelColumns;
+  if (step < B) tasks = make_tasks(ends, experts, B, step, false);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
-    alignas(64) float panel[kPanelDepth * kPanelColumns];
-    int64_t start = task.expert ? ends[task.expert - 1] : 0, end = ends[task.expert];
-    int64_t columns = std::min<int64_t>(kPanelColumns, B - task.column);
-    for (int64_t k = 0; k < A; k += kPanelDepth) {
-      int64_t depth = std::min<int64_t>(kPanelDepth, A - k);
-      for (int64_t r = 0; r < depth; ++r) {
-        const W* from = w + task.expert * w_expert + (k + r) * w_row + task.column;
-        for (int64_t c = 0; c < columns; c += kLanes) {
-          float* to = panel + (c / kTile) * kPanelDepth * kTile + r * kTile + c % kTile;
-          store(to, c + kLanes <= columns ? load(from + c) : load_some(from + c, columns - c));
-        }
-      }
-      const W* next = w + task.expert * w_expert + (k + kPanelDepth) * w_row + task.column;
-      int64_t parts = (end - start + kOuterRows - 1) / kOuterRows;
-      for (int64_t s = start; s < end; s += kOuterRows) {
-        int64_t count = std::min<int64_t>(kOuterRows, end - s);
-        if (parts > 1) prefetch_part(next, kPanelDepth, w_row, columns, (s - start) / kOuterRows, parts);
-        const float* rows[kOuterRows];
-        for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
-        for (int64_t c = 0; c < columns; c += kTile) {
-          float* out = y + s * B + task.column + c;
-          int64_t width = std::min<int64_t>(kTile, columns - c);
-          Vec sums[kOuterRows][2] = {};
-          if (k) {
-            for (int64_t m = 0; m < count; ++m)
-              for (int half = 0; half < 2; ++half) {
-                int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
-                const float* from = out + m * B + half * kLanes;
-                if (lanes > 0) sums[m][half] = lanes == kLanes ? load(from) : load_some(from, lanes);
-              }
-          }
-          const float* tile = panel + (c / kTile) * kPanelDepth * kTile;
-          outer_tile_of<kOuterRows>(
-              count, sums, depth, [&](int64_t r) { return [&rows, r](int i) { return rows[i][r]; }; },
-              [&](int64_t r) { return tile + r * kTile; });
-          for (int64_t m = 0; m < count; ++m)
-            for (int half = 0; half < 2; ++half) {
-              int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
-              float* to = out + m * B + half * kLanes;
-              if (lanes == kLanes) store(to, sums[m][half]);
-              else if (lanes > 0) store_some(to, sums[m][half], lanes);
-            }
-        }
-      }
-    }
+    int64_t last = std::min(B, task.column + step);
+    for (int64_t column = task.column; column < last; column += kPanelColumns)
+      multiply_panels(x, task.expert ? ends[task.expert - 1] : 0, ends[task.expert], w + task.expert * w_expert + column,
+                      w_row, A, std::min<int64_t>(kPanelColumns, B - column), column + kPanelColumns < last, y + column, B);
   });
 }
 
