@@ -3,9 +3,10 @@
     python evals/speed/esft.py [--rounds 9] [--steps 4] [--sequences 4]
 
 A HubMoe of about 165 M parameters in float32 on the CPU, AdamW, all layers with experts, and in each the experts that
-the data uses most: those cost the most to train. Both methods start from the same weights in a fresh process and see
-the same tokens; their first loss must be the same. Memory is the peak resident size while training, less that with the
-weights loaded. Both compute with the products of hub_moe, the fastest there are for full fine-tuning.
+the data uses most: those cost the most to train. `_and_rest` is the same with shared experts and all that is no expert
+trained beside them. All methods start from the same weights in a fresh process and see the same tokens; their first
+loss must be the same. Memory is the peak resident size while training, less that with the weights loaded. All compute
+with the products of hub_moe, the fastest there are for full fine-tuning.
 """
 
 import argparse
@@ -18,12 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rounds import add_options, compare, measure_in_turns, report, require_quiet
+from rounds import Spread, add_options, compare, measure_in_turns, report, require_quiet
 from step import SHAPE as STEP_SHAPE
 
 SHAPE = {**STEP_SHAPE, "num_hidden_layers": 7}
 SHARE = 0.1
 LENGTH = 256
+METHODS = ("full", "experts", "experts_and_rest")
 GOALS = {"peak_bytes": 0.35, "step_s": 0.75, "patch_bytes": 0.15}
 
 
@@ -88,8 +90,9 @@ def train_once(method: str, steps: int, sequences: int) -> None:
     chosen = choose_experts(model, tokens)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident_bytes("VmRSS")
-    if method == "experts":
-        freeze_all_but(model, chosen, shared_experts=False, non_expert_modules=False)
+    if method != "full":
+        with_rest = method == "experts_and_rest"
+        freeze_all_but(model, chosen, shared_experts=with_rest, non_expert_modules=with_rest)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     losses, times = [], []
     for _ in range(steps):
@@ -106,19 +109,26 @@ def train_once(method: str, steps: int, sequences: int) -> None:
 
 
 def compare_files(sequences: int) -> dict[str, float]:
-    """Bytes on disk of the trained experts and of the whole model."""
+    """Bytes on disk of the trained experts, of these and the rest, and of the whole model."""
     from safetensors.torch import save_file
 
-    from hub_moe.experts import split_experts, trained_tensors
+    from hub_moe.experts import freeze_all_but, trained_tensors
 
     model = make_model()
-    split_experts(model, choose_experts(model, make_tokens(sequences)))
+    trained = freeze_all_but(
+        model, choose_experts(model, make_tokens(sequences)), shared_experts=True, non_expert_modules=True
+    )
+    experts = {name: tensor.contiguous() for name, tensor in trained_tensors(model).items()}
+    rest = {name: model.get_parameter(name).detach() for name in set(trained) - experts.keys()}
     with tempfile.TemporaryDirectory() as scratch:
-        patch = Path(scratch) / "patch.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in trained_tensors(model).items()}, patch)
+        patches = {"patch": experts, "patch_and_rest": experts | rest}
+        sizes = {}
+        for name, tensors in patches.items():
+            save_file(tensors, Path(scratch) / f"{name}.safetensors")
+            sizes[f"{name}_bytes"] = (Path(scratch) / f"{name}.safetensors").stat().st_size
         model.save_pretrained(Path(scratch) / "model")
         weights = sum(file.stat().st_size for file in (Path(scratch) / "model").glob("*.safetensors"))
-        return {"patch_bytes": patch.stat().st_size, "checkpoint_bytes": weights, "parameters": model.num_parameters()}
+        return {**sizes, "checkpoint_bytes": weights, "parameters": model.num_parameters()}
 
 
 def main() -> None:
@@ -135,15 +145,15 @@ def main() -> None:
         return
     busy = require_quiet(arguments)
     options = ["--steps", str(arguments.steps), "--sequences", str(arguments.sequences)]
-    programs = {name: [os.path.abspath(__file__), "--train", name, *options] for name in ("full", "experts")}
+    programs = {name: [os.path.abspath(__file__), "--train", name, *options] for name in METHODS}
     figures = measure_in_turns(programs, rounds=arguments.rounds)
     files = compare_files(arguments.sequences)
-    assert all(
-        math.isclose(a["first_loss"], b["first_loss"], rel_tol=1e-6)
-        for a, b in zip(figures["full"], figures["experts"], strict=True)
-    ), "the two methods do not start from the same loss"
-    ratios = {key: compare(figures["experts"], figures["full"], key) for key in ("peak_bytes", "step_s")}
-    ratios["patch_bytes"] = files["patch_bytes"] / files["checkpoint_bytes"]
+    first_losses = [each["first_loss"] for method in METHODS for each in figures[method]]
+    assert all(math.isclose(loss, first_losses[0], rel_tol=1e-6) for loss in first_losses), "not the same first loss"
+    ratios: dict[str, Spread | float] = {}
+    for ending, method in (("", "experts"), ("_and_rest", "experts_and_rest")):
+        ratios |= {f"{key}{ending}": compare(figures[method], figures["full"], key) for key in ("peak_bytes", "step_s")}
+        ratios[f"patch_bytes{ending}"] = files[f"patch{ending}_bytes"] / files["checkpoint_bytes"]
     report(
         "esft",
         ratios,
