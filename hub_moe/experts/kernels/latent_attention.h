@@ -213,29 +213,42 @@ struct Heads {
   int64_t B, L, H, N, R, C, V;
 };
 
-// y (B, L, H, V) of query (B, L, H, N + R) over the cache.
+// One call of `attend`: where its parts lie, and its four steps, which threads share.
 template <typename W>
-void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask, float scaling, W* y, int threads) {
+struct Attention {
   using X = RowOf<W>;
-  int64_t T = p.B * p.L, M = p.L * p.H, splits = (cache.S + kSplit - 1) / kSplit, width = p.C + p.R, per_head = p.N + p.V;
-  const W* kv_b = (const W*)p.kv_b;
-  Pieces pieces;
-  size_t q_place = pieces.add<X>(T * p.H * width), n_place = pieces.add<float>(T * p.H * p.N);
-  size_t part_place = pieces.add<float>(p.B * splits * M * p.C), state_place = pieces.add<float>(p.B * splits * M * 2);
-  size_t context_place = pieces.add<float>(T * p.H * p.C);
-  char* memory = scratch(pieces.size);
-  X* latent_query = (X*)(memory + q_place);
-  float *plain = (float*)(memory + n_place), *parts = (float*)(memory + part_place);
-  float *states = (float*)(memory + state_place), *context = (float*)(memory + context_place);
-  for (int64_t i = 0; i < T * p.H; ++i) {
-    const W* row = query + i * (p.N + p.R);
-    for (int64_t n = 0; n < p.N; ++n) plain[i * p.N + n] = widen(row[n]);
-    for (int64_t r = 0; r < p.R; ++r) put(latent_query + i * width + p.C + r, widen(row[p.N + r]));
+  const Heads& p;
+  const Cache& cache;
+  const Mask& mask;
+  float scaling;
+  const W* kv_b;
+  int64_t T, M, splits, width, per_head;
+  X* latent_query;                         // (T, H, C + R)
+  float *plain, *parts, *states, *context;  // (T, H, N); of each split (M, C) and (M, 2); (T, H, C)
+
+  Attention(const Heads& p, const Cache& cache, const Mask& mask, float scaling)
+      : p(p), cache(cache), mask(mask), scaling(scaling), kv_b((const W*)p.kv_b), T(p.B * p.L), M(p.L * p.H),
+        splits((cache.S + kSplit - 1) / kSplit), width(p.C + p.R), per_head(p.N + p.V) {
+    Pieces pieces;
+    size_t q_place = pieces.add<X>(T * p.H * width), n_place = pieces.add<float>(T * p.H * p.N);
+    size_t part_place = pieces.add<float>(p.B * splits * M * p.C), state_place = pieces.add<float>(p.B * splits * M * 2);
+    size_t context_place = pieces.add<float>(T * p.H * p.C);
+    char* memory = scratch(pieces.size);
+    latent_query = (X*)(memory + q_place);
+    plain = (float*)(memory + n_place), parts = (float*)(memory + part_place);
+    states = (float*)(memory + state_place), context = (float*)(memory + context_place);
   }
-  double operations = 2.0 * T * p.H * (p.C * per_head + (double)cache.S * (p.C + width));
-  threads = threads_for(operations, threads);
-#pragma omp parallel num_threads(threads)
-  {
+
+  void widen_queries(const W* query) {
+    for (int64_t i = 0; i < T * p.H; ++i) {
+      const W* row = query + i * (p.N + p.R);
+      for (int64_t n = 0; n < p.N; ++n) plain[i * p.N + n] = widen(row[n]);
+      for (int64_t r = 0; r < p.R; ++r) put(latent_query + i * width + p.C + r, widen(row[p.N + r]));
+    }
+  }
+
+  // Queries as they meet latents.
+  void absorb_keys() {
     int64_t columns = (p.C + kWide * kLanes - 1) / (kWide * kLanes);
     share(p.H * columns, 1, [&](int64_t index, int64_t) {
       int64_t h = index / columns, c = index % columns * kWide * kLanes;
@@ -243,45 +256,52 @@ void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask
         combine_columns(plain + (t * p.H + h) * p.N, p.N, kv_b + h * per_head * p.C + c, p.C,
                         std::min<int64_t>(kWide * kLanes, p.C - c), latent_query + (t * p.H + h) * width + c);
     });
-    share(p.B * splits, 1, [&](int64_t index, int64_t) {
-      int64_t b = index / splits, from = index % splits * kSplit, to = std::min(cache.S, from + kSplit);
-      const W* latent = (const W*)cache.latent + b * cache.latent_sequence;
-      const W* key = (const W*)cache.key + b * cache.key_sequence;
-      float *sums = parts + index * M * p.C, *state = states + index * M * 2;
-      std::fill(sums, sums + M * p.C, 0.0f);
-      for (int64_t m = 0; m < M; ++m) state[2 * m] = -INFINITY, state[2 * m + 1] = 0;
-      thread_local std::vector<float> scores;
-      thread_local std::vector<X> weights;
-      scores.resize(M * kBlock), weights.resize(M * kBlock);
-      for (int64_t s = from; s < to; s += kBlock) {
-        int64_t count = std::min(kBlock, to - s);
-        score_block(latent_query + b * M * width, M, p.C, p.R, latent + s * cache.latent_row, cache.latent_row,
-                    key + s * cache.key_row, cache.key_row, count, scores.data());
-        for (int64_t m = 0; m < M; ++m) {
-          float* row = scores.data() + m * kBlock;
-          int64_t offset = b * mask.sequence + m % p.H * mask.head + m / p.H * mask.token + s * mask.cached;
-          mask_scores(row, count, scaling, mask, offset);
-          float sum = weigh(row, count, weights.data() + m * kBlock, state[2 * m], state[2 * m + 1], sums + m * p.C, p.C);
-          state[2 * m + 1] += sum;
-        }
-        const W *here = latent + s * cache.latent_row, *ahead = s + 2 * kBlock <= cache.S ? here + kBlock * cache.latent_row : here;
-        add_block(weights.data(), M, p.C, here, cache.latent_row, count, ahead, sums);
+  }
+
+  // Of a run of cached tokens: latents weighed by e^(score - largest), added up, and the largest score and the sum of weights.
+  void read_split(int64_t b, int64_t split) {
+    int64_t from = split * kSplit, to = std::min(cache.S, from + kSplit), index = b * splits + split;
+    const W* latent = (const W*)cache.latent + b * cache.latent_sequence;
+    const W* key = (const W*)cache.key + b * cache.key_sequence;
+    float *sums = parts + index * M * p.C, *state = states + index * M * 2;
+    std::fill(sums, sums + M * p.C, 0.0f);
+    for (int64_t m = 0; m < M; ++m) state[2 * m] = -INFINITY, state[2 * m + 1] = 0;
+    thread_local std::vector<float> scores;
+    thread_local std::vector<X> weights;
+    scores.resize(M * kBlock), weights.resize(M * kBlock);
+    for (int64_t s = from; s < to; s += kBlock) {
+      int64_t count = std::min(kBlock, to - s);
+      score_block(latent_query + b * M * width, M, p.C, p.R, latent + s * cache.latent_row, cache.latent_row,
+                  key + s * cache.key_row, cache.key_row, count, scores.data());
+      for (int64_t m = 0; m < M; ++m) {
+        float* row = scores.data() + m * kBlock;
+        int64_t offset = b * mask.sequence + m % p.H * mask.head + m / p.H * mask.token + s * mask.cached;
+        mask_scores(row, count, scaling, mask, offset);
+        float sum = weigh(row, count, weights.data() + m * kBlock, state[2 * m], state[2 * m + 1], sums + m * p.C, p.C);
+        state[2 * m + 1] += sum;
       }
-    });
-    share(p.B * M, 1, [&](int64_t row, int64_t) {
-      int64_t b = row / M, m = row % M;
-      float most = -INFINITY, total = 0, *to = context + row * p.C;
-      for (int64_t i = 0; i < splits; ++i) most = std::max(most, states[((b * splits + i) * M + m) * 2]);
-      std::fill(to, to + p.C, 0.0f);
-      for (int64_t i = 0; i < splits; ++i) {
-        const float *state = states + ((b * splits + i) * M + m) * 2, *sums = parts + ((b * splits + i) * M + m) * p.C;
-        float factor = state[0] == -INFINITY ? 0.0f : std::exp(state[0] - most);
-        total += factor * state[1];
-        for (int64_t c = 0; c < p.C; ++c) to[c] += factor * sums[c];
-      }
-      float scale = total > 0 ? 1 / total : 0;  // a query that sees nothing has output 0
-      for (int64_t c = 0; c < p.C; ++c) to[c] *= scale;
-    });
+      const W *here = latent + s * cache.latent_row, *ahead = s + 2 * kBlock <= cache.S ? here + kBlock * cache.latent_row : here;
+      add_block(weights.data(), M, p.C, here, cache.latent_row, count, ahead, sums);
+    }
+  }
+
+  // The weighted mean of all latents from those of the runs.
+  void join_splits(int64_t row) {
+    int64_t b = row / M, m = row % M;
+    float most = -INFINITY, total = 0, *to = context + row * p.C;
+    for (int64_t i = 0; i < splits; ++i) most = std::max(most, states[((b * splits + i) * M + m) * 2]);
+    std::fill(to, to + p.C, 0.0f);
+    for (int64_t i = 0; i < splits; ++i) {
+      const float *state = states + ((b * splits + i) * M + m) * 2, *sums = parts + ((b * splits + i) * M + m) * p.C;
+      float factor = state[0] == -INFINITY ? 0.0f : std::exp(state[0] - most);
+      total += factor * state[1];
+      for (int64_t c = 0; c < p.C; ++c) to[c] += factor * sums[c];
+    }
+    float scale = total > 0 ? 1 / total : 0;  // a query that sees nothing has output 0
+    for (int64_t c = 0; c < p.C; ++c) to[c] *= scale;
+  }
+
+  void expand_values(W* y) {
     int64_t step = std::min<int64_t>(p.V, 32), runs = (p.V + step - 1) / step;
     share(p.H * runs, 1, [&](int64_t index, int64_t) {
       int64_t h = index / runs, v = index % runs * step;
@@ -289,6 +309,22 @@ void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask
       dots(mine.rows, T, kv_b + (h * per_head + p.N) * p.C, p.C, v, std::min(p.V, v + step), p.C,
            [&](int64_t t, int64_t n, float sum) { put(y + (t * p.H + h) * p.V + n, sum); });
     });
+  }
+};
+
+// y (B, L, H, V) of query (B, L, H, N + R) over the cache.
+template <typename W>
+void attend(const W* query, const Heads& p, const Cache& cache, const Mask& mask, float scaling, W* y, int threads) {
+  Attention<W> all(p, cache, mask, scaling);
+  all.widen_queries(query);
+  double operations = 2.0 * all.T * p.H * (p.C * all.per_head + (double)cache.S * (p.C + all.width));
+  threads = threads_for(operations, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    all.absorb_keys();
+    share(p.B * all.splits, 1, [&](int64_t index, int64_t) { all.read_split(index / all.splits, index % all.splits); });
+    share(p.B * all.M, 1, [&](int64_t row, int64_t) { all.join_splits(row); });
+    all.expand_values(y);
   }
 }
 
