@@ -109,7 +109,8 @@ class PreparedProjections:
         """
         x_BLD = x_BLD.contiguous()
         batch, new, width = x_BLD.shape
-        cos, sin = (part if part.shape[0] == batch else part.expand(batch, -1, -1) for part in rotation)
+        shape = (batch, new, self._rope_size)
+        cos, sin = (part if part.shape == shape else part.expand(shape) for part in rotation)
         cos, sin = cos.contiguous(), sin.contiguous()
         query_BLHX = x_BLD.new_empty((batch, new, self._heads, self._head_size))
         both = x_BLD.new_empty((batch, 1, new, self._latent_size + self._rope_size))
@@ -161,7 +162,7 @@ class PreparedLayer:
         mask: Tensor | None,
         scaling: float,
     ) -> Tensor | None:
-        """The layer's output, (B, L, D); None where logits that are no numbers choose experts that rows cannot have.
+        """The layer's output, (B, L, D); None where several experts are equally good for a row, also as all are NaN.
 
         Args:
             x_BLD: What went into the layer.

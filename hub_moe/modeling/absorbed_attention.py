@@ -51,13 +51,23 @@ def should_absorb(attention: nn.Module, query_BHLX: Tensor, latent_B1SC: Tensor,
     sizes: Any = attention  # it keeps what it needs of its config, whose plain reads take ten times as long
     if sizes.config._attn_implementation not in _IMPLEMENTATIONS or (mask is None and new > 1):
         return False
-    if mask is not None and mask.dim() != 4:
+    if mask is not None and not hides_plainly(mask):
         return False
     if (attention.training and sizes.config.attention_dropout) or torch.is_autocast_enabled(query_BHLX.device.type):
         return False
     if latent_B1SC.dtype != query_BHLX.dtype or not is_plain(sizes.kv_b_proj, query_BHLX):
         return False
-    width, latent_size = sizes.qk_nope_head_dim + sizes.v_head_dim, sizes.kv_lora_rank
+    return costs_less(attention, new, cached)
+
+
+def hides_plainly(mask: Tensor) -> bool:
+    """Whether a mask is (B, H, L, S), and bool or numbers to add."""
+    return mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point())
+
+
+def costs_less(attention: Any, new: int, cached: int) -> bool:
+    """Whether the absorbed form of `new` tokens takes less time than the expanded one; see `should_absorb`."""
+    width, latent_size = attention.qk_nope_head_dim + attention.v_head_dim, attention.kv_lora_rank
     expansion = latent_size * width
     return bool(new * (expansion + cached * (2 * latent_size - width)) < _MEASURED_SHARE * cached * expansion)
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
+from .absorbed_attention import costs_less, hides_plainly
 from .configuration_hub_moe import HubMoeConfig
 from .half_products import is_untouched
 from .layers import HubMoeAttention, HubMoeMLP, HubMoeMoE, HubMoeRMSNorm, decoding, find_steps, linear, norm_of
@@ -47,7 +48,10 @@ class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
             steps = find_steps(hidden_states)
             prepared = None if steps is None else _prepare(self, hidden_states, steps)
             if prepared is not None and _can_rotate(position_embeddings):
-                return self.decode(prepared, hidden_states, position_embeddings, attention_mask, past_key_values)
+                kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
+                return self.decode(
+                    prepared, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                )
         out: Tensor = super().forward(
             hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
         )
@@ -60,17 +64,18 @@ class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
         rotation: tuple[Tensor, Tensor],
         mask: Tensor | None,
         cache: Cache,
+        **kwargs: Any,
     ) -> Tensor:
         """`forward` by compiled steps: one in front of the cache, and one behind where attention reads the latents."""
         attention = self.self_attn
         query_BHLX, latent_B1LC, rope_B1LR = prepared.project(x_BLD, rotation)
         latent_B1SC, rope_B1SR = attention.remember(cache, latent_B1LC, rope_B1LR)
-        if attention.reads_latents(query_BHLX, latent_B1SC, rope_B1SR, mask):
+        if prepared.reads_latents(attention, query_BHLX, (latent_B1SC, rope_B1SR), mask):
             latents = latent_B1SC.squeeze(1), rope_B1SR.squeeze(1)
             out_BLD: Tensor | None = prepared.finish(x_BLD, query_BHLX, latents, mask=mask, scaling=attention.scaling)
             if out_BLD is not None:
                 return out_BLD
-        attended_BLD, _ = attention.attend((query_BHLX, latent_B1SC, rope_B1SR), mask, cache)
+        attended_BLD, _ = attention.attend((query_BHLX, latent_B1SC, rope_B1SR), mask, cache, **kwargs)
         x_BLD = x_BLD + attended_BLD
         fed: Tensor = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
         return fed
@@ -111,45 +116,123 @@ class PreparedSteps:
         attention, mlp = layer.self_attn, layer.mlp
         norms = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
         weights = attention.kv_b_proj.weight, attention.o_proj.weight, norms[1]
-        self._steps, self._dtype, self._settings = steps, attention.o_proj.weight.dtype, mlp.settings()
+        self._steps, self._dtype, self._settings = steps, attention.o_proj.weight.dtype, _settings(layer)
+        self._width = attention.o_proj.weight.shape[0]
         self.project = steps.prepare_projections(attention.projections()._replace(x_norm=norms[0]))
         self.finish = steps.prepare_layer(decoding.LayerWeights(*weights, **mlp.layer_weights()))
-        self._inner = [module for module in layer.modules() if module is not layer]
-        self._children = [(each._modules, tuple(each._modules.items())) for each in (layer, *self._inner)]
-        self._tensors = [
-            (own, name, type(tensor), tensor.dtype, tensor.data_ptr())
-            for module in self._inner
-            for own in (module._parameters, module._buffers)
-            for name, tensor in own.items()
-            if tensor is not None
-        ]
+        self._inner = [(each, type(each), type(each).forward) for each in layer.modules() if each is not layer]
+        modules = (layer, *[module for module, *_ in self._inner])
+        self._children = [(each._modules, tuple(each._modules.items())) for each in modules]
+        tensors = [own for each in modules[1:] for own in (each._parameters, each._buffers)]
+        self._tensors = [(own, [(name, _place_of(tensor)) for name, tensor in own.items()]) for own in tensors if own]
+        self._empty = [own for own in tensors if not own]
+
+    def reads_latents(
+        self, attention: HubMoeAttention, query_BHLX: Tensor, cached: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> bool:
+        """Whether `finish` attends as `HubMoeAttention.attend` would: what of `should_absorb` is not known already."""
+        latent_B1SC, rope_B1SR = cached
+        new = query_BHLX.shape[2]
+        if not (new == 1 if mask is None else hides_plainly(mask)) or (
+            attention.training and attention.attention_dropout
+        ):
+            return False
+        are_rows = latent_B1SC.stride(-1) == rope_B1SR.stride(-1) == 1 and latent_B1SC.dtype is self._dtype
+        return are_rows and costs_less(attention, new, latent_B1SC.shape[2])
 
     def is_good(self, layer: HubMoeDecoderLayer, x: Tensor, steps: Any) -> bool:
         """Whether compiled steps still compute what calling the layer does, for rows like `x`."""
         if self._steps is not steps or x.dtype is not self._dtype or all_modules._has_any_global_hook():
             return False
+        is_wide = x.dim() == 3 and x.shape[-1] == self._width
+        return is_wide and self._settings == _settings(layer) and self._are_same_modules() and self._are_same_weights()
+
+    def _are_same_modules(self) -> bool:
         for own, children in self._children:
+            if len(own) != len(children):
+                return False
             for name, child in children:
                 if own.get(name) is not child:
                     return False
-        for module in self._inner:
+        for module, kind, forward in self._inner:
             hooks = module._forward_hooks or module._forward_pre_hooks
             if hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
                 return False
-        for tensors, name, kind, dtype, address in self._tensors:
-            tensor = tensors.get(name)
-            if type(tensor) is not kind or tensor.dtype is not dtype or tensor.data_ptr() != address:
+            if type(module) is not kind or kind.forward is not forward:
                 return False
-        return bool(self._settings == layer.mlp.settings())
+        return True
+
+    def _are_same_weights(self) -> bool:
+        for own, places in self._tensors:
+            if len(own) != len(places):
+                return False
+            for name, place in places:
+                if _place_of(own.get(name)) != place:
+                    return False
+        return not any(self._empty)
 
 
-_PREPARED: WeakKeyDictionary[nn.Module, PreparedSteps] = (
-    WeakKeyDictionary()
-)  # not in the layer, which is copied and saved
+def _place_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """What makes it another weight than the contiguous one it was: where it lies, and how."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.shape, tensor.is_contiguous(), tensor.dtype, type(tensor)
+
+
+def _settings(layer: HubMoeDecoderLayer) -> tuple[Any, ...]:
+    """What decides on the arithmetic beside weights."""
+    attention = layer.self_attn
+    norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.kv_a_layernorm, attention.q_a_layernorm)
+    eps = [None if norm is None else norm.variance_epsilon for norm in norms]
+    config: Any = attention.config
+    return (*eps, config._attn_implementation, vars(config)["rope_interleave"], *layer.mlp.settings())
+
+
+def _fits(layer: HubMoeDecoderLayer, width: int) -> bool:
+    """Whether the layer attends as compiled steps do, takes states of `width`, and its weights fit each other."""
+    attention, mlp = layer.self_attn, layer.mlp
+    if attention.config._attn_implementation != "sdpa":  # what others give or take is theirs to say
+        return False
+    heads, value_size = attention.num_heads, attention.v_head_dim
+    sizes = {"latent": attention.kv_lora_rank, "rope": attention.qk_rope_head_dim, "query": attention.qk_head_dim}
+    expected = {
+        layer.input_layernorm.weight: (width,),
+        layer.post_attention_layernorm.weight: (width,),
+        attention.kv_a_layernorm.weight: (sizes["latent"],),
+        attention.kv_a_proj_with_mqa.weight: (sizes["latent"] + sizes["rope"], width),
+        attention.kv_b_proj.weight: (heads * (attention.qk_nope_head_dim + value_size), sizes["latent"]),
+        attention.o_proj.weight: (width, heads * value_size),
+    }
+    if attention.q_lora_rank is None:
+        expected[attention.q_proj.weight] = (heads * sizes["query"], width)
+    else:
+        rank = attention.q_a_layernorm.weight.shape[0]
+        expected[attention.q_a_proj.weight] = (rank, width)
+        expected[attention.q_b_proj.weight] = (heads * sizes["query"], rank)
+    block = mlp if isinstance(mlp, HubMoeMLP) else mlp.shared_experts
+    if block is not None:
+        inner = block.gate_proj.weight.shape[0]
+        expected |= {each.weight: (inner, width) for each in (block.gate_proj, block.up_proj)}
+        expected[block.down_proj.weight] = (width, inner)
+    if isinstance(mlp, HubMoeMoE):
+        if not mlp.gate.can_route():
+            return False
+        num_experts, inner = mlp.gate.weight.shape[0], mlp.experts.down_proj.shape[2]
+        expected[mlp.gate.weight] = (num_experts, width)
+        expected[mlp.experts.gate_up_proj] = (num_experts, 2 * inner, width)
+        expected[mlp.experts.down_proj] = (num_experts, width, inner)
+    return all(weight.shape == shape for weight, shape in expected.items())
+
+
+# not kept in the layers, which are copied and saved
+_PREPARED: WeakKeyDictionary[nn.Module, PreparedSteps] = WeakKeyDictionary()
+
+
+_FORWARD = HubMoeDecoderLayer.forward
 
 
 def prepare_layers(
-    layers: Iterable[nn.Module], x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None
+    layers: Iterable[Any], x: Tensor, rotation: tuple[Tensor, Tensor], cache: Cache | None
 ) -> list[PreparedSteps] | None:
     """What `decode` of each layer needs, asked for all at once; None where one of them has to be called."""
     steps = None if cache is None or not _can_rotate(rotation) else find_steps(x)
@@ -157,7 +240,8 @@ def prepare_layers(
         return None
     prepared = []
     for layer in layers:
-        one = _prepare(layer, x, steps) if type(layer) is HubMoeDecoderLayer and is_untouched(layer) else None
+        is_own = type(layer) is HubMoeDecoderLayer and type(layer).forward is _FORWARD and is_untouched(layer)
+        one = _prepare(layer, x, steps) if is_own else None
         if one is None:
             return None
         prepared.append(one)
@@ -172,7 +256,8 @@ def _prepare(layer: HubMoeDecoderLayer, x: Tensor, steps: Any) -> PreparedSteps 
     """The compiled steps of `layer` for rows like `x`; None where its modules have to be called."""
     prepared = _PREPARED.get(layer)
     if prepared is None or not prepared.is_good(layer, x, steps):
-        if find_steps(x, layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp) is None:
+        parts = (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
+        if x.dim() != 3 or find_steps(x, *parts) is None or not _fits(layer, x.shape[-1]):
             _PREPARED.pop(layer, None)
             return None
         prepared = _PREPARED[layer] = PreparedSteps(layer, steps)

@@ -57,8 +57,8 @@ def find_steps(x: Tensor, *modules: nn.Module) -> Any:
 def _is_known(module: nn.Module, x: Tensor) -> bool:
     """Whether compiled steps compute what calling `module` does."""
     if type(module) is nn.Linear:
-        return is_plain(module, x) and module.weight.is_contiguous()
-    if not is_untouched(module):
+        return is_plain(module, x) and module.weight.is_contiguous() and nn.Linear.forward is FORWARDS[nn.Linear]
+    if not is_untouched(module) or type(module).forward is not FORWARDS.get(type(module)):
         return False
     if type(module) is HubMoeMLP:
         return _is_silu(module.act_fn) and all(
@@ -70,6 +70,7 @@ def _is_known(module: nn.Module, x: Tensor) -> bool:
             module.config._experts_implementation == _OUR_EXPERTS
             and _is_silu(module.act_fn)
             and not getattr(module, "_is_expert_parallel", False)
+            and "_apply_gate" not in vars(module)
             and all(is_like(stack, x) and stack.is_contiguous() for stack in stacks)
         )
     if type(module) is HubMoeRouter:
@@ -83,11 +84,15 @@ def _is_known(module: nn.Module, x: Tensor) -> bool:
         return all(part is None or _is_known(part, x) for part in parts)
     if type(module) is HubMoeAttention:
         return all(part is None or _is_known(part, x) for part in module._modules.values())
-    return type(module) in (DeepseekV3RMSNorm, HubMoeRMSNorm) and is_like(module.weight, x)
+    if type(module) not in (DeepseekV3RMSNorm, HubMoeRMSNorm):
+        return False
+    weight: Any = module.weight
+    return is_like(weight, x) and bool(weight.is_contiguous())
 
 
 def _is_silu(activation: Any) -> bool:
-    return type(activation) is SiLUActivation and is_untouched(activation)
+    is_own = type(activation) is SiLUActivation and SiLUActivation.forward is FORWARDS[SiLUActivation]
+    return is_own and is_untouched(activation)
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
@@ -171,6 +176,17 @@ class HubMoeRouter(nn.Module):
         weight_TK, expert_TK = route_tokens(logits_TE, self.e_score_correction_bias, self.config)
         return logits_TE, weight_TK, expert_TK
 
+    def can_route(self) -> bool:
+        """Whether bias and config fit the number of experts; if not, `route_tokens` says what is wrong."""
+        num_experts, config, bias = self.weight.shape[0], self.config, self.e_score_correction_bias
+        groups, kept = config.n_group or 1, config.topk_group or 1
+        has_bias = config.topk_method == "noaux_tc"
+        if has_bias and (bias is None or bias.shape != (num_experts,)):
+            return False
+        is_whole = num_experts % groups == 0 and 1 <= kept <= groups
+        is_ranked = kept == groups or num_experts // groups >= (2 if has_bias else 1)
+        return is_whole and is_ranked and 1 <= config.num_experts_per_tok <= num_experts
+
 
 class HubMoeExperts(DeepseekV3Experts):
     """Routed experts as two fused parameters, run by whichever experts implementation the config names."""
@@ -205,16 +221,18 @@ class HubMoeMoE(DeepseekV3MoE):
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
     def settings(self) -> tuple[Any, ...]:
-        """What of the config decides on the routing, and the experts implementation."""
-        settings = vars(self.config)  # plain reads take ten times as long, and this is asked at every step
-        return (*[settings[name] for name in _ROUTER_SETTINGS], self.config._experts_implementation)
+        """What decides on the routing, and on how experts are computed."""
+        settings = vars(self.gate.config)  # plain reads take ten times as long, and this is asked at every step
+        experts: Any = self.experts
+        own = (experts.config._experts_implementation, experts._is_expert_parallel, "_apply_gate" in vars(experts))
+        return (*[settings[name] for name in _ROUTER_SETTINGS], *own)
 
     def layer_weights(self) -> dict[str, Any]:
         """Fields of `LayerWeights` of hub_moe.experts.decoding."""
         weight, bias = self.gate.weight, self.gate.e_score_correction_bias
         return {
             "shared": None if self.shared_experts is None else self.shared_experts.weights(),
-            "router": decoding.Router(weight, bias, *self.settings()[:-1]),
+            "router": decoding.Router(weight, bias, *self.settings()[: len(_ROUTER_SETTINGS)]),
             "experts": (self.experts.gate_up_proj, self.experts.down_proj),
         }
 
@@ -246,14 +264,6 @@ class HubMoeAttention(DeepseekV3Attention):
         kept: tuple[Tensor, Tensor] = cache.update(latent, k_rot, self.layer_idx)
         return kept
 
-    def reads_latents(self, query: Tensor, latent: Tensor, k_rot: Tensor, mask: Tensor | None) -> bool:
-        """Whether `attend` needs no more than compiled steps do: latents, in rows, and no weights to give back."""
-        are_rows = latent.stride(-1) == k_rot.stride(-1) == 1
-        return are_rows and should_absorb(self, query, latent, mask) and not self._gives_weights()
-
-    def _gives_weights(self) -> bool:
-        return bool(self.config._attn_implementation == "eager")
-
     def attend(
         self,
         projected: tuple[Tensor, Tensor, Tensor],
@@ -272,7 +282,7 @@ class HubMoeAttention(DeepseekV3Attention):
                 self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)),
                 mask=attention_mask,
                 scaling=self.scaling,
-                needs_weights=self._gives_weights(),
+                needs_weights=self.config._attn_implementation == "eager",
                 steps=find_steps(query[:, 0], self.kv_b_proj) if are_rows else None,
             )
             return linear(self.o_proj, output.reshape(batch_size, seq_length, -1)), weights
@@ -338,6 +348,16 @@ class HubMoeAttention(DeepseekV3Attention):
         rotate = apply_rotary_pos_emb_interleave if self.config.rope_interleave else apply_rotary_pos_emb
         q_rot, k_rot = (part.to(query.dtype) for part in rotate(q_rot, k_rot, *position_embeddings))
         return torch.cat((q_pass, q_rot), dim=-1), latent, k_rot
+
+
+# of classes for whose modules compiled steps may stand; with another forward they are called
+FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        *(nn.Linear, SiLUActivation, DeepseekV3RMSNorm, HubMoeRMSNorm),
+        *(HubMoeMLP, HubMoeRouter, HubMoeExperts, HubMoeMoE, HubMoeAttention),
+    )
+}
 
 
 class DefaultExpertsMixin:

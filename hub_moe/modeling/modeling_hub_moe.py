@@ -128,19 +128,18 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
         layers = self.layers[: self.config.num_hidden_layers]
         prepared = prepare_layers(layers, hidden, rotation, past_key_values)
         layer: Any
+        given = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
         for place, layer in enumerate(layers):
             if prepared is not None:
-                hidden = layer.decode(prepared[place], hidden, rotation, mask, past_key_values)
-                continue
-            hidden = layer(
-                hidden,
-                position_embeddings=rotation,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+                hidden = layer.decode(prepared[place], hidden, rotation, mask, past_key_values, **given)
+            else:
+                hidden = layer(
+                    hidden,
+                    attention_mask=mask,
+                    past_key_values=past_key_values,
+                    position_embeddings=rotation,
+                    **given,
+                )
         return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden), past_key_values=past_key_values)
 
     @property

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from hub_moe.experts.decoding import PreparedLayer
-from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, absorbed_attention, half_products, layers
+from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, absorbed_attention, decoder_layer, half_products, layers
 from hub_moe.modeling.absorbed_attention import LatentCache, attend_to_latents
 from tests.modeling.stock_models import SHAPE, VARIANTS, save_stock
 
@@ -47,7 +47,12 @@ def _way(request, monkeypatch):
 @pytest.fixture
 def expands(monkeypatch):
     """Call to have every later step expanded."""
-    return lambda: monkeypatch.setattr(layers, "should_absorb", lambda *_: False)
+
+    def expand():
+        for module, name in ((layers, "should_absorb"), (decoder_layer, "costs_less")):
+            monkeypatch.setattr(module, name, lambda *_: False)
+
+    return expand
 
 
 def _models(variant, folder, *, dtype=torch.float32, implementation="sdpa"):

@@ -17,7 +17,8 @@ struct Weights {  // kv_b as in `attend`; o (D, H V); a block that all rows pass
   int64_t D, F, I;  // hidden, inner of the block and of an expert
 };
 
-// y (T, D) = h + feed_forward(norm(h)), where h = x + o(attend(query)). False for experts that rows cannot have.
+// y (T, D) = h + feed_forward(norm(h)), where h = x + o(attend(query)). False where several
+// experts are equally good for a row.
 template <typename W>
 bool finish_layer(const W* x, const W* query, const Heads& p, const Cache& cache, const Mask& mask, float scaling,
                   const Weights& w, const Routing& r, W* y, int threads) {
@@ -35,7 +36,8 @@ bool finish_layer(const W* x, const W* query, const Heads& p, const Cache& cache
     float *logits = numbers.data(), *weights = logits + T * r.E;
     std::vector<int64_t> experts(T * r.K);
     linear(normed, T, D, (const W*)w.router, r.E, logits, threads);
-    for (int64_t t = 0; t < T; ++t) route(logits + t * r.E, r, experts.data() + t * r.K, weights + t * r.K);
+    for (int64_t t = 0; t < T; ++t)
+      if (!route(logits + t * r.E, r, experts.data() + t * r.K, weights + t * r.K)) return false;
     if (!add_experts(blocks, experts.data(), weights, T, r.K, (const W*)w.experts_up, (const W*)w.experts_down, r.E, w.I, D))
       return false;
   }
