@@ -9,7 +9,8 @@
 namespace {
 
 constexpr int kDotDepth = 704;  // how much of kDotColumns matrix rows stays in the first-level cache
-constexpr int kPanelColumns = 4 * kTile, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
+constexpr int kPanelRows = 6, kPanelVectors = kLanes == 16 ? 4 : 2, kPanelTile = kPanelVectors * kLanes;
+constexpr int kPanelColumns = 128, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
 constexpr int kTaskColumns = 32, kExpertsPerThread = 8;
 
 // Matrices whose rows are outputs: y = x w^T, by dot products of contiguous rows.
@@ -90,35 +91,35 @@ void multiply_panels(Rows<float> x, int64_t start, int64_t end, const W* w, int6
     for (int64_t r = 0; r < depth; ++r) {
       const W* from = w + (k + r) * w_row;
       for (int64_t c = 0; c < columns; c += kLanes) {
-        float* to = panel + (c / kTile) * kPanelDepth * kTile + r * kTile + c % kTile;
+        float* to = panel + (c / kPanelTile) * kPanelDepth * kPanelTile + r * kPanelTile + c % kPanelTile;
         store(to, c + kLanes <= columns ? load(from + c) : load_some(from + c, columns - c));
       }
     }
     bool is_last = k + kPanelDepth >= A;
     const W* next = is_last ? w + kPanelColumns : w + (k + kPanelDepth) * w_row;
-    int64_t parts = (end - start + kOuterRows - 1) / kOuterRows;
-    for (int64_t s = start; s < end; s += kOuterRows) {
-      int64_t count = std::min<int64_t>(kOuterRows, end - s);
+    int64_t parts = (end - start + kPanelRows - 1) / kPanelRows;
+    for (int64_t s = start; s < end; s += kPanelRows) {
+      int64_t count = std::min<int64_t>(kPanelRows, end - s);
       if (parts > 1 && (more || !is_last))
-        prefetch_part(next, std::min<int64_t>(kPanelDepth, A), w_row, columns, (s - start) / kOuterRows, parts);
-      const float* rows[kOuterRows];
+        prefetch_part(next, std::min<int64_t>(kPanelDepth, A), w_row, columns, (s - start) / kPanelRows, parts);
+      const float* rows[kPanelRows];
       for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
-      for (int64_t c = 0; c < columns; c += kTile) {
+      for (int64_t c = 0; c < columns; c += kPanelTile) {
         float* out = y + s * y_row + c;
-        int64_t width = std::min<int64_t>(kTile, columns - c);
-        Vec sums[kOuterRows][2] = {};
+        int64_t width = std::min<int64_t>(kPanelTile, columns - c);
+        Vec sums[kPanelRows][kPanelVectors] = {};
         for (int64_t m = 0; k && m < count; ++m)
-          for (int half = 0; half < 2; ++half) {
+          for (int half = 0; half < kPanelVectors; ++half) {
             int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
             const float* from = out + m * y_row + half * kLanes;
             if (lanes > 0) sums[m][half] = lanes == kLanes ? load(from) : load_some(from, lanes);
           }
-        const float* tile = panel + (c / kTile) * kPanelDepth * kTile;
-        outer_tile_of<kOuterRows>(
+        const float* tile = panel + (c / kPanelTile) * kPanelDepth * kPanelTile;
+        outer_tile_of<kPanelRows>(
             count, sums, depth, [&](int64_t r) { return [&rows, r](int i) { return rows[i][r]; }; },
-            [&](int64_t r) { return tile + r * kTile; });
+            [&](int64_t r) { return tile + r * kPanelTile; });
         for (int64_t m = 0; m < count; ++m)
-          for (int half = 0; half < 2; ++half) {
+          for (int half = 0; half < kPanelVectors; ++half) {
             int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
             if (lanes > 0) put(out + m * y_row + half * kLanes, sums[m][half], lanes);
           }

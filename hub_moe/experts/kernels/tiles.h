@@ -11,7 +11,7 @@ namespace {
 constexpr int kDotRows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 4;
 constexpr int kOuterRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;
 constexpr int kDotColumns = 4;     // matrix rows whose sums one tile of dot products keeps in registers
-constexpr int kTile = 2 * kLanes;  // columns of a tile of outer products
+constexpr int kTile = 2 * kLanes;  // columns of a tile of outer products in gradients
 
 // How many elements one step of a dot product takes, and how it adds them to the sums.
 template <typename X, typename W>
@@ -76,29 +76,35 @@ inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... res
   }
 }
 
-// sums[i, 0:2] over `depth`: get_left(r) gives the numbers of all i, get_right(r) points to kTile columns.
-template <int I, typename Left, typename Right>
-inline void outer_tile(Vec (&sums)[kOuterRows][2], int64_t depth, Left get_left, Right get_right) {
-  Vec acc[I][2];
+// sums[i, 0:V] over `depth`: get_left(r) gives the numbers of all i, get_right(r) points to V vectors of columns.
+template <int I, int R, int V, typename Left, typename Right>
+inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right get_right) {
+  Vec acc[I][V];
 #pragma GCC unroll 12
-  for (int i = 0; i < I; ++i) acc[i][0] = sums[i][0], acc[i][1] = sums[i][1];
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[i][v] = sums[i][v];
   for (int64_t r = 0; r < depth; ++r) {
     const float* right = get_right(r);
     auto numbers = get_left(r);
-    Vec first = load(right), second = load(right + kLanes);
+    Vec columns[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) columns[v] = load(right + v * kLanes);
 #pragma GCC unroll 12
     for (int i = 0; i < I; ++i) {
       Vec left = broadcast(numbers(i));
-      acc[i][0] += left * first;
-      acc[i][1] += left * second;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[i][v] += left * columns[v];
     }
   }
 #pragma GCC unroll 12
-  for (int i = 0; i < I; ++i) sums[i][0] = acc[i][0], sums[i][1] = acc[i][1];
+  for (int i = 0; i < I; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[i][v] = acc[i][v];
 }
 
-template <int I, typename... Rest>
-inline void outer_tile_of(int64_t rows, Vec (&sums)[kOuterRows][2], Rest... rest) {
+template <int I, int R, int V, typename... Rest>
+inline void outer_tile_of(int64_t rows, Vec (&sums)[R][V], Rest... rest) {
   if constexpr (I > 0) {
     if (rows == I) return outer_tile<I>(sums, rest...);
     outer_tile_of<I - 1>(rows, sums, rest...);
