@@ -255,6 +255,7 @@ def test_heads_stay_in_memory_between_calls_and_none_is_copied(counting, do_samp
 
     for layer in own:
         layer.register_forward_pre_hook(record)
+    gc.collect()  # of other tests' models, some may wait for it
     before = count_parameters()
     for _ in range(2):
         model.generate(torch.arange(10, 16)[None], max_new_tokens=9, do_sample=do_sample, use_mtp=True)
