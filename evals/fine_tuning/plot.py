@@ -27,7 +27,7 @@ def plot_trade_off(summary: dict[str, Any]) -> Figure:
     axes.plot(bits["before"], loss["before"], color="black", marker="*", markersize=12, linestyle="none", label="base")
     axes.set_xlabel("bits per byte of the base's own text (further right: more forgotten)")
     axes.set_ylabel("held-out loss on the task (nats per token)")
-    axes.set_title(f"Fine-tuning on {summary['task']}: gain and loss; lines join the learning rates tried")
+    axes.set_title(f"Fine-tuning on {summary['task']}: gain and loss\nlines join the learning rates tried")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
