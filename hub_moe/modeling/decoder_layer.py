@@ -195,39 +195,41 @@ def _fits(layer: HubMoeDecoderLayer, width: int) -> bool:
         return False
     heads, value_size = attention.num_heads, attention.v_head_dim
     sizes = {"latent": attention.kv_lora_rank, "rope": attention.qk_rope_head_dim, "query": attention.qk_head_dim}
-    expected = {
-        layer.input_layernorm.weight: (width,),
-        layer.post_attention_layernorm.weight: (width,),
-        attention.kv_a_layernorm.weight: (sizes["latent"],),
-        attention.kv_a_proj_with_mqa.weight: (sizes["latent"] + sizes["rope"], width),
-        attention.kv_b_proj.weight: (heads * (attention.qk_nope_head_dim + value_size), sizes["latent"]),
-        attention.o_proj.weight: (width, heads * value_size),
-    }
+    expected = [
+        (layer.input_layernorm.weight, (width,)),
+        (layer.post_attention_layernorm.weight, (width,)),
+        (attention.kv_a_layernorm.weight, (sizes["latent"],)),
+        (attention.kv_a_proj_with_mqa.weight, (sizes["latent"] + sizes["rope"], width)),
+        (attention.kv_b_proj.weight, (heads * (attention.qk_nope_head_dim + value_size), sizes["latent"])),
+        (attention.o_proj.weight, (width, heads * value_size)),
+    ]
     if attention.q_lora_rank is None:
-        expected[attention.q_proj.weight] = (heads * sizes["query"], width)
+        expected.append((attention.q_proj.weight, (heads * sizes["query"], width)))
     else:
         rank = attention.q_a_layernorm.weight.shape[0]
-        expected[attention.q_a_proj.weight] = (rank, width)
-        expected[attention.q_b_proj.weight] = (heads * sizes["query"], rank)
+        expected += [
+            (attention.q_a_proj.weight, (rank, width)),
+            (attention.q_b_proj.weight, (heads * sizes["query"], rank)),
+        ]
     block = mlp if isinstance(mlp, HubMoeMLP) else mlp.shared_experts
     if block is not None:
         inner = block.gate_proj.weight.shape[0]
-        expected |= {each.weight: (inner, width) for each in (block.gate_proj, block.up_proj)}
-        expected[block.down_proj.weight] = (width, inner)
+        expected += [(each.weight, (inner, width)) for each in (block.gate_proj, block.up_proj)]
+        expected.append((block.down_proj.weight, (width, inner)))
     if isinstance(mlp, HubMoeMoE):
         if not mlp.gate.can_route():
             return False
         num_experts, inner = mlp.gate.weight.shape[0], mlp.experts.down_proj.shape[2]
-        expected[mlp.gate.weight] = (num_experts, width)
-        expected[mlp.experts.gate_up_proj] = (num_experts, 2 * inner, width)
-        expected[mlp.experts.down_proj] = (num_experts, width, inner)
-    return all(weight.shape == shape for weight, shape in expected.items())
+        expected += [
+            (mlp.gate.weight, (num_experts, width)),
+            (mlp.experts.gate_up_proj, (num_experts, 2 * inner, width)),
+            (mlp.experts.down_proj, (num_experts, width, inner)),
+        ]
+    return all(weight.shape == shape for weight, shape in expected)
 
 
 # not kept in the layers, which are copied and saved
 _PREPARED: WeakKeyDictionary[nn.Module, PreparedSteps] = WeakKeyDictionary()
-
-
 _FORWARD = HubMoeDecoderLayer.forward
 
 

@@ -41,63 +41,29 @@ class LatentLayer(DynamicLayer):
         super().__init__(**kwargs)
         self._buffer_B1PX: Tensor | None = None
         self._written = 0  # places of the buffer that were ever written
-        self._handed: tuple[Tensor, Tensor] | None = None  # what the last step in the buffer returned
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add the new tokens' latents (B, 1, L, C) and rotated keys (B, 1, L, R); returns those of all tokens."""
         if self.places is not None:
             return self._write_at(self.places, key_states, value_states)
-        end = self._end_in_own(key_states, value_states)
-        if end is None:
-            if (
-                torch.is_grad_enabled()
-                or torch.compiler.is_compiling()
-                or not self._continues(key_states, value_states)
-            ):
-                self._buffer_B1PX = None
-                keys, values = super().update(key_states, value_states, *args, **kwargs)
-                return keys, values
-            end = self.keys.shape[2] + key_states.shape[2]
-            if not self._has_room(end):
-                self._move(places=end + max(_SMALLEST_ROOM, end // _ROOM_SHARE))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._continues(key_states, value_states):
+            self._buffer_B1PX = None
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            return keys, values
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        split = key_states.shape[-1]
+        if not self._has_room(end):
+            self._move(places=end + max(_SMALLEST_ROOM, end // _ROOM_SHARE))
         buffer_B1PX = self._buffer_B1PX
         assert buffer_B1PX is not None
-        new, split = key_states.shape[2], key_states.shape[3]
-        places_B1LX = buffer_B1PX.narrow(2, end - new, new)
         if are_side_by_side(key_states, value_states):
-            places_B1LX.copy_(key_states.as_strided(places_B1LX.shape, key_states.stride()))
+            buffer_B1PX[:, :, start:end] = join(key_states, value_states)
         else:
-            places_B1LX[..., :split] = key_states
-            places_B1LX[..., split:] = value_states
+            buffer_B1PX[:, :, start:end, :split] = key_states
+            buffer_B1PX[:, :, start:end, split:] = value_states
         self._written = end
-        written_B1SX = buffer_B1PX.narrow(2, 0, end)
-        self.keys = written_B1SX.narrow(3, 0, split)
-        self.values = written_B1SX.narrow(3, split, buffer_B1PX.shape[3] - split)
-        self._handed = self.keys, self.values
-        return self._handed
-
-    def _end_in_own(self, key_states: Tensor, value_states: Tensor) -> int | None:
-        """Where the new tokens end if the last ones were written in place and these can be: what a step asks first.
-
-        None where that takes a closer look.
-        """
-        buffer_B1PX, keys = self._buffer_B1PX, self.keys
-        if buffer_B1PX is None or self._handed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        if keys is not self._handed[0] or self.values is not self._handed[1]:
-            return None
-        batch, heads, new, split = key_states.shape
-        end = self._written + new
-        fits = (
-            keys.data_ptr() == buffer_B1PX.data_ptr()
-            and keys.shape == (batch, heads, self._written, split)
-            and value_states.shape == (batch, heads, new, buffer_B1PX.shape[3] - split)
-            and end <= buffer_B1PX.shape[2]
-            and buffer_B1PX.is_inference() == torch.is_inference_mode_enabled()
-            and key_states.dtype == value_states.dtype == keys.dtype
-            and key_states.device == value_states.device == keys.device
-        )
-        return end if fits else None
+        self.keys, self.values = buffer_B1PX[:, :, :end, :split], buffer_B1PX[:, :, :end, split:]
+        return self.keys, self.values
 
     def _write_at(self, places: Places, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write each row's tokens at its own places; returns everything before `places.end`."""

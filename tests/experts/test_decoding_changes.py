@@ -10,22 +10,16 @@ from torch import nn
 from transformers import DynamicCache
 
 from hub_moe.errors import ConfigError
-from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, decoder_layer
+from hub_moe.modeling import decoder_layer
 from hub_moe.modeling.decoder_layer import HubMoeDecoderLayer
 from hub_moe.modeling.layers import HubMoeAttention, HubMoeMoE, HubMoeRouter
-from tests.experts.test_decoding import decode
-from tests.modeling.stock_models import SHAPE
+from tests.experts.test_decoding import decode, tiny_model  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
-def model(monkeypatch):
+def model(tiny_model, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "compiled")
-    torch.manual_seed(0)
-    model = HubMoeForCausalLM(HubMoeConfig(**{**SHAPE, "num_mtp_layers": 0})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    return model
+    return tiny_model
 
 
 def moe(model):
