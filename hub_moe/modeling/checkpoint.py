@@ -28,9 +28,10 @@ from .conversion import (
     find_matrices,
     find_missing_expert,
     find_stacks,
+    share_reading,
 )
 from .remote_code import write_remote_code
-from .safetensors_files import FP8_DTYPES, StoredTensor, read_headers, reading_threads
+from .safetensors_files import FP8_DTYPES, StoredTensor, collecting_no_garbage, read_headers, reading_threads
 
 logger = logging.get_logger(__name__)
 
@@ -88,6 +89,7 @@ class DirectLoadingMixin:
         return cast(Self, loaded)
 
     @staticmethod
+    @collecting_no_garbage()
     def _load_pretrained_model(
         model: Any,
         state_dict: Any,
@@ -234,8 +236,7 @@ def _load_directly(
         stacks = placing.take(model, stacks, load_config.device_map)
     with ExitStack() as files, reading_threads() as threads:
         state_dict: dict[str, Any] = {**stacks, **matrices}
-        for parameter in state_dict.values():
-            parameter.threads = threads
+        share_reading(model, state_dict, threads, load_config.device_map)
         for path in sorted({tensor.path for name, tensor in stored.items() if name not in done}):
             file = files.enter_context(safe_open(path, framework="pt", device="cpu"))
             names = (name for name in file.keys() if name not in done)  # noqa: SIM118

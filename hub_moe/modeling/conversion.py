@@ -9,7 +9,7 @@ Shape letters: E routed experts, F expert inner, D hidden.
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,14 @@ from transformers.core_model_loading import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import CheckpointError
-from .safetensors_files import FP8_DTYPES, StoredTensor, read_in_a_row
+from .safetensors_files import (
+    FP8_DTYPES,
+    StoredTensor,
+    begin_reading,
+    dequantize_blocks,
+    finish,
+    read_in_a_row,
+)
 
 SCALE_SUFFIX = "_scale_inv"
 _ONE_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
@@ -118,46 +125,6 @@ def find_missing_expert(model: nn.Module, state_dict: Mapping[str, Tensor]) -> s
     return None
 
 
-def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`weight` times the scale of its block, in `dtype`; the last block of a row or column may be partial.
-
-    Args:
-        weight: FP8 matrix of shape (rows, columns).
-        scale: float32, one per block, of shape (ceil(rows / b), ceil(columns / b)) for the block side b
-            (128 in DeepSeek-V3, arXiv:2412.19437 section 3.3.2).
-
-    Raises:
-        CheckpointError: If no power of two explains the number of blocks.
-    """
-    if weight.dim() != 2 or scale.dim() != 2:
-        raise CheckpointError(
-            f"FP8 weights and scales must be matrices, not of shapes {tuple(weight.shape)} and {tuple(scale.shape)}."
-        )
-    rows, columns = (_block_side(weight.shape[axis], scale.shape[axis]) for axis in (0, 1))
-    values = _fp8_to_float32(weight)
-    scale_per_column = scale.to(torch.float32).repeat_interleave(columns, dim=1)[:, : weight.shape[1]]
-    for block, factors in zip(values.split(rows), scale_per_column, strict=True):
-        block.mul_(factors)
-    return values.to(dtype)
-
-
-def _fp8_to_float32(weight: Tensor) -> Tensor:
-    """By table: torch converts FP8 on the CPU one number at a time, four times slower."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    table = codes.view(weight.dtype).to(torch.float32).numpy()
-    return torch.from_numpy(table[weight.view(torch.uint8).numpy()])
-
-
-def _block_side(size: int, num_blocks: int) -> int:
-    """The power of two that cuts `size` into `num_blocks` blocks, the last of them perhaps partial."""
-    block = 1
-    while -(-size // block) > num_blocks:
-        block *= 2
-    if -(-size // block) != num_blocks:
-        raise CheckpointError(f"A side of {size} cannot be cut into {num_blocks} FP8 blocks of a power of two.")
-    return block
-
-
 class Part(NamedTuple):
     """A stored tensor, with the stored scale of its blocks if it is in FP8."""
 
@@ -189,18 +156,31 @@ class StoredParameter:
     shape: tuple[int, ...]
     dtype: torch.dtype
     threads: Executor | None = None  # that share the reading of all parameters evenly
+    _begun: tuple[Tensor, list[Future[None]]] | None = None
 
     def __getitem__(self, index: Any) -> "StoredParameter":
         return self
 
+    def await_reading(self, target: Tensor, reading: list[Future[None]]) -> None:
+        """Let `to` wait until `target` is read, which has begun."""
+        self._begun = target, reading
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The values, in newly allocated memory."""
+        """The values, in memory of their own."""
+        if self._begun is not None:
+            (target, reading), self._begun = self._begun, None
+            finish(reading)
+            return target.to(device=device or "cpu", dtype=dtype or self.dtype)
         target = torch.empty(self.shape, dtype=dtype or self.dtype, device=device or "cpu")
         self.fill(target)
         return target
 
     def fill(self, target: Tensor) -> None:
         """Write the values into `target`, which has this parameter's shape."""
+        raise NotImplementedError
+
+    def plain(self) -> list[StoredTensor] | None:
+        """The stored tensors that make it up one behind the other; None if they have to be dequantised."""
         raise NotImplementedError
 
 
@@ -211,9 +191,12 @@ class StoredMatrix(StoredParameter):
         self.part, self.shape, self.dtype = part, part.stored.shape, part.dtype
 
     def fill(self, target: Tensor) -> None:
-        is_plain = self.part.scale is None
-        if not (is_plain and read_in_a_row([self.part.stored], target, self.threads)):
+        stored = self.plain()
+        if stored is None or not read_in_a_row(stored, target, self.threads):
             self.part.fill(target)
+
+    def plain(self) -> list[StoredTensor] | None:
+        return [self.part.stored] if self.part.scale is None else None
 
 
 class StoredStack(StoredParameter):
@@ -226,12 +209,14 @@ class StoredStack(StoredParameter):
         self.shape = (len(experts), sum(self._rows), *experts[0][0].stored.shape[1:])
 
     def fill(self, target: Tensor) -> None:
+        stored = self.plain()
+        if stored is None or not read_in_a_row(stored, target, self.threads):
+            for expert, place in enumerate(target.unbind()):
+                self.fill_expert(expert, place)
+
+    def plain(self) -> list[StoredTensor] | None:
         parts = [part for expert in self.experts for part in expert]
-        is_plain = all(part.scale is None for part in parts)
-        if is_plain and read_in_a_row([part.stored for part in parts], target, self.threads):
-            return
-        for expert, place in enumerate(target.unbind()):
-            self.fill_expert(expert, place)
+        return [part.stored for part in parts] if all(part.scale is None for part in parts) else None
 
     def fill_expert(self, expert: int, target: Tensor) -> None:
         """Write one expert's values into `target`, which has the shape of one."""
@@ -371,3 +356,22 @@ def _stack(by_place: dict[int, dict[int, Part]], num_places: int, shape: tuple[i
 def find_matrices(stored: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, StoredMatrix]:
     """Those of the tensors `names` whose type we read."""
     return {name: StoredMatrix(_part(name, stored)) for name in names if stored[name].dtype is not None}
+
+
+def share_reading(
+    model: Any, found: Mapping[str, StoredParameter], threads: Executor, device_map: Mapping[str, Any] | None
+) -> None:
+    """Let `threads` read the parameters, at once what stays in this memory as it is stored.
+
+    transformers asks for a parameter after it has sorted and renamed all names; it is read by then, or nearly.
+    """
+    for parameter in found.values():
+        parameter.threads = threads
+    if any(torch.device(place).type != "cpu" for place in (device_map or {}).values()):
+        return  # each waits in its file for room elsewhere
+    expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
+    fitting = (one for name, one in found.items() if expected.get(name) == (one.shape, one.dtype))
+    ready = [(one, stored, torch.empty(one.shape, dtype=one.dtype)) for one in fitting if (stored := one.plain())]
+    reading = begin_reading([(stored, target) for _, stored, target in ready], threads)
+    for (parameter, _, target), begun in zip(ready, reading, strict=True):
+        parameter.await_reading(target, begun)

@@ -5,6 +5,7 @@ The format: 8 bytes header length, a JSON header of name -> dtype, shape, offset
 """
 
 import ctypes
+import gc
 import json
 import math
 import mmap
@@ -12,10 +13,9 @@ import os
 import struct
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor, wait
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,11 @@ _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _PIECE_BYTES = 8 * 2**20  # what a thread reads at a time
 _MAX_THREADS = 4
 _MADV_POPULATE_WRITE = 23  # of Linux 5.14
+
+_madvise: Any = None
+if sys.platform == "linux":
+    _madvise = ctypes.CDLL(None).madvise
+    _madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
 
 
 class WeightFile:
@@ -164,18 +169,29 @@ class StoredTensor(NamedTuple):
             self.file.read_into(bytes_of(tensor), self.offset)
 
 
-class _Run(NamedTuple):
-    """Bytes that lie together in a file and shall lie together from `start` on in memory."""
-
-    file: WeightFile
-    offset: int
-    start: int
-    size_bytes: int
+_Wanted = tuple[Sequence[StoredTensor], Tensor]  # what lies one behind the other in the tensor that is the target
 
 
-def reading_threads() -> ThreadPoolExecutor:
-    """As many as help: they copy from the page cache, or wait for the disk."""
-    return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "hub_moe-reading")
+@contextmanager
+def collecting_no_garbage() -> Iterator[None]:
+    """Thousands of names and places are no garbage, and to look for some among all objects takes as long as reading."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
+def reading_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many as help: they copy from the page cache, or wait for the disk. What is unread in the end stays so."""
+    threads = ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "hub_moe-reading")
+    try:
+        yield threads
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def read_in_a_row(tensors: Sequence[StoredTensor], target: Tensor, threads: Executor | None) -> bool:
@@ -186,62 +202,137 @@ def read_in_a_row(tensors: Sequence[StoredTensor], target: Tensor, threads: Exec
     """
     if not all(tensor._is_copied(target) for tensor in tensors):
         return False
-    memory, address = bytes_of(target), target.data_ptr()
-
-    def read(piece: list[_Run]) -> None:
-        _make_pages(address + piece[0].start, sum(run.size_bytes for run in piece))
-        for run in piece:
-            run.file.read_into(memory[run.start : run.start + run.size_bytes], run.offset)
-
-    pieces = _cut(_join(tensors))
-    if threads is None or len(pieces) < 2:
-        for piece in pieces:
-            read(piece)
+    if threads is None:
+        for piece in _cut([(tensors, target)]):
+            piece.read()
     else:
-        for done in wait([threads.submit(read, piece) for piece in pieces]).done:
-            done.result()
+        finish(begin_reading([(tensors, target)], threads)[0])
     return True
 
 
-def _join(tensors: Iterable[StoredTensor]) -> list[_Run]:
-    runs: list[_Run] = []
-    start = 0
-    for _, file, _, _, offset, size in tensors:
-        last = runs[-1] if runs else None
-        if last is not None and last.file is file and last.offset + last.size_bytes == offset:
-            runs[-1] = last._replace(size_bytes=last.size_bytes + size)
-        elif size:
-            runs.append(_Run(file, offset, start, size))
-        start += size
-    return runs
+def begin_reading(wanted: Sequence[_Wanted], threads: Executor) -> list[list[Future[None]]]:
+    """Let `threads` fill each target with its tensors, which have its dtype; returns at once.
+
+    Returns:
+        For each target what `finish` waits for.
+    """
+    reading: list[list[Future[None]]] = [[] for _ in wanted]
+    for piece in _cut(wanted):
+        future = threads.submit(piece.read)
+        for place in piece.places:
+            reading[place].append(future)
+    return reading
 
 
-def _cut(runs: Iterable[_Run]) -> list[list[_Run]]:
-    """Runs that fill `_PIECE_BYTES` of memory each."""
-    pieces: dict[int, list[_Run]] = defaultdict(list)
-    for file, offset, start, size in runs:
+def finish(reading: Iterable[Future[None]]) -> None:
+    """Wait for what was begun, and raise what one of them raised."""
+    for done in wait(reading).done:
+        done.result()
+
+
+class _Piece:
+    """Bytes that lie together in a file, and the memory that they go to, of one target or several."""
+
+    def __init__(self, file: WeightFile, offset: int) -> None:
+        self.file, self._offset, self.end = file, offset, offset
+        self._memories: list[memoryview] = []
+        self.places: set[int] = set()
+
+    def room(self, file: WeightFile, offset: int) -> int:
+        """How many of the bytes from `offset` on may still be added."""
+        continues = file is self.file and offset == self.end
+        return _PIECE_BYTES - (self.end - self._offset) if continues else 0
+
+    def add(self, memory: memoryview, place: int) -> None:
+        """Let the next bytes go to `memory`, which is of the target at `place`."""
+        self._memories.append(memory)
+        self.places.add(place)
+        self.end += len(memory)
+
+    def read(self) -> None:
+        """Fill the memory."""
+        offset = self._offset
+        for memory in self._memories:
+            _make_pages(memory)
+            self.file.read_into(memory, offset)
+            offset += len(memory)
+
+
+def _cut(wanted: Sequence[_Wanted]) -> list[_Piece]:
+    """What lies in the files for the targets, in the order of the files."""
+    runs: list[tuple[StoredTensor, memoryview, int]] = []
+    for place, (tensors, target) in enumerate(wanted):
+        memory, start = bytes_of(target), 0
+        for tensor in tensors:
+            runs.append((tensor, memory[start : start + tensor.size_bytes], place))
+            start += tensor.size_bytes
+    pieces: list[_Piece] = []
+    for tensor, memory, place in sorted(runs, key=lambda run: (run[0].path, run[0].offset)):
         done = 0
-        while done < size:
-            piece, behind = divmod(start + done, _PIECE_BYTES)
-            count = min(size - done, _PIECE_BYTES - behind)
-            pieces[piece].append(_Run(file, offset + done, start + done, count))
-            done += count
-    return list(pieces.values())
+        while done < len(memory):
+            room = pieces[-1].room(tensor.file, tensor.offset + done) if pieces else 0
+            if room == 0:
+                pieces.append(_Piece(tensor.file, tensor.offset + done))
+                room = _PIECE_BYTES
+            pieces[-1].add(memory[done : done + room], place)
+            done += room
+    return pieces
 
 
-def _make_pages(address: int, size_bytes: int) -> None:
+def _make_pages(memory: memoryview) -> None:
     """Have the system make the pages of fresh memory at once: a page fault for each costs more than copying into it.
 
     Only a hint: what it does not do, on other systems or for lack of memory, happens when the pages are written.
     """
-    first, end = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE, (address + size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if sys.platform == "linux" and first < end:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), _MADV_POPULATE_WRITE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    first, end = -(-address // mmap.PAGESIZE), (address + len(memory)) // mmap.PAGESIZE
+    if _madvise is not None and first < end:
+        _madvise(first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE, _MADV_POPULATE_WRITE)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def dequantize_blocks(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weight` times the scale of its block, in `dtype`; the last block of a row or column may be partial.
+
+    Args:
+        weight: FP8 matrix of shape (rows, columns).
+        scale: float32, one per block, of shape (ceil(rows / b), ceil(columns / b)) for the block side b
+            (128 in DeepSeek-V3, arXiv:2412.19437 section 3.3.2).
+
+    Raises:
+        CheckpointError: If no power of two explains the number of blocks.
+    """
+    if weight.dim() != 2 or scale.dim() != 2:
+        raise CheckpointError(
+            f"FP8 weights and scales must be matrices, not of shapes {tuple(weight.shape)} and {tuple(scale.shape)}."
+        )
+    rows, columns = (_block_side(weight.shape[axis], scale.shape[axis]) for axis in (0, 1))
+    values = _fp8_to_float32(weight)
+    scale_per_column = scale.to(torch.float32).repeat_interleave(columns, dim=1)[:, : weight.shape[1]]
+    for block, factors in zip(values.split(rows), scale_per_column, strict=True):
+        block.mul_(factors)
+    return values.to(dtype)
+
+
+def _fp8_to_float32(weight: Tensor) -> Tensor:
+    """By table: torch converts FP8 on the CPU one number at a time, four times slower."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    table = codes.view(weight.dtype).to(torch.float32).numpy()
+    return torch.from_numpy(table[weight.view(torch.uint8).numpy()])
+
+
+def _block_side(size: int, num_blocks: int) -> int:
+    """The power of two that cuts `size` into `num_blocks` blocks, the last of them perhaps partial."""
+    block = 1
+    while -(-size // block) > num_blocks:
+        block *= 2
+    if -(-size // block) != num_blocks:
+        raise CheckpointError(f"A side of {size} cannot be cut into {num_blocks} FP8 blocks of a power of two.")
+    return block
 
 
 def find_weight_files(folder: Path) -> list[str]:
