@@ -89,6 +89,8 @@ class MoeCausalLMMixin:
         targets = labels if self.training else None
         records = bool(returns_routing or (targets is not None and has_router_loss(self.config)))
         recording = {"output_router_logits": records, "output_router_indices": records}
+        if wants_only_last := _wants_only_last(kwargs.get("output_hidden_states")):
+            kwargs["output_hidden_states"] = False  # it is there without recorders, for which all layers are called
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -107,6 +109,8 @@ class MoeCausalLMMixin:
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None) if returns_routing else None,
         )
+        if wants_only_last:
+            result.hidden_states = (*[None] * self.config.num_hidden_layers, outputs.last_hidden_state)
         if labels is not None:
             result.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         ahead = None
@@ -179,3 +183,8 @@ class MoeCausalLMMixin:
         num_experts = self.config.n_routed_experts
         loads = [count_load(chosen, num_experts, mask.flatten()) for _, chosen, mask in layers]
         result.expert_load = torch.stack([load.to(result.logits.device) for load in loads]) if loads else None
+
+
+def _wants_only_last(output_hidden_states: Any) -> bool:
+    """Whether no hidden state but the last is asked for, by its place from the end."""
+    return isinstance(output_hidden_states, int | list) and output_hidden_states in (-1, [-1])

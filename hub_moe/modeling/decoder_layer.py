@@ -16,7 +16,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 
 from .absorbed_attention import costs_less, hides_plainly
 from .configuration_hub_moe import HubMoeConfig
-from .half_products import is_untouched
+from .half_products import has_hooks, is_untouched
 from .layers import HubMoeAttention, HubMoeMLP, HubMoeMoE, HubMoeRMSNorm, decoding, find_steps, linear, norm_of
 
 
@@ -155,8 +155,7 @@ class PreparedSteps:
                 if own.get(name) is not child:
                     return False
         for module, kind, forward in self._inner:
-            hooks = module._forward_hooks or module._forward_pre_hooks
-            if hooks or module._backward_hooks or module._backward_pre_hooks or "forward" in module.__dict__:
+            if has_hooks(module) or "forward" in module.__dict__:
                 return False
             if type(module) is not kind or kind.forward is not forward:
                 return False

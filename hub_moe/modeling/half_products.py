@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
+from transformers.utils.output_capturing import _active_collector, maybe_install_capturing_hooks
 
 _ROWS, _WIDTH, _TRIES = 64, 256, 3
 # from this many rows on a cast of the weight costs less than torch's slow forward product (measured with AVX2)
@@ -50,8 +51,22 @@ def is_plain(linear: nn.Module, like: Tensor, *, may_have_bias: bool = False) ->
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling `module` is calling the forward of its class: there are no hooks, and it has no other forward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (own or all_modules._has_any_global_hook() or "forward" in vars(module))
+    return not (has_hooks(module) or all_modules._has_any_global_hook() or "forward" in vars(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` also calls hooks of its own that do something.
+
+    Those that transformers puts into a model for good where outputs were once recorded do nothing while none are.
+    """
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = module._forward_hooks
+    if not hooks:
+        return False
+    return bool(_active_collector.get()) or any(
+        getattr(hook, "__module__", None) != maybe_install_capturing_hooks.__module__ for hook in hooks.values()
+    )
 
 
 def is_like(weight: Any, like: Tensor) -> bool:
