@@ -10,10 +10,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from hub_moe.errors import ConfigError
-from hub_moe.modeling import decoder_layer
+from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, decoder_layer
 from hub_moe.modeling.decoder_layer import HubMoeDecoderLayer
 from hub_moe.modeling.layers import HubMoeAttention, HubMoeMoE, HubMoeRouter
 from tests.experts.test_decoding import decode, tiny_model  # noqa: F401  (a fixture)
+from tests.modeling.stock_models import SHAPE
 
 
 @pytest.fixture
@@ -289,3 +290,64 @@ def test_both_or_neither_of_ids_and_embeddings_are_refused(model):
     for given in ({}, {"input_ids": torch.ones(1, 2, dtype=torch.int64), "inputs_embeds": torch.ones(1, 2, 32)}):
         with pytest.raises(ValueError, match="Exactly one of input_ids and inputs_embeds was expected"):
             model(**given)
+
+
+def count_compiled_layers(monkeypatch):
+    """Grows by one for each layer that is decoded in compiled steps."""
+    calls, decode_layer = [], HubMoeDecoderLayer.decode
+    monkeypatch.setattr(
+        HubMoeDecoderLayer, "decode", lambda self, *a, **k: calls.append(1) or decode_layer(self, *a, **k)
+    )
+    return calls
+
+
+RECORDED = {
+    "output_hidden_states": ({"output_hidden_states": True}, "hidden_states", 4),
+    "a layer's hidden states": ({"output_hidden_states": [0, 2]}, "hidden_states", 4),
+    "output_router_logits": ({"output_router_logits": True}, "router_logits", 2),
+}
+
+
+@pytest.mark.parametrize(("asked", "name", "count"), RECORDED.values(), ids=RECORDED)
+def test_outputs_are_recorded_and_steps_are_compiled_again_when_they_no_longer_are(
+    asked, name, count, model, monkeypatch
+):
+    tokens = torch.randint(2, 128, (2, 25))
+    expected = decode(model, tokens, torch.ones_like(tokens))
+    calls = count_compiled_layers(monkeypatch)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(tokens[:, :20], past_key_values=cache)
+        recorded = getattr(model(tokens[:, 20:21], past_key_values=cache, **asked), name)
+        assert calls == []
+        model(tokens[:, 21:22], past_key_values=cache)
+    assert len(calls) == 3
+    assert len(recorded) == count
+    kept = [each for each in recorded if each is not None]
+    assert kept
+    assert all(torch.isfinite(each).all() and each.abs().max() > 0 for each in kept)
+    assert torch.equal(decode(model, tokens, torch.ones_like(tokens)), expected)
+
+
+@pytest.mark.parametrize("asked", [-1, [-1]])
+def test_the_last_hidden_state_alone_needs_no_recorder(asked, model, monkeypatch):
+    tokens, cache = torch.randint(2, 128, (2, 25)), DynamicCache()
+    with torch.no_grad():
+        all_states = model(tokens, output_hidden_states=True).hidden_states
+        model(tokens[:, :24], past_key_values=cache)
+        calls = count_compiled_layers(monkeypatch)
+        states = model(tokens[:, 24:], past_key_values=cache, output_hidden_states=asked).hidden_states
+    assert len(calls) == 3
+    assert len(states) == len(all_states)
+    assert states[:-1] == (None,) * 3
+    torch.testing.assert_close(states[-1], all_states[-1][:, 24:], rtol=0, atol=1e-5 * states[-1].abs().max())
+
+
+def test_drafting_runs_in_compiled_steps(monkeypatch):
+    monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "compiled")
+    torch.manual_seed(0)
+    model = HubMoeForCausalLM(HubMoeConfig(**{**SHAPE, "num_mtp_layers": 1, "eos_token_id": None})).eval()
+    calls = count_compiled_layers(monkeypatch)
+    model.generate(torch.randint(2, 128, (1, 9)), max_new_tokens=12, do_sample=False, use_mtp=True)
+    passes = sum(model.mtp_acceptance.drafted) + 1
+    assert len(calls) >= 4 * (passes - 2)  # three layers and the MTP layer; the prompt and the first draft are long
