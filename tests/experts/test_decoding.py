@@ -21,12 +21,9 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 
-@pytest.fixture(params=["best", "avx2"])
+@pytest.fixture(params=find_levels())
 def steps(request):
-    level = find_levels()[0] if request.param == "best" else request.param
-    if level not in find_levels():
-        pytest.skip("this processor has no AVX2")
-    return DecodingSteps(load_level(level).library)
+    return DecodingSteps(load_level(request.param).library)
 
 
 @pytest.fixture

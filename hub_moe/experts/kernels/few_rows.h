@@ -2,7 +2,7 @@
 //
 // So few rows cost what reading the weights from memory takes, so each is read once, in long runs that the processor
 // foresees, and a call is one parallel region. Rows are bfloat16 where the processor multiplies it itself and the weights
-// are, float32 otherwise; sums and everything between two products are float32.
+// are, float32 otherwise, spread to meet bfloat16 as pairs; sums and everything between two products are float32.
 //
 // Letters: T rows, A what goes into a product, B what comes out.
 
@@ -27,6 +27,27 @@ using RowOf = W;
 template <typename W>
 using RowOf = float;
 #endif
+
+// How rows meet those of a weight in dot products, and how many numbers one of `count` then takes.
+template <typename X, typename W>
+using Met = std::conditional_t<std::is_same_v<X, float> && std::is_same_v<W, bfloat16>, Spread, X>;
+
+template <typename M>
+inline int64_t met_size(int64_t count) {
+  constexpr int64_t kPair = 2 * kLanes;
+  return std::is_same_v<M, Spread> ? (count + kPair - 1) / kPair * kPair : count;
+}
+
+inline void spread_row(const float* x, int64_t count, Spread* to) {
+  constexpr int64_t kPair = 2 * kLanes;
+  for (int64_t i = 0; i < count; i += kPair) {
+    float padded[kPair] = {};
+    const float* from = x + i;
+    if (i + kPair > count) from = std::copy(from, x + count, padded) - (count - i);
+    Pair pair = spread(load(from), load(from + kLanes));
+    store(&to[i].number, pair.even), store(&to[i].number + kLanes, pair.odd);
+  }
+}
 
 // Memory of the calling thread, kept between calls: new pages cost more than what is computed in them.
 inline char* scratch(size_t bytes) {
@@ -103,6 +124,14 @@ inline void four_dots(const X* const* x, const W* const* w, int64_t depth, Four*
 template <typename X, typename W, typename F>
 __attribute__((noinline)) void dots(const X* const* x, int64_t rows, const W* w, int64_t w_row, int64_t first, int64_t last,
                                     int64_t depth, F emit) {
+  if constexpr (!std::is_same_v<Met<X, W>, X>) {
+    int64_t size = met_size<Met<X, W>>(depth);
+    thread_local std::vector<Met<X, W>> memory;
+    memory.resize(std::max<size_t>(memory.size(), rows * size));
+    const Met<X, W>* met[kMostRows];
+    for (int64_t t = 0; t < rows; ++t) spread_row(x[t], depth, memory.data() + t * size), met[t] = memory.data() + t * size;
+    return dots(met, rows, w, w_row, first, last, depth, emit);
+  }
   for (int64_t n = first; n < last; n += kDotColumns) {
     int64_t columns = std::min<int64_t>(kDotColumns, last - n);
     const W* matrix[kDotColumns];

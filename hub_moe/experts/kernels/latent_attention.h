@@ -52,26 +52,28 @@ struct Mask {  // kind 0: none; 1: bytes, 1 for what is seen; 2: float32 and 3: 
   int64_t sequence, head, token, cached;  // elements from one to the next; 0 where all share one
 };
 
-// scores (M, kBlock) of `count` cached tokens from `start` on, scaled and masked; hidden ones are -infinity.
+// scores (M, kBlock) of `count` cached tokens: rows of `query` are C numbers as they meet latents, then R as they meet keys.
 template <typename X, typename W>
 void score_block(const X* query, int64_t M, int64_t C, int64_t R, const W* latent, int64_t latent_row, const W* key,
                  int64_t key_row, int64_t count, float* scores) {
-  int64_t step = M % kDotRows == 0 || M < kDotRows ? kDotRows : std::min<int64_t>(kDotRows, 4);
+  constexpr int kRows = std::is_same_v<X, Spread> ? kPairRows : kDotRows;
+  int64_t step = M % kRows == 0 || M < kRows ? kRows : std::min<int64_t>(kRows, 4);
+  int64_t turned_at = met_size<X>(C), width = turned_at + met_size<X>(R);
   for (int64_t j = 0; j < count; j += kDotColumns) {
     bool is_short = j + kDotColumns > count;
     for (int64_t m = 0; m < M; m += step) {
       int64_t rows = std::min(step, M - m);
-      const X *wide[kDotRows], *turned[kDotRows];
-      for (int64_t i = 0; i < rows; ++i) wide[i] = query + (m + i) * (C + R), turned[i] = wide[i] + C;
+      const X *wide[kRows], *turned[kRows];
+      for (int64_t i = 0; i < rows; ++i) wide[i] = query + (m + i) * width, turned[i] = wide[i] + turned_at;
       if (!is_short) {
         float* to = scores + m * kBlock + j;
-        dot_tile_of<kDotRows>(rows, wide, latent + j * latent_row, latent_row, C, to, kBlock, false);
-        dot_tile_of<kDotRows>(rows, turned, key + j * key_row, key_row, R, to, kBlock, true);
+        dot_tile_of<kRows>(rows, wide, latent + j * latent_row, latent_row, C, to, kBlock, false);
+        dot_tile_of<kRows>(rows, turned, key + j * key_row, key_row, R, to, kBlock, true);
       } else {
         for (int64_t k = j; k < count; ++k) {
-          float sums[kDotRows * kDotColumns];
-          dot_tile_of<kDotRows>(rows, wide, latent + k * latent_row, (int64_t)0, C, sums, (int64_t)kDotColumns, false);
-          dot_tile_of<kDotRows>(rows, turned, key + k * key_row, (int64_t)0, R, sums, (int64_t)kDotColumns, true);
+          float sums[kRows * kDotColumns];
+          dot_tile_of<kRows>(rows, wide, latent + k * latent_row, (int64_t)0, C, sums, (int64_t)kDotColumns, false);
+          dot_tile_of<kRows>(rows, turned, key + k * key_row, (int64_t)0, R, sums, (int64_t)kDotColumns, true);
           for (int64_t i = 0; i < rows; ++i) scores[(m + i) * kBlock + k] = sums[i * kDotColumns];
         }
       }
@@ -96,27 +98,43 @@ inline void mask_scores(float* scores, int64_t count, float scaling, const Mask&
   }
 }
 
+// Two vectors of columns: of bfloat16 those at even places and those at odd ones, of float32 one behind the other.
+inline Pair load_two(const bfloat16* p) { return load_pair(p); }
+inline Pair load_two(const float* p) { return {load(p), load(p + kLanes)}; }
+
+template <typename W>
+inline Pair get_pair(const float* p) {
+  if constexpr (std::is_same_v<W, bfloat16>) return spread(load(p), load(p + kLanes));
+  return {load(p), load(p + kLanes)};
+}
+
+template <typename W>
+inline void put_pair(float* p, Pair pair) {
+  if constexpr (std::is_same_v<W, bfloat16>) join(pair, pair.even, pair.odd);
+  store(p, pair.even), store(p + kLanes, pair.odd);
+}
+
 // sums[0:I, two vectors] += p[0:I, 0:count] times `count` rows of latents. Fetches the same columns of the rows `ahead`,
 // which come next: their way from memory takes as long as this.
 template <int I, typename W>
 inline void add_latents(const float* p, int64_t count, const W* latent, int64_t row, const W* ahead, float* sums,
                         int64_t sums_row) {
-  Vec acc[I][2];
+  Pair acc[I];
 #pragma GCC unroll 8
-  for (int i = 0; i < I; ++i) acc[i][0] = load(sums + i * sums_row), acc[i][1] = load(sums + i * sums_row + kLanes);
+  for (int i = 0; i < I; ++i) acc[i] = get_pair<W>(sums + i * sums_row);
   for (int64_t j = 0; j < count; ++j) {
     for (size_t line = 0; line < kTile * sizeof(W); line += 64)
       __builtin_prefetch((const char*)(ahead + j * row) + line, 0, 2);
-    Vec first = load(latent + j * row), second = load(latent + j * row + kLanes);
+    Pair columns = load_two(latent + j * row);
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i) {
       Vec factor = broadcast(p[i * kBlock + j]);
-      acc[i][0] += factor * first;
-      acc[i][1] += factor * second;
+      acc[i].even += factor * columns.even;
+      acc[i].odd += factor * columns.odd;
     }
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < I; ++i) store(sums + i * sums_row, acc[i][0]), store(sums + i * sums_row + kLanes, acc[i][1]);
+  for (int i = 0; i < I; ++i) put_pair<W>(sums + i * sums_row, acc[i]);
 }
 
 #if defined(__AVX512BF16__)
@@ -258,6 +276,22 @@ struct Attention {
     });
   }
 
+  // Rows of queries as they meet latents and keys.
+  const Met<X, W>* meet_queries(const X* rows) {
+    if constexpr (std::is_same_v<Met<X, W>, X>) {
+      return rows;
+    } else {
+      int64_t turned_at = met_size<Met<X, W>>(p.C), size = turned_at + met_size<Met<X, W>>(p.R);
+      thread_local std::vector<Met<X, W>> met;
+      met.resize(M * size);
+      for (int64_t m = 0; m < M; ++m) {
+        spread_row(rows + m * width, p.C, met.data() + m * size);
+        spread_row(rows + m * width + p.C, p.R, met.data() + m * size + turned_at);
+      }
+      return met.data();
+    }
+  }
+
   // Of a run of cached tokens: latents weighed by e^(score - largest), added up, and the largest score and the sum of weights.
   void read_split(int64_t b, int64_t split) {
     int64_t from = split * kSplit, to = std::min(cache.S, from + kSplit), index = b * splits + split;
@@ -269,9 +303,10 @@ struct Attention {
     thread_local std::vector<float> scores;
     thread_local std::vector<X> weights;
     scores.resize(M * kBlock), weights.resize(M * kBlock);
+    const Met<X, W>* queries = meet_queries(latent_query + b * M * width);
     for (int64_t s = from; s < to; s += kBlock) {
       int64_t count = std::min(kBlock, to - s);
-      score_block(latent_query + b * M * width, M, p.C, p.R, latent + s * cache.latent_row, cache.latent_row,
+      score_block(queries, M, p.C, p.R, latent + s * cache.latent_row, cache.latent_row,
                   key + s * cache.key_row, cache.key_row, count, scores.data());
       for (int64_t m = 0; m < M; ++m) {
         float* row = scores.data() + m * kBlock;

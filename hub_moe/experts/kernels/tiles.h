@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kDotRows = kLanes == 16 ? 6 : kLanes == 8 ? 3 : 4;
 constexpr int kOuterRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 8;
+constexpr int kPairRows = kLanes == 16 ? 4 : 2;  // of rows that come in pairs
 constexpr int kDotColumns = 4;     // matrix rows whose sums one tile of dot products keeps in registers
 constexpr int kTile = 2 * kLanes;  // columns of a tile of outer products in gradients
 
@@ -22,6 +23,25 @@ struct Dot {
   template <typename T>
   static Vec get_some(const T* p, int64_t count) { return load_some(p, count); }
   static void add(Vec& sum, Vec a, Vec b) { sum += a * b; }
+};
+
+// Rows that meet a weight's rows in dot products as pairs: every 2 * kLanes of their float32 as `spread`, zeros behind them.
+struct Spread {
+  float number;
+};
+
+template <>
+struct Dot<Spread, bfloat16> {
+  static constexpr int kWidth = 2 * kLanes;
+  static Pair get(const bfloat16* p) { return load_pair(p); }
+  static Pair get(const Spread* p) { return {load(&p->number), load(&p->number + kLanes)}; }
+  static Pair get_some(const bfloat16* p, int64_t count) {
+    bfloat16 padded[kWidth] = {};
+    std::copy(p, p + count, padded);
+    return load_pair(padded);
+  }
+  static Pair get_some(const Spread* p, int64_t) { return get(p); }
+  static void add(Vec& sum, Pair a, Pair b) { sum += a.even * b.even, sum += a.odd * b.odd; }
 };
 
 #if defined(__AVX512BF16__)
@@ -44,6 +64,18 @@ __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w
   int64_t i = 0;
   using D = Dot<X, W>;
   auto step = [&](auto get) {
+    if constexpr (std::is_same_v<X, Spread>) {  // four columns of pairs do not stay in registers
+      Pair rows[M];
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) rows[m] = get(x[m] + i);
+#pragma GCC unroll 4
+      for (int n = 0; n < kDotColumns; ++n) {
+        Pair column = get(w + n * w_row + i);
+#pragma GCC unroll 6
+        for (int m = 0; m < M; ++m) D::add(sums[m][n], rows[m], column);
+      }
+      return;
+    }
     decltype(get(w)) columns[kDotColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kDotColumns; ++n) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -39,6 +40,17 @@ inline Vec load(const bfloat16* p) {
   Halves h;
   std::memcpy(&h, p, sizeof h);
   return (Vec)(__builtin_convertvector(h, Words) << 16);
+}
+
+struct Pair {  // 2 * kLanes numbers: those at even places, and those at odd ones
+  Vec even, odd;
+};
+
+// Two bfloat16 lie in one word, and each is widened by one instruction where it lies.
+inline Pair load_pair(const bfloat16* p) {
+  Words words;
+  std::memcpy(&words, p, sizeof words);
+  return {(Vec)(words << 16), (Vec)(words & 0xffff0000u)};
 }
 
 template <typename T>
@@ -113,6 +125,22 @@ inline void put(bfloat16* p, float x) {
 }
 
 inline Vec broadcast(float x) { return x - Vec{}; }
+
+// Numbers in their order as a pair, and back.
+template <int... I>
+inline Pair spread(Vec first, Vec second, std::integer_sequence<int, I...>) {
+  return {__builtin_shufflevector(first, second, 2 * I...), __builtin_shufflevector(first, second, (2 * I + 1)...)};
+}
+inline Pair spread(Vec first, Vec second) { return spread(first, second, std::make_integer_sequence<int, kLanes>()); }
+
+template <int... I>
+inline void join(Pair pair, Vec& first, Vec& second, std::integer_sequence<int, I...>) {
+  first = __builtin_shufflevector(pair.even, pair.odd, (I / 2 + I % 2 * kLanes)...);
+  second = __builtin_shufflevector(pair.even, pair.odd, (I / 2 + I % 2 * kLanes + kLanes / 2)...);
+}
+inline void join(Pair pair, Vec& first, Vec& second) {
+  join(pair, first, second, std::make_integer_sequence<int, kLanes>());
+}
 
 // The sums of four vectors.
 inline Four sum_lanes(Vec a, Vec b, Vec c, Vec d) {
