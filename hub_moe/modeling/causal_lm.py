@@ -89,8 +89,8 @@ class MoeCausalLMMixin:
         targets = labels if self.training else None
         records = bool(returns_routing or (targets is not None and has_router_loss(self.config)))
         recording = {"output_router_logits": records, "output_router_indices": records}
-        if wants_only_last := _wants_only_last(kwargs.get("output_hidden_states")):
-            kwargs["output_hidden_states"] = False  # it is there without recorders, for which all layers are called
+        if wants_only_last := _wants_only_last(kwargs.get("output_hidden_states"), self.config):
+            kwargs["output_hidden_states"] = False  # a recorder would keep the layers from running in compiled steps
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -101,16 +101,17 @@ class MoeCausalLMMixin:
             **recording,
             **kwargs,
         )
+        hidden_states = outputs.hidden_states
+        if wants_only_last:
+            hidden_states = (*[None] * self.config.num_hidden_layers, outputs.last_hidden_state)
         logits = linear(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         result = HubMoeCausalLMOutputWithPast(
             logits=logits,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=hidden_states,
             attentions=outputs.attentions,
             router_logits=getattr(outputs, "router_logits", None) if returns_routing else None,
         )
-        if wants_only_last:
-            result.hidden_states = (*[None] * self.config.num_hidden_layers, outputs.last_hidden_state)
         if labels is not None:
             result.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         ahead = None
@@ -185,6 +186,7 @@ class MoeCausalLMMixin:
         result.expert_load = torch.stack([load.to(result.logits.device) for load in loads]) if loads else None
 
 
-def _wants_only_last(output_hidden_states: Any) -> bool:
-    """Whether no hidden state but the last is asked for, by its place from the end."""
-    return isinstance(output_hidden_states, int | list) and output_hidden_states in (-1, [-1])
+def _wants_only_last(output_hidden_states: Any, config: Any) -> bool:
+    """Whether the one hidden state asked for is the last, by its place from the end, and is the model's output."""
+    is_output = getattr(config, "tie_last_hidden_states", None) in (None, True)
+    return is_output and isinstance(output_hidden_states, int | list) and output_hidden_states in (-1, [-1])

@@ -180,7 +180,7 @@ class StoredParameter:
         raise NotImplementedError
 
     def plain(self) -> list[StoredTensor] | None:
-        """The stored tensors that make it up one behind the other; None if they have to be dequantised."""
+        """The stored tensors, all of its dtype, that make it up one behind the other; None if they are no such."""
         raise NotImplementedError
 
 
@@ -216,7 +216,8 @@ class StoredStack(StoredParameter):
 
     def plain(self) -> list[StoredTensor] | None:
         parts = [part for expert in self.experts for part in expert]
-        return [part.stored for part in parts] if all(part.scale is None for part in parts) else None
+        are_alike = all(part.scale is None and part.stored.dtype is self.dtype for part in parts)
+        return [part.stored for part in parts] if are_alike else None
 
     def fill_expert(self, expert: int, target: Tensor) -> None:
         """Write one expert's values into `target`, which has the shape of one."""
@@ -369,9 +370,18 @@ def share_reading(
         parameter.threads = threads
     if any(torch.device(place).type != "cpu" for place in (device_map or {}).values()):
         return  # each waits in its file for room elsewhere
+    # in a thread, where no mode of torch is on: nothing is fake or for inference only because the caller is in one
+    threads.submit(_begin_reading_parameters, model, found, threads).result()
+
+
+def _begin_reading_parameters(model: Any, found: Mapping[str, StoredParameter], threads: Executor) -> None:
     expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.state_dict().items()}
     fitting = (one for name, one in found.items() if expected.get(name) == (one.shape, one.dtype))
-    ready = [(one, stored, torch.empty(one.shape, dtype=one.dtype)) for one in fitting if (stored := one.plain())]
-    reading = begin_reading([(stored, target) for _, stored, target in ready], threads)
-    for (parameter, _, target), begun in zip(ready, reading, strict=True):
+    wanted = [
+        (one, stored, torch.empty(one.shape, dtype=one.dtype, device="cpu"))
+        for one in fitting
+        if (stored := one.plain())
+    ]
+    reading = begin_reading([(stored, target) for _, stored, target in wanted], threads)
+    for (parameter, _, target), begun in zip(wanted, reading, strict=True):
         parameter.await_reading(target, begun)

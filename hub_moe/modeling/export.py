@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError
 from .checkpoint import check_experts, move_checkpoint, unfinished_folder
 from .configuration_hub_moe import HubMoeConfig
 from .modeling_hub_moe import HubMoeForCausalLM
-from .safetensors_files import StoredTensor, bytes_of, find_weight_files, read_headers
+from .safetensors_files import StoredTensor, bytes_of, read_headers
 
 # What each native class can express: field -> the value it must have.
 _REQUIRED: dict[str, dict[str, Any]] = {
@@ -94,7 +94,7 @@ def export_checkpoint(
     folder = _find_source(source)
     config = HubMoeConfig.from_pretrained(str(folder))
     _check_expressible(config, to)
-    stored = read_headers(find_weight_files(folder))
+    stored = read_headers(_find_weight_files(folder))
     if any(re.search(r"\.experts\.(gate_up|down)_proj$", name) for name in stored):
         raise CheckpointError(f"{source} holds fused experts; load it and save it once to get per-expert tensors.")
     _check_against_config(config, stored)
@@ -106,7 +106,7 @@ def export_checkpoint(
             _write_shards(plan, stored, work, max_shard_size)
             _copy_small_files(folder, work)
             _native_config(config, to).save_pretrained(work)
-            kinds = tuple(_compare(plan, stored, read_headers(find_weight_files(work))))
+            kinds = tuple(_compare(plan, stored, read_headers(_find_weight_files(work))))
             move_checkpoint(work, destination)
     finally:
         if is_new and not any(destination.iterdir()):
@@ -199,6 +199,25 @@ def _copy_small_files(source: Path, target: Path) -> None:
     for pattern in _COPIED_FILES:
         for path in source.glob(pattern):
             shutil.copyfile(path, target / path.name)
+
+
+def _find_weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a checkpoint folder, by its index where it has one.
+
+    Raises:
+        CheckpointError: If there are none, or the index names a file that is not there.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is no index: a JSON object with 'weight_map' was expected.") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
+    return [str(folder / name) for name in names]
 
 
 def _compare(

@@ -14,9 +14,8 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -170,18 +169,30 @@ class StoredTensor(NamedTuple):
 
 
 _Wanted = tuple[Sequence[StoredTensor], Tensor]  # what lies one behind the other in the tensor that is the target
+_COUNT_LOCK = threading.Lock()
+_loads = 0  # that run now
+_threshold = 0
 
 
 @contextmanager
 def collecting_no_garbage() -> Iterator[None]:
-    """Thousands of names and places are no garbage, and to look for some among all objects takes as long as reading."""
-    was_enabled = gc.isenabled()
-    gc.disable()
+    """Let Python start no search for garbage, in any thread, while something loads.
+
+    Loading makes thousands of objects that are none, and to look through all there are takes as long as reading.
+    """
+    global _loads, _threshold
+    with _COUNT_LOCK:
+        if _loads == 0:
+            _threshold, *others = gc.get_threshold()
+            gc.set_threshold(0, *others)
+        _loads += 1
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _COUNT_LOCK:
+            _loads -= 1
+            if _loads == 0:
+                gc.set_threshold(_threshold, *gc.get_threshold()[1:])
 
 
 @contextmanager
@@ -211,7 +222,7 @@ def read_in_a_row(tensors: Sequence[StoredTensor], target: Tensor, threads: Exec
 
 
 def begin_reading(wanted: Sequence[_Wanted], threads: Executor) -> list[list[Future[None]]]:
-    """Let `threads` fill each target with its tensors, which have its dtype; returns at once.
+    """Let `threads` fill each target with its tensors, all of which have its dtype; returns at once.
 
     Returns:
         For each target what `finish` waits for.
@@ -225,9 +236,9 @@ def begin_reading(wanted: Sequence[_Wanted], threads: Executor) -> list[list[Fut
 
 
 def finish(reading: Iterable[Future[None]]) -> None:
-    """Wait for what was begun, and raise what one of them raised."""
-    for done in wait(reading).done:
-        done.result()
+    """Wait for what was begun, and raise what the first that failed raised, CancelledError if loading was given up."""
+    for each in reading:
+        each.result()  # which, unlike `concurrent.futures.wait`, a cancelled one wakes
 
 
 class _Piece:
@@ -333,25 +344,6 @@ def _block_side(size: int, num_blocks: int) -> int:
     if -(-size // block) != num_blocks:
         raise CheckpointError(f"A side of {size} cannot be cut into {num_blocks} FP8 blocks of a power of two.")
     return block
-
-
-def find_weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint folder, by its index where it has one.
-
-    Raises:
-        CheckpointError: If there are none, or the index names a file that is not there.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is no index: a JSON object with 'weight_map' was expected.") from error
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} lacks {name}; a checkpoint in safetensors format was expected.")
-    return [str(folder / name) for name in names]
 
 
 def read_headers(paths: Iterable[str]) -> dict[str, StoredTensor]:

@@ -343,6 +343,20 @@ def test_the_last_hidden_state_alone_needs_no_recorder(asked, model, monkeypatch
     torch.testing.assert_close(states[-1], all_states[-1][:, 24:], rtol=0, atol=1e-5 * states[-1].abs().max())
 
 
+def test_the_last_hidden_state_keeps_its_place_and_its_meaning(model):
+    tokens = torch.randint(2, 128, (1, 9))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        given = {"output_attentions": True, "return_dict": False, "use_cache": False}
+        _, states, attentions = model(tokens, output_hidden_states=-1, **given)
+        assert states[-1].shape == (1, 9, 32)
+        assert len(attentions) == 3
+        model.config.tie_last_hidden_states = False  # then the state in front of the last norm
+        before_norm = model(tokens, output_hidden_states=-1).hidden_states[-1]
+    torch.testing.assert_close(model.model.norm(before_norm), states[-1], rtol=0, atol=1e-5)
+    assert not torch.allclose(before_norm, states[-1])
+
+
 def test_drafting_runs_in_compiled_steps(monkeypatch):
     monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "compiled")
     torch.manual_seed(0)

@@ -2,15 +2,24 @@
 
 import gc
 import os
-from concurrent.futures import Future
+import subprocess
+import sys
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hub_moe.errors import CheckpointError
 from hub_moe.modeling import HubMoeForCausalLM
-from hub_moe.modeling.safetensors_files import begin_reading, finish, read_headers, read_in_a_row, reading_threads
+from hub_moe.modeling.safetensors_files import (
+    begin_reading,
+    collecting_no_garbage,
+    finish,
+    read_headers,
+    read_in_a_row,
+    reading_threads,
+)
 
 SIZES = {"a": 5, "b": 0, "c": 3_000_000, "d": 1, "e": 2_500_000, "f": 7}  # float32: some take more than one piece
 
@@ -70,10 +79,69 @@ def test_what_nobody_waits_for_is_not_read(stored):
     assert any(one.cancelled() for one in reading)
 
 
+def test_who_waits_is_told_when_loading_is_given_up(stored):
+    places = stored[1]
+    with reading_threads() as threads, ThreadPoolExecutor(1) as waiter:
+        wanted = [([places["c"]], torch.empty(SIZES["c"])) for _ in range(200)]
+        last = waiter.submit(finish, begin_reading(wanted, threads)[-1])
+        threads.shutdown(cancel_futures=True)
+        with pytest.raises(CancelledError):
+            last.result(timeout=60)
+
+
+def test_a_process_whose_loading_failed_ends(tmp_path, tiny_config):
+    tiny_config.update(
+        {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 64, "num_hidden_layers": 8}
+    )
+    HubMoeForCausalLM(tiny_config).save_pretrained(tmp_path, max_shard_size=2**24)
+    program = f"""if True:
+        import os, sys
+        import hub_moe.modeling
+        from hub_moe.modeling import checkpoint
+        shards = sorted(str(path) for path in __import__("pathlib").Path({str(tmp_path)!r}).glob("*.safetensors"))
+        read_headers = checkpoint.read_headers
+        def read_and_cut(files):
+            stored = read_headers(files)
+            os.truncate(shards[1], 2**20)
+            return stored
+        checkpoint.read_headers = read_and_cut
+        try:
+            hub_moe.modeling.HubMoeForCausalLM.from_pretrained({str(tmp_path)!r})
+        except checkpoint.CheckpointError as error:
+            print(error)
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert "ended while it was read" in done.stdout
+
+
+def test_experts_of_several_dtypes_are_each_converted(tmp_path, tiny_config):
+    model = HubMoeForCausalLM(tiny_config)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    others = {"1.mlp.experts.5.down_proj": torch.bfloat16, "2.mlp.experts.3.up_proj": torch.float64}
+    for name, dtype in others.items():
+        tensors[f"model.layers.{name}.weight"] = tensors[f"model.layers.{name}.weight"].to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = HubMoeForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        one = model.model.layers[1].mlp.experts.down_proj[5]
+        one.copy_(one.bfloat16())
+    for name, expected in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], expected), name
+
+
+def test_modes_of_torch_do_not_reach_the_weights(tmp_path, tiny_config):
+    HubMoeForCausalLM(tiny_config).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = HubMoeForCausalLM.from_pretrained(tmp_path)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("is_enabled", [True, False])
 def test_loading_leaves_the_collection_of_garbage_as_it_was(tmp_path, tiny_config, is_enabled):
     HubMoeForCausalLM(tiny_config).save_pretrained(tmp_path)
     (gc.enable if is_enabled else gc.disable)()
+    threshold = gc.get_threshold()
     try:
         HubMoeForCausalLM.from_pretrained(tmp_path)
         assert gc.isenabled() == is_enabled
@@ -82,5 +150,20 @@ def test_loading_leaves_the_collection_of_garbage_as_it_was(tmp_path, tiny_confi
         with pytest.raises(CheckpointError):
             HubMoeForCausalLM.from_pretrained(tmp_path)
         assert gc.isenabled() == is_enabled
+        assert gc.get_threshold() == threshold
     finally:
         gc.enable()
+
+
+def test_no_garbage_is_collected_until_the_last_of_several_loads_ends():
+    threshold = gc.get_threshold()
+    one, other = collecting_no_garbage(), collecting_no_garbage()
+    one.__enter__()
+    other.__enter__()
+    gc.disable()
+    one.__exit__(None, None, None)
+    assert gc.get_threshold() == (0, *threshold[1:])
+    other.__exit__(None, None, None)
+    assert gc.get_threshold() == threshold
+    assert not gc.isenabled()
+    gc.enable()
