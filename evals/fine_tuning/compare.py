@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from plot import plot_trade_off
-from summary import best_rates, render_table, summarise
+from summary import best_rates, render_index, render_table, summarise
 from trial import Bench, Trial, find_equal_rank, read_base
 
 from hub_moe.errors import HubMoeError
+from hub_moe.files.json_files import read_json
 
 METHODS = ("full", "experts", "lora")
 
@@ -75,6 +76,9 @@ def compare(arguments: argparse.Namespace) -> None:
     (out / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     (out / f"{name}.md").write_text(render_table(summary), "utf-8")
     plot_trade_off(summary).savefig(out / f"{name}.png", dpi=150)
+    (out / "README.md").write_text(
+        render_index([read_json(file, "comparison") for file in out.glob("*.json")]), "utf-8"
+    )
     print(render_table(summary))
 
 

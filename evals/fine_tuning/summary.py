@@ -91,6 +91,47 @@ def render_table(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def render_index(summaries: Sequence[dict[str, Any]]) -> str:
+    """Markdown: every comparison in one table."""
+    lines = [
+        "# Fine-tuning: full, experts, and LoRA of the same size",
+        "",
+        "Loss in nats per trained token on held-out rows of the task, before and after, and how many bits per byte were "
+        "lost on held-out files of the text that the base was trained on; each method at the rate that was best for it "
+        "on the task, mean over its seeds. A name leads to the table of the comparison, beside which are the picture "
+        "and the JSON with all settings. Made by `evals/fine_tuning/compare.py`.",
+        "",
+        "| comparison | chosen | method | numbers trained | of the model | seeds | task loss | lost on base text |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for summary in sorted(summaries, key=lambda each: each["task"]):
+        for method, figures in summary["methods"].items():
+            lines.append(f"| {' | '.join(_index_row(summary, method, figures))} |")
+    return "\n".join([*lines, ""])
+
+
+def _index_row(summary: dict[str, Any], method: str, figures: dict[str, Any]) -> list[str]:
+    loss, bits = figures["task_loss"], figures["base_text_bits_per_byte"]
+    size = summary["settings"].get("base", {}).get("run", {}).get("model")
+    return [
+        f"[{summary['task']}]({summary['task']}.md)",
+        _describe_choice(summary["settings"]),
+        f"{method} (rank {figures['rank']})" if figures["rank"] else method,
+        f"{figures['trained']:,}",
+        f"{figures['trained'] / size:.1%}" if size else "",
+        str(figures["seeds"]),
+        f"{loss['before']:.3f} to {loss['after']:.3f}",
+        f"{bits['after'] - bits['before']:+.3f}",
+    ]
+
+
+def _describe_choice(settings: dict[str, Any]) -> str:
+    choice = settings.get("choice", settings)
+    what = f"{choice['share']:.0%} of the experts" if "share" in choice else f"experts by top-p {choice['top_p']:g}"
+    extras = {"shared_experts": "shared experts", "non_expert_modules": "all that is no expert"}
+    return ", ".join([what, *(words for key, words in extras.items() if choice.get(key))])
+
+
 def _spread(figure: dict[str, float], seeds: int) -> str:
     """The mean with its deviation, which one seed does not have."""
     return f"{figure['after']:.3f}" + (f" ± {figure['after_sd']:.3f}" if seeds > 1 else "")

@@ -103,3 +103,11 @@ def test_chats_become_running_text_and_long_texts_pieces():
 def test_a_folder_that_holds_no_base_is_one_sentence(tmp_path):
     with pytest.raises(SystemExit, match=r"holds neither the base.json of base.py nor the report.json of hub-moe demo"):
         _load("trial").read_base(tmp_path)
+
+
+def test_the_index_has_every_committed_comparison(summary):
+    summaries = [json.loads(file.read_text("utf-8")) for file in RESULTS.glob("*.json")]
+    assert summaries
+    index = (RESULTS / "README.md").read_text("utf-8")
+    assert index == summary.render_index(summaries)
+    assert all(f"({each['task']}.md)" in index for each in summaries)
