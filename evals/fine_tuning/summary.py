@@ -96,8 +96,8 @@ def render_index(summaries: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Fine-tuning: full, experts, and LoRA of the same size",
         "",
-        "Loss in nats per trained token on held-out rows of the task, before and after, and how many bits per byte were "
-        "lost on held-out files of the text that the base was trained on; each method at the rate that was best for it "
+        "Loss in nats per trained token on held-out rows of the task, before and after, and how many bits per byte "
+        "were lost on held-out files of the text that the base was trained on; each method at the rate that was best for it "
         "on the task, mean over its seeds. A name leads to the table of the comparison, beside which are the picture "
         "and the JSON with all settings. Made by `evals/fine_tuning/compare.py`.",
         "",
