@@ -97,9 +97,9 @@ def render_index(summaries: Sequence[dict[str, Any]]) -> str:
         "# Fine-tuning: full, experts, and LoRA of the same size",
         "",
         "Loss in nats per trained token on held-out rows of the task, before and after, and how many bits per byte "
-        "were lost on held-out files of the text that the base was trained on; each method at the rate that was best for "
-        "it on the task, mean over its seeds. A name leads to the table of the comparison, beside which are the picture "
-        "and the JSON with all settings. Made by `evals/fine_tuning/compare.py`.",
+        "were lost on held-out files of the text that the base was trained on; each method at the rate that was "
+        "best for it on the task, mean over its seeds. A name leads to the table of the comparison, beside which "
+        "are the picture and the JSON with all settings. Made by `evals/fine_tuning/compare.py`.",
         "",
         "| comparison | chosen | method | numbers trained | of the model | seeds | task loss | lost on base text |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
