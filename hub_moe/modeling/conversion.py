@@ -6,6 +6,7 @@ On disk every expert has its own tensors; in memory a layer's experts are two fu
 Shape letters: E routed experts, F expert inner, D hidden.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..errors import CheckpointError
 from .safetensors_files import (
     FP8_DTYPES,
+    PIECE_BYTES,
     StoredTensor,
     begin_reading,
     dequantize_blocks,
@@ -370,6 +372,8 @@ def share_reading(
         parameter.threads = threads
     if any(torch.device(place).type != "cpu" for place in (device_map or {}).values()):
         return  # each waits in its file for room elsewhere
+    if sum(math.prod(one.shape) * one.dtype.itemsize for one in found.values()) < PIECE_BYTES:
+        return  # a thread's stack is as large
     # in a thread, where no mode of torch is on: nothing is fake or for inference only because the caller is in one
     threads.submit(_begin_reading_parameters, model, found, threads).result()
 

@@ -40,7 +40,7 @@ _DTYPES = {
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_PIECE_BYTES = 8 * 2**20  # what a thread reads at a time
+PIECE_BYTES = 8 * 2**20  # what a thread reads at a time
 _MAX_THREADS = 4
 _MADV_POPULATE_WRITE = 23  # of Linux 5.14
 
@@ -213,11 +213,12 @@ def read_in_a_row(tensors: Sequence[StoredTensor], target: Tensor, threads: Exec
     """
     if not all(tensor._is_copied(target) for tensor in tensors):
         return False
-    if threads is None:
-        for piece in _cut([(tensors, target)]):
+    pieces = _cut([(tensors, target)])
+    if threads is None or len(pieces) < 2:
+        for piece in pieces:
             piece.read()
     else:
-        finish(begin_reading([(tensors, target)], threads)[0])
+        finish([threads.submit(piece.read) for piece in pieces])
     return True
 
 
@@ -252,7 +253,7 @@ class _Piece:
     def room(self, file: WeightFile, offset: int) -> int:
         """How many of the bytes from `offset` on may still be added."""
         continues = file is self.file and offset == self.end
-        return _PIECE_BYTES - (self.end - self._offset) if continues else 0
+        return PIECE_BYTES - (self.end - self._offset) if continues else 0
 
     def add(self, memory: memoryview, place: int) -> None:
         """Let the next bytes go to `memory`, which is of the target at `place`."""
@@ -284,7 +285,7 @@ def _cut(wanted: Sequence[_Wanted]) -> list[_Piece]:
             room = pieces[-1].room(tensor.file, tensor.offset + done) if pieces else 0
             if room == 0:
                 pieces.append(_Piece(tensor.file, tensor.offset + done))
-                room = _PIECE_BYTES
+                room = PIECE_BYTES
             pieces[-1].add(memory[done : done + room], place)
             done += room
     return pieces

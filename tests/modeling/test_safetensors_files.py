@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hub_moe.errors import CheckpointError
-from hub_moe.modeling import HubMoeForCausalLM
+from hub_moe.modeling import HubMoeForCausalLM, conversion
 from hub_moe.modeling.safetensors_files import (
     begin_reading,
     collecting_no_garbage,
@@ -22,6 +22,11 @@ from hub_moe.modeling.safetensors_files import (
 )
 
 SIZES = {"a": 5, "b": 0, "c": 3_000_000, "d": 1, "e": 2_500_000, "f": 7}  # float32: some take more than one piece
+
+
+@pytest.fixture(autouse=True)
+def _small_models_are_read_by_threads_too(monkeypatch):
+    monkeypatch.setattr(conversion, "PIECE_BYTES", 0)
 
 
 @pytest.fixture(name="stored")
