@@ -76,9 +76,8 @@ def compare(arguments: argparse.Namespace) -> None:
     (out / f"{name}.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     (out / f"{name}.md").write_text(render_table(summary), "utf-8")
     plot_trade_off(summary).savefig(out / f"{name}.png", dpi=150)
-    (out / "README.md").write_text(
-        render_index([read_json(file, "comparison") for file in out.glob("*.json")]), "utf-8"
-    )
+    made = [file for file in out.glob("*.json") if any((out / "runs").glob(f"{file.stem}-*-seed0.json"))]
+    (out / "comparisons.md").write_text(render_index([read_json(file, "a comparison") for file in made]), "utf-8")
     print(render_table(summary))
 
 

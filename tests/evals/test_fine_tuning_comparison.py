@@ -108,6 +108,6 @@ def test_a_folder_that_holds_no_base_is_one_sentence(tmp_path):
 def test_the_index_has_every_committed_comparison(summary):
     summaries = [json.loads(file.read_text("utf-8")) for file in RESULTS.glob("*.json")]
     assert summaries
-    index = (RESULTS / "README.md").read_text("utf-8")
+    index = (RESULTS / "comparisons.md").read_text("utf-8")
     assert index == summary.render_index(summaries)
     assert all(f"({each['task']}.md)" in index for each in summaries)
