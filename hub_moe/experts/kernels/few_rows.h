@@ -28,16 +28,6 @@ template <typename W>
 using RowOf = float;
 #endif
 
-// How rows meet those of a weight in dot products, and how many numbers one of `count` then takes.
-template <typename X, typename W>
-using Met = std::conditional_t<std::is_same_v<X, float> && std::is_same_v<W, bfloat16>, Spread, X>;
-
-template <typename M>
-inline int64_t met_size(int64_t count) {
-  constexpr int64_t kPair = 2 * kLanes;
-  return std::is_same_v<M, Spread> ? (count + kPair - 1) / kPair * kPair : count;
-}
-
 inline void spread_row(const float* x, int64_t count, Spread* to) {
   constexpr int64_t kPair = 2 * kLanes;
   for (int64_t i = 0; i < count; i += kPair) {

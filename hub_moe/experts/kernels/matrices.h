@@ -54,11 +54,12 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
           if (is_near) {
-            dot_tile_of<kDotRows>(count, rows, (const X*)near, (int64_t)kDotDepth, depth, y + s * B + n, B, k > 0);
+            dot_tile_of<kDotRows>(count, rows, y + s * B + n, B, k > 0, Stretch<X>{near, kDotDepth, depth});
           } else if (!is_short) {
-            dot_tile_of<kDotRows, true>(count, rows, matrix + n * w_row + k, w_row, depth, y + s * B + n, B, k > 0);
+            Stretch<W> far{matrix + n * w_row + k, w_row, depth};
+            dot_tile_of<kDotRows, true>(count, rows, y + s * B + n, B, k > 0, far);
           } else if (!is_tiny) {
-            dot_tile_of<kDotRows>(count, rows, matrix + from * w_row + k, w_row, depth, sums, (int64_t)kDotColumns, false);
+            dot_tile_of<kDotRows>(count, rows, sums, kDotColumns, false, Stretch<W>{matrix + from * w_row + k, w_row, depth});
             for (int64_t m = 0; m < count; ++m)
               for (int64_t c = n; c < last; ++c) {
                 float& place = y[(s + m) * B + c];
@@ -66,8 +67,7 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
               }
           } else {
             for (int64_t c = n; c < last; ++c) {
-              dot_tile_of<kDotRows>(count, rows, matrix + c * w_row + k, (int64_t)0, depth, sums, (int64_t)kDotColumns,
-                                    false);
+              dot_tile_of<kDotRows>(count, rows, sums, kDotColumns, false, Stretch<W>{matrix + c * w_row + k, 0, depth});
               for (int64_t m = 0; m < count; ++m) {
                 float& place = y[(s + m) * B + c];
                 place = (k ? place : 0) + sums[m * kDotColumns];

@@ -56,41 +56,66 @@ struct Dot<bfloat16, bfloat16> {
 };
 #endif
 
-// y[m, 0:4] (+)= x[m] . w[0:4], over `depth` elements. For few rows a matrix comes from memory at the speed of that, so
-// `Ahead` asks for the next four rows while these are multiplied.
+// How rows of X meet those of W in dot products, and how many numbers of it `count` take.
+template <typename X, typename W>
+using Met = std::conditional_t<std::is_same_v<X, float> && std::is_same_v<W, bfloat16>, Spread, X>;
+
+template <typename M>
+inline int64_t met_size(int64_t count) {
+  constexpr int64_t kPair = 2 * kLanes;
+  return std::is_same_v<M, Spread> ? (count + kPair - 1) / kPair * kPair : count;
+}
+
+// A stretch of each row of a matrix, `depth` elements from `at` on.
+template <typename W>
+struct Stretch {
+  const W* at;
+  int64_t row, depth;
+};
+
+// sums[m, 0:4] += x[m] . w[0:4]. For few rows a matrix comes from memory at the speed of that, so `Ahead` asks for the next
+// four of its rows while these are multiplied.
 template <int M, bool Ahead, typename X, typename W>
-__attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w_row, int64_t depth, float* y, int64_t y_row, bool add) {
-  Vec sums[M][kDotColumns] = {};
-  int64_t i = 0;
+inline __attribute__((always_inline)) void add_dots(const X* const* x, int64_t from, Stretch<W> w,
+                                                    Vec (&sums)[M][kDotColumns]) {
   using D = Dot<X, W>;
-  auto step = [&](auto get) {
+  auto step = [&](int64_t i, auto get) {
     if constexpr (std::is_same_v<X, Spread>) {  // four columns of pairs do not stay in registers
       Pair rows[M];
 #pragma GCC unroll 6
-      for (int m = 0; m < M; ++m) rows[m] = get(x[m] + i);
+      for (int m = 0; m < M; ++m) rows[m] = get(x[m] + from + i);
 #pragma GCC unroll 4
       for (int n = 0; n < kDotColumns; ++n) {
-        Pair column = get(w + n * w_row + i);
+        Pair column = get(w.at + n * w.row + i);
 #pragma GCC unroll 6
         for (int m = 0; m < M; ++m) D::add(sums[m][n], rows[m], column);
       }
       return;
     }
-    decltype(get(w)) columns[kDotColumns];
+    decltype(get(w.at)) columns[kDotColumns];
 #pragma GCC unroll 4
     for (int n = 0; n < kDotColumns; ++n) {
-      columns[n] = get(w + n * w_row + i);
-      if (Ahead) __builtin_prefetch(w + (n + kDotColumns) * w_row + i, 0, 2);
+      columns[n] = get(w.at + n * w.row + i);
+      if (Ahead) __builtin_prefetch(w.at + (n + kDotColumns) * w.row + i, 0, 2);
     }
 #pragma GCC unroll 6
     for (int m = 0; m < M; ++m) {
-      auto row = get(x[m] + i);
+      auto row = get(x[m] + from + i);
 #pragma GCC unroll 4
       for (int n = 0; n < kDotColumns; ++n) D::add(sums[m][n], row, columns[n]);
     }
   };
-  for (; i + D::kWidth <= depth; i += D::kWidth) step([](auto* p) { return D::get(p); });
-  if (i < depth) step([rest = depth - i](auto* p) { return D::get_some(p, rest); });
+  int64_t i = 0;
+  for (; i + D::kWidth <= w.depth; i += D::kWidth) step(i, [](auto* p) { return D::get(p); });
+  if (i < w.depth) step(i, [rest = w.depth - i](auto* p) { return D::get_some(p, rest); });
+}
+
+// y[m, 0:4] (+)= x[m] . w[0:4] over all stretches of w, one behind the other.
+template <int M, bool Ahead, typename X, typename... W>
+__attribute__((noinline)) void dot_tile(const X* const* x, float* y, int64_t y_row, bool add, const Stretch<W>&... w) {
+  Vec sums[M][kDotColumns] = {};
+  int64_t from = 0;
+  ((add_dots<M, Ahead>(x, from, w, sums), from += met_size<X>(w.depth)), ...);
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
     Four four = sum_lanes(sums[m][0], sums[m][1], sums[m][2], sums[m][3]), before = {};
@@ -100,11 +125,11 @@ __attribute__((noinline)) void dot_tile(const X* const* x, const W* w, int64_t w
   }
 }
 
-template <int M, bool Ahead = false, typename X, typename W, typename... Rest>
-inline void dot_tile_of(int64_t rows, const X* const* x, const W* w, Rest... rest) {
+template <int M, bool Ahead = false, typename X, typename... W>
+inline void dot_tile_of(int64_t rows, const X* const* x, float* y, int64_t y_row, bool add, const Stretch<W>&... w) {
   if constexpr (M > 0) {
-    if (rows == M) return dot_tile<M, Ahead>(x, w, rest...);
-    dot_tile_of<M - 1, Ahead>(rows, x, w, rest...);
+    if (rows == M) return dot_tile<M, Ahead>(x, y, y_row, add, w...);
+    dot_tile_of<M - 1, Ahead>(rows, x, y, y_row, add, w...);
   }
 }
 
