@@ -114,7 +114,7 @@ class PreparedProjections:
         cos, sin = cos.contiguous(), sin.contiguous()
         query_BLHX = x_BLD.new_empty((batch, new, self._heads, self._head_size))
         both = x_BLD.new_empty((batch, 1, new, self._latent_size + self._rope_size))
-        latent, key = both.split((self._latent_size, self._rope_size), -1)
+        latent, key = both.split_with_sizes((self._latent_size, self._rope_size), -1)
         self._function(
             x_BLD.data_ptr(),
             self._addresses,

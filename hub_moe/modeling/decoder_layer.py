@@ -17,7 +17,17 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from .absorbed_attention import costs_less, hides_plainly
 from .configuration_hub_moe import HubMoeConfig
 from .half_products import has_hooks, is_untouched
-from .layers import HubMoeAttention, HubMoeMLP, HubMoeMoE, HubMoeRMSNorm, decoding, find_steps, linear, norm_of
+from .layers import (
+    HubMoeAttention,
+    HubMoeMLP,
+    HubMoeMoE,
+    HubMoeRMSNorm,
+    decoding,
+    find_steps,
+    linear,
+    norm_of,
+    settings_of,
+)
 
 
 class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
@@ -46,7 +56,7 @@ class HubMoeDecoderLayer(DeepseekV3DecoderLayer):
         """Hidden states (B, L, D) to those behind the layer."""
         if past_key_values is not None and position_embeddings is not None:
             steps = find_steps(hidden_states)
-            prepared = None if steps is None else _prepare(self, hidden_states, steps)
+            prepared = None if steps is None else _prepare(self, hidden_states, steps, {})
             if prepared is not None and _can_rotate(position_embeddings):
                 kwargs |= {"position_ids": position_ids, "use_cache": use_cache}
                 return self.decode(
@@ -116,16 +126,20 @@ class PreparedSteps:
         attention, mlp = layer.self_attn, layer.mlp
         norms = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
         weights = attention.kv_b_proj.weight, attention.o_proj.weight, norms[1]
-        self._steps, self._dtype, self._settings = steps, attention.o_proj.weight.dtype, _settings(layer)
+        self._steps, self._dtype = steps, attention.o_proj.weight.dtype
         self._width = attention.o_proj.weight.shape[0]
         self.project = steps.prepare_projections(attention.projections()._replace(x_norm=norms[0]))
         self.finish = steps.prepare_layer(decoding.LayerWeights(*weights, **mlp.layer_weights()))
-        self._inner = [(each, type(each), type(each).forward) for each in layer.modules() if each is not layer]
+        self._inner = [(each, type(each), each.__dict__) for each in layer.modules() if each is not layer]
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(kind for _, kind, _ in self._inner)]
         modules = (layer, *[module for module, *_ in self._inner])
-        self._children = [(each._modules, tuple(each._modules.items())) for each in modules]
+        self._children = [(each._modules, dict(each._modules)) for each in modules]
         tensors = [own for each in modules[1:] for own in (each._parameters, each._buffers)]
-        self._tensors = [(own, [(name, _place_of(tensor)) for name, tensor in own.items()]) for own in tensors if own]
+        self._tensors = [(own, [(name, *_place_of(tensor)) for name, tensor in own.items()]) for own in tensors if own]
         self._empty = [own for own in tensors if not own]
+        self._attributes = [(own, name, own.get(name)) for own, name in _deciding(layer)]
+        configs = {id(said): said for _, name, said in self._attributes if name == "config"}
+        self._settings = [(config, settings_of(config)) for config in configs.values()]
 
     def reads_latents(
         self, attention: HubMoeAttention, query_BHLX: Tensor, cached: tuple[Tensor, Tensor], mask: Tensor | None
@@ -140,51 +154,71 @@ class PreparedSteps:
         are_rows = latent_B1SC.stride(-1) == rope_B1SR.stride(-1) == 1 and latent_B1SC.dtype is self._dtype
         return are_rows and costs_less(attention, new, latent_B1SC.shape[2])
 
-    def is_good(self, layer: HubMoeDecoderLayer, x: Tensor, steps: Any) -> bool:
-        """Whether compiled steps still compute what calling the layer does, for rows like `x`."""
+    def is_good(self, layer: HubMoeDecoderLayer, x: Tensor, steps: Any, said: dict[int, Any]) -> bool:
+        """Whether compiled steps still compute what calling the layer does, for rows like `x`.
+
+        Args:
+            layer: The one of these steps.
+            x: Rows.
+            steps: Those in use for such rows.
+            said: By the id of a config, which layers share, its `settings_of` at this moment; filled here.
+        """
         if self._steps is not steps or x.dtype is not self._dtype or all_modules._has_any_global_hook():
             return False
         is_wide = x.dim() == 3 and x.shape[-1] == self._width
-        return is_wide and self._settings == _settings(layer) and self._are_same_modules() and self._are_same_weights()
+        return is_wide and self._are_same_settings(said) and self._are_same_modules() and self._are_same_weights()
+
+    def _are_same_settings(self, said: dict[int, Any]) -> bool:
+        for own, name, value in self._attributes:
+            if own.get(name) is not value:
+                return False
+        for config, settings in self._settings:
+            if id(config) not in said:
+                said[id(config)] = settings_of(config)
+            if said[id(config)] != settings:
+                return False
+        return True
 
     def _are_same_modules(self) -> bool:
         for own, children in self._children:
-            if len(own) != len(children):
+            if own != children:  # modules are equal to nothing but themselves
                 return False
-            for name, child in children:
-                if own.get(name) is not child:
-                    return False
-        for module, kind, forward in self._inner:
-            if has_hooks(module) or "forward" in module.__dict__:
+        for module, kind, own in self._inner:
+            if type(module) is not kind or has_hooks(module) or "forward" in own:
                 return False
-            if type(module) is not kind or kind.forward is not forward:
-                return False
-        return True
+        return all(kind.forward is forward for kind, forward in self._forwards)
 
     def _are_same_weights(self) -> bool:
         for own, places in self._tensors:
             if len(own) != len(places):
                 return False
-            for name, place in places:
-                if _place_of(own.get(name)) != place:
+            for name, kind, address, dtype, shape in places:
+                tensor = own.get(name)
+                if type(tensor) is not kind:
+                    return False
+                if tensor is not None and (
+                    tensor.data_ptr() != address
+                    or tensor.dtype is not dtype
+                    or tensor.shape != shape
+                    or not tensor.is_contiguous()
+                ):
                     return False
         return not any(self._empty)
 
 
-def _place_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """What makes it another weight than the contiguous one it was: where it lies, and how."""
+def _place_of(tensor: Tensor | None) -> tuple[Any, ...]:
+    """What makes it another weight than the contiguous one it was: its kind, where it lies, and how."""
     if tensor is None:
-        return None
-    return tensor.data_ptr(), tensor.shape, tensor.is_contiguous(), tensor.dtype, type(tensor)
+        return type(None), None, None, None
+    return type(tensor), tensor.data_ptr(), tensor.dtype, tensor.shape
 
 
-def _settings(layer: HubMoeDecoderLayer) -> tuple[Any, ...]:
-    """What decides on the arithmetic beside weights."""
+def _deciding(layer: HubMoeDecoderLayer) -> list[tuple[dict[str, Any], str]]:
+    """Attributes, by the place where they are, that decide on the arithmetic beside weights and inner modules."""
     attention = layer.self_attn
     norms = (layer.input_layernorm, layer.post_attention_layernorm, attention.kv_a_layernorm, attention.q_a_layernorm)
-    eps = [None if norm is None else norm.variance_epsilon for norm in norms]
-    config: Any = attention.config
-    return (*eps, config._attn_implementation, vars(config)["rope_interleave"], *layer.mlp.settings())
+    of_norms = [(norm, "variance_epsilon") for norm in norms if norm is not None]
+    return [(vars(module), name) for module, name in (*of_norms, (attention, "config"), *layer.mlp.deciding())]
 
 
 def _fits(layer: HubMoeDecoderLayer, width: int) -> bool:
@@ -240,9 +274,10 @@ def prepare_layers(
     if steps is None:
         return None
     prepared = []
+    said: dict[int, Any] = {}
     for layer in layers:
         is_own = type(layer) is HubMoeDecoderLayer and type(layer).forward is _FORWARD and is_untouched(layer)
-        one = _prepare(layer, x, steps) if is_own else None
+        one = _prepare(layer, x, steps, said) if is_own else None
         if one is None:
             return None
         prepared.append(one)
@@ -253,10 +288,10 @@ def _can_rotate(rotation: tuple[Tensor, Tensor]) -> bool:
     return rotation[0].dtype in (torch.float32, torch.bfloat16)
 
 
-def _prepare(layer: HubMoeDecoderLayer, x: Tensor, steps: Any) -> PreparedSteps | None:
-    """The compiled steps of `layer` for rows like `x`; None where its modules have to be called."""
+def _prepare(layer: HubMoeDecoderLayer, x: Tensor, steps: Any, said: dict[int, Any]) -> PreparedSteps | None:
+    """The steps of `layer` for rows like `x`; None where its modules have to be called; `said` as in `is_good`."""
     prepared = _PREPARED.get(layer)
-    if prepared is None or not prepared.is_good(layer, x, steps):
+    if prepared is None or not prepared.is_good(layer, x, steps, said):
         parts = (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm, layer.mlp)
         if x.dim() != 3 or find_steps(x, *parts) is None or not _fits(layer, x.shape[-1]):
             _PREPARED.pop(layer, None)

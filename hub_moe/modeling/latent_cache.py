@@ -91,13 +91,9 @@ class LatentLayer(DynamicLayer):
 
     def _continues(self, key_states: Tensor, value_states: Tensor) -> bool:
         """Whether there are tokens to add to, of the same kind."""
-        return self.get_seq_length() > 0 and all(
-            old.shape[:2] == new.shape[:2]
-            and old.shape[-1] == new.shape[-1]
-            and old.dtype == new.dtype
-            and old.device == new.device
-            for old, new in ((self.keys, key_states), (self.values, value_states))
-        )
+        if self.get_seq_length() == 0:
+            return False
+        return _is_alike(self.keys, key_states) and _is_alike(self.values, value_states)
 
     def _has_room(self, end: int) -> bool:
         """Whether the tensors are still this layer's own views, up to the last place written, with places behind."""
@@ -139,6 +135,13 @@ def place_rows(cache: DynamicCache, places: Places | None) -> None:
         layer.places = places
 
 
+def _is_alike(old: Tensor, new: Tensor) -> bool:
+    batch, heads, _, width = new.shape
+    old_batch, old_heads, _, old_width = old.shape
+    is_like = (old_batch, old_heads, old_width) == (batch, heads, width) and old.dtype is new.dtype
+    return is_like and old.device == new.device
+
+
 def _put(cached_B1PX: Tensor, places: Places, new_B1LX: Tensor) -> Tensor:
     """Write each row's new tokens into `cached_B1PX` at its places."""
     index_BL = places.index_BL.to(cached_B1PX.device)
@@ -149,13 +152,12 @@ def _put(cached_B1PX: Tensor, places: Places, new_B1LX: Tensor) -> Tensor:
 
 def are_side_by_side(left: Tensor, right: Tensor) -> bool:
     """Whether each row of `right` follows the same row of `left` in memory, with nothing between and around."""
-    width = left.shape[-1] + right.shape[-1]
-    return (
-        left.shape[:-1] == right.shape[:-1]
-        and left.stride() == right.stride()
-        and left.stride()[-2:] == (width, 1)
-        and right.data_ptr() == left.data_ptr() + left.shape[-1] * left.element_size()
-    )
+    *rows, width = left.shape
+    *right_rows, right_width = right.shape
+    strides = left.stride()
+    if rows != right_rows or strides != right.stride() or strides[-2:] != (width + right_width, 1):
+        return False
+    return right.data_ptr() == left.data_ptr() + width * left.element_size()
 
 
 def join(left: Tensor, right: Tensor) -> Tensor:

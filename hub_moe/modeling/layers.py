@@ -44,6 +44,13 @@ _ROUTER_SETTINGS = (
 )
 
 
+def settings_of(config: Any) -> tuple[Any, ...]:
+    """What a config says about how a layer computes, beside its sizes."""
+    said = vars(config)  # plain reads take ten times as long, and this is asked at every step
+    implementations = config._attn_implementation, config._experts_implementation
+    return *implementations, said["rope_interleave"], *[said[name] for name in _ROUTER_SETTINGS]
+
+
 def find_steps(x: Tensor, *modules: nn.Module) -> Any:
     """The compiled steps that may stand for `modules`, called with rows like `x`; None where these have to be called.
 
@@ -143,8 +150,8 @@ class HubMoeMLP(DeepseekV2MLP):
         """As compiled steps take them."""
         return decoding.FeedForward(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
-    def settings(self) -> tuple[Any, ...]:
-        """What of the config decides on what is computed: nothing."""
+    def deciding(self) -> tuple[tuple[nn.Module, str], ...]:
+        """Modules and names of their attributes, beside weights and inner modules, that decide on what is computed."""
         return ()
 
     def layer_weights(self) -> dict[str, Any]:
@@ -220,19 +227,17 @@ class HubMoeMoE(DeepseekV3MoE):
         routed: Tensor = self.experts(hidden_TD, expert_TK, weight_TK).view(*hidden_states.shape)
         return routed if self.shared_experts is None else routed + self.shared_experts(hidden_states)
 
-    def settings(self) -> tuple[Any, ...]:
-        """What decides on the routing, and on how experts are computed."""
-        settings = vars(self.gate.config)  # plain reads take ten times as long, and this is asked at every step
-        experts: Any = self.experts
-        own = (experts.config._experts_implementation, experts._is_expert_parallel, "_apply_gate" in vars(experts))
-        return (*[settings[name] for name in _ROUTER_SETTINGS], *own)
+    def deciding(self) -> tuple[tuple[nn.Module, str], ...]:
+        """As of `HubMoeMLP`."""
+        of_experts = [(self.experts, name) for name in ("config", "_is_expert_parallel", "_apply_gate")]
+        return (self.gate, "config"), *of_experts
 
     def layer_weights(self) -> dict[str, Any]:
         """Fields of `LayerWeights` of hub_moe.experts.decoding."""
-        weight, bias = self.gate.weight, self.gate.e_score_correction_bias
+        weight, bias, config = self.gate.weight, self.gate.e_score_correction_bias, vars(self.gate.config)
         return {
             "shared": None if self.shared_experts is None else self.shared_experts.weights(),
-            "router": decoding.Router(weight, bias, *self.settings()[: len(_ROUTER_SETTINGS)]),
+            "router": decoding.Router(weight, bias, *[config[name] for name in _ROUTER_SETTINGS]),
             "experts": (self.experts.gate_up_proj, self.experts.down_proj),
         }
 

@@ -125,7 +125,7 @@ class HubMoeModel(HubMoePreTrainedModel, DeepseekV3Model):
             position_ids=position_ids,
         )
         rotation = self.rotary_emb(hidden, position_ids)
-        layers = self.layers[: self.config.num_hidden_layers]
+        layers = list(self.layers)[: self.config.num_hidden_layers]  # a slice would be a new module at every step
         prepared = prepare_layers(layers, hidden, rotation, past_key_values)
         layer: Any
         given = {"position_ids": position_ids, "use_cache": use_cache, **kwargs}
