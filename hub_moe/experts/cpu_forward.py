@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from .compiled_products import CompiledProducts
+from .decoding import INTERFACES, Routed, find_steps
 from .pairs import SortedPairs, sort_pairs_by_expert
 from .products import Products, SplitProducts, SplitStack, choose_products
 from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, is_swiglu, stacks_of, uses_triton
@@ -66,10 +67,33 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
         out: Tensor = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
         return out
     stacks = stacks_of(experts)
+    fed_TD = _feed_few(experts, hidden_states, (top_k_index, top_k_weights), stacks)
+    if fed_TD is not None:
+        return fed_TD
     is_parallel = getattr(experts, "_is_expert_parallel", False)
     pairs = sort_pairs_by_expert(top_k_index, stacks.up.shape[0], may_be_elsewhere=is_parallel)
     plan = _plan(experts, pairs, choose_products(stacks.up.dtype), stacks.down)
     return _compute(experts, hidden_states, top_k_weights, plan, stacks)
+
+
+def _feed_few(experts: Any, x_TD: Tensor, routing: tuple[Tensor, Tensor], stacks: Stacks) -> Tensor | None:
+    """The same for a few tokens without gradients in one compiled call; None where that cannot compute it.
+
+    One token's experts take little more than reading their weights, to which sorting pairs and four calls add a tenth.
+    """
+    expert_TK, weight_TK = routing
+    up_EHD, down_EDF = stacks.up.mT, stacks.down.mT
+    num_experts, width, inner = down_EDF.shape
+    fits = up_EHD.shape == (num_experts, 2 * inner, width) and x_TD.shape == (expert_TK.shape[0], width)
+    if not fits or expert_TK.shape != weight_TK.shape or not x_TD.dtype == up_EHD.dtype == down_EDF.dtype:
+        return None
+    is_plain = up_EHD.is_contiguous() and down_EDF.is_contiguous() and stacks.up_bias is None is stacks.down_bias
+    if not is_plain or not is_swiglu(experts) or has_post_expert_norm(experts):
+        return None
+    steps = find_steps(x_TD, INTERFACES[-1])
+    return (
+        None if steps is None else steps.feed_forward(x_TD, None, Routed(up_EHD, down_EDF, expert_TK.long(), weight_TK))
+    )
 
 
 def split_experts_on_cpu(
