@@ -4,8 +4,7 @@
 
 #pragma once
 
-#include "tasks.h"
-#include "tiles.h"
+#include "few_rows.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -22,41 +21,63 @@ void ask_for_huge_pages(void* start, size_t size) {
 #endif
 }
 
-// g[e] = left[rows of e]^T right[rows of e], each element added up in registers over all rows and written once.
+constexpr int64_t kGradientColumns = 48;  // of `left`, in one task
+
+// g[0:count, 0:width] = the sum over `depth` of left (depth, kOuterRows) and right (depth, kTile).
+template <typename G>
+inline __attribute__((always_inline)) void store_tile(const float* left, const float* right, int64_t depth, int64_t count,
+                                                      int64_t width, G* g, int64_t g_row) {
+  auto get_left = [&](int64_t r) { return [row = left + r * kOuterRows](int i) { return row[i]; }; };
+  auto get_right = [&](int64_t r) { return right + r * kTile; };
+  Fetch none;
+  Vec sums[kOuterRows][2] = {};
+  if (count == kOuterRows && width == kTile) {  // all in registers
+    outer_tile<kOuterRows>(sums, depth, get_left, get_right, none);
+#pragma GCC unroll 12
+    for (int i = 0; i < kOuterRows; ++i, g += g_row) store_once(g, sums[i][0]), store_once(g + kLanes, sums[i][1]);
+    return;
+  }
+  outer_tile_of<kOuterRows>(count, sums, depth, get_left, get_right, none);
+  for (int64_t i = 0; i < count; ++i, g += g_row)
+    for (int half = 0; half * kLanes < width; ++half)
+      put(g + half * kLanes, sums[i][half], std::min<int64_t>(kLanes, width - half * kLanes));
+}
+
+// g[e] = left[rows of e]^T right[rows of e], each element added up in registers over all rows and written once. What tiles
+// take is laid side by side first: rows a power of two apart would take each other's place in the cache.
 template <typename G>
 void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends, int64_t experts, int64_t A, int64_t B, G* g,
                        int threads) {
+  static_assert(kGradientColumns % kOuterRows == 0);
   ask_for_huge_pages(g, experts * A * B * sizeof(G));
-  auto tasks = make_tasks(ends, experts, A, 2 * kOuterRows, true);
+  auto tasks = make_tasks(ends, experts, A, kGradientColumns, true);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
     int64_t start = task.expert ? ends[task.expert - 1] : 0, depth = ends[task.expert] - start;
-    int64_t last = std::min<int64_t>(A, task.column + 2 * kOuterRows);
-    G* out = g + task.expert * A * B;
-    if (!depth) return (void)std::memset(out + task.column * B, 0, (last - task.column) * B * sizeof(G));
-    for (int64_t a = task.column; a < last; a += kOuterRows) {
-      int64_t count = std::min<int64_t>(kOuterRows, last - a);
-      for (int64_t c = 0; c < B; c += kTile) {
-        Vec sums[kOuterRows][2] = {};
-        int64_t width = std::min<int64_t>(kTile, B - c);
-        auto get_left = [&](int64_t r) { return [row = left[start + r] + a](int i) { return row[i]; }; };
-        if (width == kTile) {
-          outer_tile_of<kOuterRows>(count, sums, depth, get_left, [&](int64_t r) { return right[start + r] + c; });
-        } else {
-          float padded[kTile] = {};
-          outer_tile_of<kOuterRows>(count, sums, depth, get_left, [&](int64_t r) {
-            const float* row = right[start + r] + c;
-            std::copy(row, row + width, padded);
-            return (const float*)padded;
-          });
-        }
-        for (int64_t i = 0; i < count; ++i)
-          for (int half = 0; half < 2; ++half) {
-            int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
-            G* to = out + (a + i) * B + c + half * kLanes;
-            if (lanes == kLanes) store_once(to, sums[i][half]);
-            else if (lanes > 0) store_some(to, sums[i][half], lanes);
-          }
+    int64_t columns = std::min(kGradientColumns, A - task.column);
+    G* out = g + (task.expert * A + task.column) * B;
+    if (!depth) return (void)std::memset(out, 0, columns * B * sizeof(G));
+    Pieces pieces;
+    size_t right_place = pieces.add<float>(depth * kTile), left_place = pieces.add<float>(depth * kGradientColumns);
+    char* memory = scratch(pieces.size);
+    float *near_right = (float*)(memory + right_place), *near_left = (float*)(memory + left_place);
+    for (int64_t a = 0; a < columns; a += kOuterRows)
+      for (int64_t r = 0; r < depth; ++r) {
+        const float* row = left[start + r] + task.column + a;
+        std::copy(row, row + std::min<int64_t>(kOuterRows, columns - a), near_left + a * depth + r * kOuterRows);
       }
+    for (int64_t c = 0; c < B; c += kTile) {
+      int64_t width = std::min<int64_t>(kTile, B - c);
+      for (int64_t r = 0; r < depth; ++r) {
+        const float* row = right[start + r] + c;
+        float* to = near_right + r * kTile;
+        if (width == kTile)
+          store(to, load(row)), store(to + kLanes, load(row + kLanes));
+        else
+          std::copy(row, row + width, to);
+      }
+      for (int64_t a = 0; a < columns; a += kOuterRows)
+        store_tile(near_left + a * depth, near_right, depth, std::min<int64_t>(kOuterRows, columns - a), width,
+                   out + a * B + c, B);
     }
     finish_stores();
   });

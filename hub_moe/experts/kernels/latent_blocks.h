@@ -42,6 +42,7 @@ inline int64_t score_step(int64_t M) {  // rows of queries of one tile of scores
 template <typename X, typename W>
 void score_block(const X* query, int64_t M, Stretch<W> latent, Stretch<W> key, int64_t count, float* scores, Ahead& ahead) {
   constexpr int kRows = kDotRows > kPairRows ? kDotRows : kPairRows;
+  Fetch none;
   int64_t step = score_step<X>(M), width = met_size<X>(latent.depth) + met_size<X>(key.depth);
   auto of = [](Stretch<W> all, int64_t token, int64_t row) { return Stretch<W>{all.at + token * all.row, row, all.depth}; };
   for (int64_t j = 0; j < count; j += kDotColumns) {
@@ -53,11 +54,11 @@ void score_block(const X* query, int64_t M, Stretch<W> latent, Stretch<W> key, i
       ahead.follow();
       if (!is_short) {
         float* to = scores + m * kBlock + j;
-        dot_tile_of<kRows>(rows, mine, to, kBlock, false, of(latent, j, latent.row), of(key, j, key.row));
+        dot_tile_of<kRows>(rows, mine, to, kBlock, false, none, of(latent, j, latent.row), of(key, j, key.row));
       } else {
         for (int64_t k = j; k < count; ++k) {
           float sums[kRows * kDotColumns];
-          dot_tile_of<kRows>(rows, mine, sums, kDotColumns, false, of(latent, k, 0), of(key, k, 0));
+          dot_tile_of<kRows>(rows, mine, sums, kDotColumns, false, none, of(latent, k, 0), of(key, k, 0));
           for (int64_t i = 0; i < rows; ++i) scores[(m + i) * kBlock + k] = sums[i * kDotColumns];
         }
       }

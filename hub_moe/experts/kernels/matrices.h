@@ -47,19 +47,21 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
             each_vector(depth, [&](int64_t i, auto some) { put(near + c * kDotDepth + i, get(row + i, some), some); });
         }
         const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
+        Fetch fetch, none;
+        if (parts > 2) fetch = Fetch(next, w_row, depth, kDotColumns, parts * dot_steps<X>(depth));
         for (int64_t s = start; s < end; s += kDotRows) {
           int64_t count = std::min<int64_t>(kDotRows, end - s);
-          if (parts > 2) prefetch_part(next, kDotColumns, w_row, depth, (s - start) / kDotRows, parts);
           const X* rows[kDotRows];
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
           if (is_near) {
-            dot_tile_of<kDotRows>(count, rows, y + s * B + n, B, k > 0, Stretch<X>{near, kDotDepth, depth});
+            dot_tile_of<kDotRows>(count, rows, y + s * B + n, B, k > 0, fetch, Stretch<X>{near, kDotDepth, depth});
           } else if (!is_short) {
             Stretch<W> far{matrix + n * w_row + k, w_row, depth};
-            dot_tile_of<kDotRows, true>(count, rows, y + s * B + n, B, k > 0, far);
+            dot_tile_of<kDotRows, true>(count, rows, y + s * B + n, B, k > 0, none, far);
           } else if (!is_tiny) {
-            dot_tile_of<kDotRows>(count, rows, sums, kDotColumns, false, Stretch<W>{matrix + from * w_row + k, w_row, depth});
+            Stretch<W> far{matrix + from * w_row + k, w_row, depth};
+            dot_tile_of<kDotRows>(count, rows, sums, kDotColumns, false, none, far);
             for (int64_t m = 0; m < count; ++m)
               for (int64_t c = n; c < last; ++c) {
                 float& place = y[(s + m) * B + c];
@@ -67,7 +69,8 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
               }
           } else {
             for (int64_t c = n; c < last; ++c) {
-              dot_tile_of<kDotRows>(count, rows, sums, kDotColumns, false, Stretch<W>{matrix + c * w_row + k, 0, depth});
+              Stretch<W> far{matrix + c * w_row + k, 0, depth};
+              dot_tile_of<kDotRows>(count, rows, sums, kDotColumns, false, none, far);
               for (int64_t m = 0; m < count; ++m) {
                 float& place = y[(s + m) * B + c];
                 place = (k ? place : 0) + sums[m * kDotColumns];
@@ -80,50 +83,69 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
   });
 }
 
+// A panel: of `columns` of `depth` rows of w, those of one tile behind those of another, widened.
+template <typename W>
+void pack_panel(const W* w, int64_t w_row, int64_t depth, int64_t columns, float* panel) {
+  for (int64_t r = 0; r < depth; ++r, w += w_row) {
+    float* to = panel + r * kPanelTile;
+    int64_t c = 0;
+    for (; c + kPanelTile <= columns; c += kPanelTile, to += kPanelDepth * kPanelTile)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v) store(to + v * kLanes, load(w + c + v * kLanes));
+    for (; c < columns; c += kLanes, to += kLanes) store(to, get(w + c, std::min<int64_t>(kLanes, columns - c)));
+  }
+}
+
+// y[m, 0:width] (+)= rows[m] times a tile of a panel.
+inline __attribute__((always_inline)) void multiply_tile(const float* const* rows, int64_t count, const float* tile,
+                                                         int64_t depth, int64_t width, bool add, float* y, int64_t y_row,
+                                                         Fetch& fetch) {
+  auto get_left = [&](int64_t r) { return [rows, r](int i) { return rows[i][r]; }; };
+  auto get_right = [&](int64_t r) { return tile + r * kPanelTile; };
+  Vec sums[kPanelRows][kPanelVectors] = {};
+  auto each = [&](auto is_whole, auto run) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+    for (int m = 0; m < kPanelRows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVectors; ++v)
+        if (is_whole || (m < count && v * kLanes < width))
+          run(y + m * y_row + v * kLanes, sums[m][v], is_whole ? kLanes : std::min<int64_t>(kLanes, width - v * kLanes));
+  };
+  auto read = [](const float* from, Vec& sum, int64_t lanes) { sum = get(from, lanes); };
+  auto write = [](float* to, Vec& sum, int64_t lanes) { put(to, sum, lanes); };
+  if (count == kPanelRows && width == kPanelTile) {  // all in registers
+    if (add) each(std::true_type(), read);
+    outer_tile<kPanelRows>(sums, depth, get_left, get_right, fetch);
+    each(std::true_type(), write);
+  } else {
+    if (add) each(std::false_type(), read);
+    outer_tile_of<kPanelRows>(count, sums, depth, get_left, get_right, fetch);
+    each(std::false_type(), write);
+  }
+}
+
 // y[s, 0:columns] = x[s] w for the rows from `start` to `end`: outer products with panels of w, each widened into the cache
 // first. Meanwhile the next is fetched: below, or, behind the last one, where there is `more`, beside the first.
 template <typename W>
 void multiply_panels(Rows<float> x, int64_t start, int64_t end, const W* w, int64_t w_row, int64_t A, int64_t columns,
                      bool more, float* y, int64_t y_row) {
   alignas(64) float panel[kPanelDepth * kPanelColumns];
+  int64_t parts = (end - start + kPanelRows - 1) / kPanelRows * ((columns + kPanelTile - 1) / kPanelTile);
   for (int64_t k = 0; k < A; k += kPanelDepth) {
     int64_t depth = std::min<int64_t>(kPanelDepth, A - k);
-    for (int64_t r = 0; r < depth; ++r) {
-      const W* from = w + (k + r) * w_row;
-      for (int64_t c = 0; c < columns; c += kLanes) {
-        float* to = panel + (c / kPanelTile) * kPanelDepth * kPanelTile + r * kPanelTile + c % kPanelTile;
-        store(to, c + kLanes <= columns ? load(from + c) : load_some(from + c, columns - c));
-      }
-    }
+    pack_panel(w + k * w_row, w_row, depth, columns, panel);
     bool is_last = k + kPanelDepth >= A;
     const W* next = is_last ? w + kPanelColumns : w + (k + kPanelDepth) * w_row;
-    int64_t parts = (end - start + kPanelRows - 1) / kPanelRows;
+    Fetch fetch;
+    if (end - start > kPanelRows && (more || !is_last))
+      fetch = Fetch(next, w_row, columns, std::min<int64_t>(kPanelDepth, A), parts * depth);
     for (int64_t s = start; s < end; s += kPanelRows) {
       int64_t count = std::min<int64_t>(kPanelRows, end - s);
-      if (parts > 1 && (more || !is_last))
-        prefetch_part(next, std::min<int64_t>(kPanelDepth, A), w_row, columns, (s - start) / kPanelRows, parts);
       const float* rows[kPanelRows];
       for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
-      for (int64_t c = 0; c < columns; c += kPanelTile) {
-        float* out = y + s * y_row + c;
-        int64_t width = std::min<int64_t>(kPanelTile, columns - c);
-        Vec sums[kPanelRows][kPanelVectors] = {};
-        for (int64_t m = 0; k && m < count; ++m)
-          for (int half = 0; half < kPanelVectors; ++half) {
-            int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
-            const float* from = out + m * y_row + half * kLanes;
-            if (lanes > 0) sums[m][half] = lanes == kLanes ? load(from) : load_some(from, lanes);
-          }
-        const float* tile = panel + (c / kPanelTile) * kPanelDepth * kPanelTile;
-        outer_tile_of<kPanelRows>(
-            count, sums, depth, [&](int64_t r) { return [&rows, r](int i) { return rows[i][r]; }; },
-            [&](int64_t r) { return tile + r * kPanelTile; });
-        for (int64_t m = 0; m < count; ++m)
-          for (int half = 0; half < kPanelVectors; ++half) {
-            int64_t lanes = std::min<int64_t>(kLanes, width - half * kLanes);
-            if (lanes > 0) put(out + m * y_row + half * kLanes, sums[m][half], lanes);
-          }
-      }
+      for (int64_t c = 0; c < columns; c += kPanelTile)
+        multiply_tile(rows, count, panel + c * kPanelDepth, depth, std::min<int64_t>(kPanelTile, columns - c), k > 0,
+                      y + s * y_row + c, y_row, fetch);
     }
   }
 }

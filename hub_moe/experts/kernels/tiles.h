@@ -66,6 +66,39 @@ inline int64_t met_size(int64_t count) {
   return std::is_same_v<M, Spread> ? (count + kPair - 1) / kPair * kPair : count;
 }
 
+// A block of rows that is fetched while another is computed, in as many steps as that takes: asked for many lines at once,
+// the processor would wait for them.
+class Fetch {
+ public:
+  Fetch() = default;
+  template <typename W>
+  Fetch(const W* at, int64_t row, int64_t width, int64_t rows, int64_t steps)
+      : at((const char*)at), row(row * sizeof(W)), width(width * sizeof(W)), rows(rows) {
+    int64_t lines = rows * ((this->width + 63) / 64);
+    each = (lines + steps - 1) / steps;
+  }
+
+  bool goes_on() const { return each; }
+
+  void step() {
+    for (int64_t i = 0; i < each; ++i) {
+      __builtin_prefetch(at + line, 0, 2);
+      if ((line += 64) < width) continue;
+      line = 0, at += row;
+      if (--rows == 0) each = 0;
+    }
+  }
+
+ private:
+  const char* at = nullptr;
+  int64_t row = 0, width = 0, rows = 0, each = 0, line = 0;  // bytes of a row, rows left, lines of each step, next byte
+};
+
+template <typename X>
+inline int64_t dot_steps(int64_t depth) {
+  return (depth + Dot<X, X>::kWidth - 1) / Dot<X, X>::kWidth;
+}
+
 // A stretch of each row of a matrix, `depth` elements from `at` on.
 template <typename W>
 struct Stretch {
@@ -77,7 +110,7 @@ struct Stretch {
 // four of its rows while these are multiplied.
 template <int M, bool Ahead, typename X, typename W>
 inline __attribute__((always_inline)) void add_dots(const X* const* x, int64_t from, Stretch<W> w,
-                                                    Vec (&sums)[M][kDotColumns]) {
+                                                    Vec (&sums)[M][kDotColumns], Fetch& fetch) {
   using D = Dot<X, W>;
   auto step = [&](int64_t i, auto get) {
     if constexpr (std::is_same_v<X, Spread>) {  // four columns of pairs do not stay in registers
@@ -106,16 +139,21 @@ inline __attribute__((always_inline)) void add_dots(const X* const* x, int64_t f
     }
   };
   int64_t i = 0;
+  for (; fetch.goes_on() && i + D::kWidth <= w.depth; i += D::kWidth) {
+    fetch.step();
+    step(i, [](auto* p) { return D::get(p); });
+  }
   for (; i + D::kWidth <= w.depth; i += D::kWidth) step(i, [](auto* p) { return D::get(p); });
   if (i < w.depth) step(i, [rest = w.depth - i](auto* p) { return D::get_some(p, rest); });
 }
 
 // y[m, 0:4] (+)= x[m] . w[0:4] over all stretches of w, one behind the other.
 template <int M, bool Ahead, typename X, typename... W>
-__attribute__((noinline)) void dot_tile(const X* const* x, float* y, int64_t y_row, bool add, const Stretch<W>&... w) {
+__attribute__((noinline)) void dot_tile(const X* const* x, float* y, int64_t y_row, bool add, Fetch& fetch,
+                                        const Stretch<W>&... w) {
   Vec sums[M][kDotColumns] = {};
   int64_t from = 0;
-  ((add_dots<M, Ahead>(x, from, w, sums), from += met_size<X>(w.depth)), ...);
+  ((add_dots<M, Ahead>(x, from, w, sums, fetch), from += met_size<X>(w.depth)), ...);
 #pragma GCC unroll 6
   for (int m = 0; m < M; ++m) {
     Four four = sum_lanes(sums[m][0], sums[m][1], sums[m][2], sums[m][3]), before = {};
@@ -126,22 +164,23 @@ __attribute__((noinline)) void dot_tile(const X* const* x, float* y, int64_t y_r
 }
 
 template <int M, bool Ahead = false, typename X, typename... W>
-inline void dot_tile_of(int64_t rows, const X* const* x, float* y, int64_t y_row, bool add, const Stretch<W>&... w) {
+inline void dot_tile_of(int64_t rows, const X* const* x, float* y, int64_t y_row, bool add, Fetch& fetch,
+                        const Stretch<W>&... w) {
   if constexpr (M > 0) {
-    if (rows == M) return dot_tile<M, Ahead>(x, y, y_row, add, w...);
-    dot_tile_of<M - 1, Ahead>(rows, x, y, y_row, add, w...);
+    if (rows == M) return dot_tile<M, Ahead>(x, y, y_row, add, fetch, w...);
+    dot_tile_of<M - 1, Ahead>(rows, x, y, y_row, add, fetch, w...);
   }
 }
 
 // sums[i, 0:V] over `depth`: get_left(r) gives the numbers of all i, get_right(r) points to V vectors of columns.
 template <int I, int R, int V, typename Left, typename Right>
-inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right get_right) {
+inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right get_right, Fetch& fetch) {
   Vec acc[I][V];
 #pragma GCC unroll 12
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) acc[i][v] = sums[i][v];
-  for (int64_t r = 0; r < depth; ++r) {
+  auto add = [&](int64_t r) __attribute__((always_inline)) {
     const float* right = get_right(r);
     auto numbers = get_left(r);
     Vec columns[V];
@@ -153,7 +192,10 @@ inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right ge
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[i][v] += left * columns[v];
     }
-  }
+  };
+  int64_t r = 0;
+  for (; fetch.goes_on() && r < depth; ++r) fetch.step(), add(r);
+  for (; r < depth; ++r) add(r);
 #pragma GCC unroll 12
   for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
@@ -161,21 +203,11 @@ inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right ge
 }
 
 template <int I, int R, int V, typename... Rest>
-inline void outer_tile_of(int64_t rows, Vec (&sums)[R][V], Rest... rest) {
+inline void outer_tile_of(int64_t rows, Vec (&sums)[R][V], Rest&&... rest) {
   if constexpr (I > 0) {
     if (rows == I) return outer_tile<I>(sums, rest...);
     outer_tile_of<I - 1>(rows, sums, rest...);
   }
-}
-
-// Fetches the `part`th of `parts` of a block of rows ahead of its use: matrices come from memory once, each in short
-// runs that the processor does not foresee.
-template <typename W>
-inline void prefetch_part(const W* block, int64_t rows, int64_t row, int64_t width, int64_t part, int64_t parts) {
-  constexpr int64_t kLine = 64 / sizeof(W);
-  int64_t per_row = (width + kLine - 1) / kLine, lines = rows * per_row;
-  for (int64_t i = part * lines / parts; i < (part + 1) * lines / parts; ++i)
-    __builtin_prefetch(block + i / per_row * row + i % per_row * kLine, 0, 2);
 }
 
 }  // namespace
