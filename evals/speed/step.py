@@ -8,6 +8,7 @@ the two run the same matrix products.
 """
 
 import argparse
+import copy
 import random
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM
 from hub_moe.modeling.configuration_hub_moe import translate_native_config
 
+LARGEST_ERROR_RATIO = 1.25
 SHAPE = {
     "vocab_size": 8192,
     "hidden_size": 512,
@@ -73,6 +75,16 @@ def seconds(step: Callable[[Any, torch.Tensor], torch.Tensor], model: Any, token
     return time.perf_counter() - start
 
 
+def check(step: Callable[..., torch.Tensor], ours: Any, stock: Any, tokens: torch.Tensor) -> None:
+    """Both give the same in float32; in 16 bits ours is as near to the same weights in float32 as the stock class is."""
+    if stock.dtype == torch.float32:
+        return torch.testing.assert_close(step(ours, tokens), step(stock, tokens), rtol=1e-4, atol=1e-4)
+    exact = step(copy.deepcopy(stock).float(), tokens)
+    off, peer_off = ((step(model, tokens).float() - exact).abs().mean().item() for model in (ours, stock))
+    most = max(LARGEST_ERROR_RATIO * peer_off, torch.finfo(stock.dtype).eps * exact.abs().mean().item())
+    assert off <= most, f"the mean error of {step.__name__} is {off:.3g}, that of the stock class {peer_off:.3g}"
+
+
 def fastest_implementation(step: Callable[..., torch.Tensor], stock: Any, tokens: torch.Tensor) -> str:
     """The stock class's best experts implementation for this step; leaves it set."""
     times = {}
@@ -96,7 +108,7 @@ def main() -> None:
     ratios, best, draw = {}, {}, random.Random(0)
     for name, step, training in (("forward", forward, False), ("training_step", training_step, True)):
         stock.train(training), ours.train(training)
-        torch.testing.assert_close(step(ours, tokens), step(stock, tokens), rtol=1e-4, atol=1e-4)
+        check(step, ours, stock, tokens)
         best[name] = fastest_implementation(step, stock, tokens)
         pairs = []
         for _ in range(arguments.rounds):
