@@ -76,7 +76,7 @@ def seconds(step: Callable[[Any, torch.Tensor], torch.Tensor], model: Any, token
 
 
 def check(step: Callable[..., torch.Tensor], ours: Any, stock: Any, tokens: torch.Tensor) -> None:
-    """Both give the same in float32; in 16 bits ours is as near to the same weights in float32 as the stock class is."""
+    """Both give the same in float32; in 16 bits ours is as near to the same weights in float32 as the stock class."""
     if stock.dtype == torch.float32:
         return torch.testing.assert_close(step(ours, tokens), step(stock, tokens), rtol=1e-4, atol=1e-4)
     exact = step(copy.deepcopy(stock).float(), tokens)
