@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int kDotDepth = 704;  // how much of kDotColumns matrix rows stays in the first-level cache
+template <typename X>
+constexpr int kDotDepth = sizeof(X) == 2 ? 2048 : 704;  // how much of kDotColumns matrix rows stays in the cache
 constexpr int kPanelRows = 6, kPanelVectors = kLanes == 16 ? 4 : 2, kPanelTile = kPanelVectors * kLanes;
 constexpr int kPanelColumns = 128, kPanelDepth = 16384 / kPanelColumns;  // 64 KiB
 constexpr int kTaskColumns = 32, kExpertsPerThread = 8;
@@ -33,20 +34,20 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
       bool is_short = n >= whole;
       int64_t from = is_short ? std::max<int64_t>(0, last - kDotColumns) : n;
       bool is_tiny = B < kDotColumns;
-      for (int64_t k = 0; k < A; k += kDotDepth) {
-        int64_t depth = std::min<int64_t>(kDotDepth, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
+      for (int64_t k = 0; k < A; k += kDotDepth<X>) {
+        int64_t depth = std::min<int64_t>(kDotDepth<X>, A - k), parts = (end - start + kDotRows - 1) / kDotRows;
         // The same few matrix rows meet all rows of the expert: they are widened once, not once for every tile, and
         // laid side by side, as rows a power of two apart would take each other's place in the cache.
-        alignas(64) X near[kDotColumns * kDotDepth];
+        alignas(64) X near[kDotColumns * kDotDepth<X>];
         bool is_near = !is_short && parts > 1;
         for (int c = 0; is_near && c < kDotColumns; ++c) {
           const W* row = matrix + (n + c) * w_row + k;
           if constexpr (std::is_same<X, W>::value)
-            std::copy(row, row + depth, near + c * kDotDepth);
+            std::copy(row, row + depth, near + c * kDotDepth<X>);
           else
-            each_vector(depth, [&](int64_t i, auto some) { put(near + c * kDotDepth + i, get(row + i, some), some); });
+            each_vector(depth, [&](int64_t i, auto some) { put(near + c * kDotDepth<X> + i, get(row + i, some), some); });
         }
-        const W* next = k + kDotDepth < A ? matrix + n * w_row + k + kDotDepth : matrix + (n + kDotColumns) * w_row;
+        const W* next = k + kDotDepth<X> < A ? matrix + n * w_row + k + kDotDepth<X> : matrix + (n + kDotColumns) * w_row;
         Fetch fetch, none;
         if (parts > 2) fetch = Fetch(next, w_row, depth, kDotColumns, parts * dot_steps<X>(depth));
         for (int64_t s = start; s < end; s += kDotRows) {
@@ -55,7 +56,7 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
           float sums[kDotRows * kDotColumns];
           for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
           if (is_near) {
-            dot_tile_of<kDotRows>(count, rows, y + s * B + n, B, k > 0, fetch, Stretch<X>{near, kDotDepth, depth});
+            dot_tile_of<kDotRows>(count, rows, y + s * B + n, B, k > 0, fetch, Stretch<X>{near, kDotDepth<X>, depth});
           } else if (!is_short) {
             Stretch<W> far{matrix + n * w_row + k, w_row, depth};
             dot_tile_of<kDotRows, true>(count, rows, y + s * B + n, B, k > 0, none, far);
