@@ -62,8 +62,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 class CompiledProducts:
     """Calls into the compiled code; rows are float32 whatever the weights are. See `Products` for the arguments.
 
-    Where the processor multiplies bfloat16 itself (AVX512_BF16), rows of a forward pass are rounded to it beside
-    bfloat16 weights; sums stay float32.
+    Where the processor multiplies bfloat16 itself (AVX512_BF16), rows are rounded to it beside bfloat16 weights and for
+    their gradients; sums stay float32.
     """
 
     def __init__(self, library: ctypes.CDLL, level: str) -> None:

@@ -107,6 +107,8 @@ def test_what_waits_is_bounded_and_small_tensors_are_torchs_own():
 def test_gradients_on_used_memory_are_right_and_older_ones_stay_as_they_are(is_turned, dtype, compiled):
     torch.manual_seed(0)
     left, right = torch.randn(9, SHAPE[1]), torch.randn(9, SHAPE[2])
+    if dtype == torch.bfloat16:  # numbers that stay as they are where rows are rounded to it
+        left, right = left.bfloat16().float(), right.bfloat16().float()
     like = torch.empty(SHAPE, dtype=dtype)
     like = like.mT.contiguous().mT if is_turned else like
     ends = (4, 4, 7, 9)  # one expert without rows, whose gradient must be zero on any memory
@@ -118,8 +120,8 @@ def test_gradients_on_used_memory_are_right_and_older_ones_stay_as_they_are(is_t
     assert first.dtype == dtype
     torch.testing.assert_close(first, expected, **tolerance)
     gradient((left * 2, None), (right, None))  # gone at once
-    other = gradient((left * 3, None), (right, None))
+    other = gradient((left * 4, None), (right, None))
     torch.testing.assert_close(
-        other, expected * 3, **{**tolerance, "rtol": 2e-2 if tolerance else 1e-5, "atol": 2e-2 if tolerance else 1e-5}
+        other, expected * 4, **{**tolerance, "rtol": 2e-2 if tolerance else 1e-5, "atol": 2e-2 if tolerance else 1e-5}
     )
     torch.testing.assert_close(first, expected, **tolerance)

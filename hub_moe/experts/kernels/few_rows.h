@@ -28,6 +28,9 @@ template <typename W>
 using RowOf = float;
 #endif
 
+template <typename W>
+constexpr bool kInPairs = std::is_same_v<RowOf<W>, bfloat16>;  // how outer products take numbers beside W
+
 inline void spread_row(const float* x, int64_t count, Spread* to) {
   constexpr int64_t kPair = 2 * kLanes;
   for (int64_t i = 0; i < count; i += kPair) {

@@ -32,12 +32,12 @@ inline __attribute__((always_inline)) void store_tile(const float* left, const f
   Fetch none;
   Vec sums[kOuterRows][2] = {};
   if (count == kOuterRows && width == kTile) {  // all in registers
-    outer_tile<kOuterRows>(sums, depth, get_left, get_right, none);
+    outer_tile<kOuterRows, kInPairs<G>>(sums, depth, get_left, get_right, none);
 #pragma GCC unroll 12
     for (int i = 0; i < kOuterRows; ++i, g += g_row) store_once(g, sums[i][0]), store_once(g + kLanes, sums[i][1]);
     return;
   }
-  outer_tile_of<kOuterRows>(count, sums, depth, get_left, get_right, none);
+  outer_tile_of<kOuterRows, kInPairs<G>>(count, sums, depth, get_left, get_right, none);
   for (int64_t i = 0; i < count; ++i, g += g_row)
     for (int half = 0; half * kLanes < width; ++half)
       put(g + half * kLanes, sums[i][half], std::min<int64_t>(kLanes, width - half * kLanes));
@@ -56,27 +56,45 @@ void gradient_of_stack(Rows<float> left, Rows<float> right, const int64_t* ends,
     int64_t columns = std::min(kGradientColumns, A - task.column);
     G* out = g + (task.expert * A + task.column) * B;
     if (!depth) return (void)std::memset(out, 0, columns * B * sizeof(G));
+    constexpr int64_t kEach = kInPairs<G> ? 2 : 1;
+    int64_t places = (depth + kEach - 1) / kEach;
     Pieces pieces;
-    size_t right_place = pieces.add<float>(depth * kTile), left_place = pieces.add<float>(depth * kGradientColumns);
+    size_t right_place = pieces.add<float>(places * kTile);
+    size_t left_place = pieces.add<float>(places * kGradientColumns + kLanes);
     char* memory = scratch(pieces.size);
     float *near_right = (float*)(memory + right_place), *near_left = (float*)(memory + left_place);
+    auto pack = [&](const Rows<float>& rows, int64_t place, int64_t from, auto count, float* to) {
+      int64_t r = place * kEach;
+      const float* row = rows[start + r] + from;
+      if constexpr (kInPairs<G>)
+        store(to, pair_up(row, r + 1 < depth ? rows[start + r + 1] + from : nullptr, count));  // up to a whole vector
+      else if constexpr (std::is_same_v<decltype(count), std::integral_constant<int64_t, kLanes>>)
+        store(to, load(row));
+      else
+        std::copy(row, row + count, to);
+    };
     for (int64_t a = 0; a < columns; a += kOuterRows)
-      for (int64_t r = 0; r < depth; ++r) {
-        const float* row = left[start + r] + task.column + a;
-        std::copy(row, row + std::min<int64_t>(kOuterRows, columns - a), near_left + a * depth + r * kOuterRows);
+      for (int64_t i = 0; i < places; ++i) {
+        float* to = near_left + a * places + i * kOuterRows;  // what follows it is written later
+        if (a + kOuterRows <= columns)
+          pack(left, i, task.column + a, std::integral_constant<int64_t, kOuterRows>(), to);
+        else
+          pack(left, i, task.column + a, columns - a, to);
       }
     for (int64_t c = 0; c < B; c += kTile) {
       int64_t width = std::min<int64_t>(kTile, B - c);
-      for (int64_t r = 0; r < depth; ++r) {
-        const float* row = right[start + r] + c;
-        float* to = near_right + r * kTile;
-        if (width == kTile)
-          store(to, load(row)), store(to + kLanes, load(row + kLanes));
-        else
-          std::copy(row, row + width, to);
-      }
+      for (int64_t i = 0; i < places; ++i)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          int64_t from = half * kLanes;
+          float* to = near_right + i * kTile + from;
+          if (from + kLanes <= width)
+            pack(right, i, c + from, std::integral_constant<int64_t, kLanes>(), to);
+          else if (from < width)
+            pack(right, i, c + from, width - from, to);
+        }
       for (int64_t a = 0; a < columns; a += kOuterRows)
-        store_tile(near_left + a * depth, near_right, depth, std::min<int64_t>(kOuterRows, columns - a), width,
+        store_tile(near_left + a * places, near_right, places, std::min<int64_t>(kOuterRows, columns - a), width,
                    out + a * B + c, B);
     }
     finish_stores();

@@ -84,20 +84,28 @@ void multiply_by_rows(Rows<X> x, const W* w, int64_t w_expert, int64_t w_row, co
   });
 }
 
-// A panel: of `columns` of `depth` rows of w, those of one tile behind those of another, widened.
+// A panel: of `columns` of `rows` rows of w, those of one tile behind those of another, widened or in pairs.
 template <typename W>
-void pack_panel(const W* w, int64_t w_row, int64_t depth, int64_t columns, float* panel) {
-  for (int64_t r = 0; r < depth; ++r, w += w_row) {
-    float* to = panel + r * kPanelTile;
+void pack_panel(const W* w, int64_t w_row, int64_t rows, int64_t columns, float* panel) {
+  constexpr int64_t kStep = kInPairs<W> ? 2 : 1;
+  for (int64_t r = 0; r < rows; r += kStep, w += kStep * w_row, panel += kPanelTile) {
+    auto pack = [&](int64_t c, int64_t count, float* to) {
+      if constexpr (kInPairs<W>)
+        store(to, pair_up(w + c, r + 1 < rows ? w + w_row + c : nullptr, count));
+      else
+        store(to, get(w + c, count));
+    };
+    float* to = panel;
     int64_t c = 0;
     for (; c + kPanelTile <= columns; c += kPanelTile, to += kPanelDepth * kPanelTile)
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVectors; ++v) store(to + v * kLanes, load(w + c + v * kLanes));
-    for (; c < columns; c += kLanes, to += kLanes) store(to, get(w + c, std::min<int64_t>(kLanes, columns - c)));
+      for (int v = 0; v < kPanelVectors; ++v) pack(c + v * kLanes, kLanes, to + v * kLanes);
+    for (; c < columns; c += kLanes, to += kLanes) pack(c, std::min<int64_t>(kLanes, columns - c), to);
   }
 }
 
 // y[m, 0:width] (+)= rows[m] times a tile of a panel.
+template <bool InPairs>
 inline __attribute__((always_inline)) void multiply_tile(const float* const* rows, int64_t count, const float* tile,
                                                          int64_t depth, int64_t width, bool add, float* y, int64_t y_row,
                                                          Fetch& fetch) {
@@ -116,39 +124,55 @@ inline __attribute__((always_inline)) void multiply_tile(const float* const* row
   auto write = [](float* to, Vec& sum, int64_t lanes) { put(to, sum, lanes); };
   if (count == kPanelRows && width == kPanelTile) {  // all in registers
     if (add) each(std::true_type(), read);
-    outer_tile<kPanelRows>(sums, depth, get_left, get_right, fetch);
+    outer_tile<kPanelRows, InPairs>(sums, depth, get_left, get_right, fetch);
     each(std::true_type(), write);
   } else {
     if (add) each(std::false_type(), read);
-    outer_tile_of<kPanelRows>(count, sums, depth, get_left, get_right, fetch);
+    outer_tile_of<kPanelRows, InPairs>(count, sums, depth, get_left, get_right, fetch);
     each(std::false_type(), write);
   }
 }
 
-// y[s, 0:columns] = x[s] w for the rows from `start` to `end`: outer products with panels of w, each widened into the cache
-// first. Meanwhile the next is fetched: below, or, behind the last one, where there is `more`, beside the first.
+// y[s, 0:columns] = x[start + s] w for `rows` rows, of numbers or pairs: outer products with panels of w, each brought into
+// the cache first. Meanwhile the next is fetched: below, or, behind the last one, where there is `more`, beside the first.
 template <typename W>
-void multiply_panels(Rows<float> x, int64_t start, int64_t end, const W* w, int64_t w_row, int64_t A, int64_t columns,
+void multiply_panels(Rows<float> x, int64_t start, int64_t rows, const W* w, int64_t w_row, int64_t A, int64_t columns,
                      bool more, float* y, int64_t y_row) {
+  constexpr int64_t kEach = kInPairs<W> ? 2 : 1, kPanelHeight = kPanelDepth * kEach;  // rows of w
   alignas(64) float panel[kPanelDepth * kPanelColumns];
-  int64_t parts = (end - start + kPanelRows - 1) / kPanelRows * ((columns + kPanelTile - 1) / kPanelTile);
-  for (int64_t k = 0; k < A; k += kPanelDepth) {
-    int64_t depth = std::min<int64_t>(kPanelDepth, A - k);
-    pack_panel(w + k * w_row, w_row, depth, columns, panel);
-    bool is_last = k + kPanelDepth >= A;
-    const W* next = is_last ? w + kPanelColumns : w + (k + kPanelDepth) * w_row;
+  int64_t parts = (rows + kPanelRows - 1) / kPanelRows * ((columns + kPanelTile - 1) / kPanelTile);
+  for (int64_t k = 0; k < A; k += kPanelHeight) {
+    int64_t height = std::min(kPanelHeight, A - k), depth = (height + kEach - 1) / kEach;
+    pack_panel(w + k * w_row, w_row, height, columns, panel);
+    bool is_last = k + kPanelHeight >= A;
+    const W* next = is_last ? w + kPanelColumns : w + (k + kPanelHeight) * w_row;
     Fetch fetch;
-    if (end - start > kPanelRows && (more || !is_last))
-      fetch = Fetch(next, w_row, columns, std::min<int64_t>(kPanelDepth, A), parts * depth);
-    for (int64_t s = start; s < end; s += kPanelRows) {
-      int64_t count = std::min<int64_t>(kPanelRows, end - s);
-      const float* rows[kPanelRows];
-      for (int64_t m = 0; m < count; ++m) rows[m] = x[s + m] + k;
+    if (rows > kPanelRows && (more || !is_last))
+      fetch = Fetch(next, w_row, columns, std::min(kPanelHeight, A), parts * depth);
+    for (int64_t s = 0; s < rows; s += kPanelRows) {
+      int64_t count = std::min<int64_t>(kPanelRows, rows - s);
+      const float* mine[kPanelRows];
+      for (int64_t m = 0; m < count; ++m) mine[m] = x[start + s + m] + k / kEach;
       for (int64_t c = 0; c < columns; c += kPanelTile)
-        multiply_tile(rows, count, panel + c * kPanelDepth, depth, std::min<int64_t>(kPanelTile, columns - c), k > 0,
-                      y + s * y_row + c, y_row, fetch);
+        multiply_tile<kInPairs<W>>(mine, count, panel + c * kPanelDepth, depth, std::min<int64_t>(kPanelTile, columns - c),
+                                   k > 0, y + s * y_row + c, y_row, fetch);
     }
   }
+}
+
+// Rows `start` to `end` one behind the other, as outer products take them beside W.
+template <typename W>
+Rows<float> as_outer_rows(Rows<float> x, int64_t& start, int64_t end, int64_t A) {
+  if constexpr (kInPairs<W>) {
+    int64_t row = (A + 1) / 2, first = std::exchange(start, 0);
+    bfloat16* to = (bfloat16*)scratch((end - first) * row * sizeof(float));
+    for (int64_t s = first; s < end; ++s, to += 2 * row) {
+      each_vector(A, [&](int64_t i, auto count) { put(to + i, get(x[s] + i, count), count); });
+      if (A % 2) to[A] = 0;
+    }
+    return {(const float*)(to - (end - first) * 2 * row), row, nullptr};
+  }
+  return x;
 }
 
 // Matrices whose columns are outputs: y = x w.
@@ -160,10 +184,13 @@ void multiply_by_columns(Rows<float> x, const W* w, int64_t w_expert, int64_t w_
   int64_t step = (int64_t)tasks.size() >= kExpertsPerThread * threads ? B : kPanelColumns;
   if (step < B) tasks = make_tasks(ends, experts, B, step, false);
   run_tasks(tasks, threads_for(2.0 * ends[experts - 1] * A * B, threads), [&](Task task) {
-    int64_t last = std::min(B, task.column + step);
+    int64_t start = task.expert ? ends[task.expert - 1] : 0, end = ends[task.expert], last = std::min(B, task.column + step);
+    float* out = y + start * B;
+    int64_t rows = end - start;
+    Rows<float> mine = as_outer_rows<W>(x, start, end, A);
     for (int64_t column = task.column; column < last; column += kPanelColumns)
-      multiply_panels(x, task.expert ? ends[task.expert - 1] : 0, ends[task.expert], w + task.expert * w_expert + column,
-                      w_row, A, std::min<int64_t>(kPanelColumns, B - column), column + kPanelColumns < last, y + column, B);
+      multiply_panels(mine, start, rows, w + task.expert * w_expert + column, w_row, A,
+                      std::min<int64_t>(kPanelColumns, B - column), column + kPanelColumns < last, out + column, B);
   });
 }
 

@@ -172,8 +172,43 @@ inline void dot_tile_of(int64_t rows, const X* const* x, float* y, int64_t y_row
   }
 }
 
+// Outer products take float32 one by one or, where the processor multiplies pairs of bfloat16 itself, two of those that
+// follow each other in depth in the place of one.
+template <bool InPairs>
+inline Vec add_product(Vec sum, Vec left, Vec right) {
+#if defined(__AVX512BF16__)
+  if constexpr (InPairs) return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+#endif
+  static_assert(!InPairs || kLanes == 16);
+  return sum + left * right;
+}
+
+#if defined(__AVX512BF16__)
+// `count` numbers of a row and of the one behind it, which may be null for zeros, as pairs.
+inline Vec pair_up(__m256i first, __m256i second) {
+  return (Vec)_mm512_or_si512(_mm512_cvtepu16_epi32(first), _mm512_slli_epi32(_mm512_cvtepu16_epi32(second), 16));
+}
+
+inline Vec pair_up(const bfloat16* first, const bfloat16* second, int64_t count) {
+  __mmask16 some = (__mmask16)((1u << count) - 1);
+  auto get = [some](const bfloat16* p) { return p ? _mm256_maskz_loadu_epi16(some, p) : _mm256_setzero_si256(); };
+  return pair_up(get(first), get(second));
+}
+
+inline Vec pair_up(const float* first, const float* second, int64_t count) {
+  __mmask16 some = (__mmask16)((1u << count) - 1);
+  auto get = [some](const float* p) {
+    return p ? (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, p)) : _mm256_setzero_si256();
+  };
+  return pair_up(get(first), get(second));
+}
+#else
+template <typename T>
+Vec pair_up(const T* first, const T* second, int64_t count);  // nobody calls it
+#endif
+
 // sums[i, 0:V] over `depth`: get_left(r) gives the numbers of all i, get_right(r) points to V vectors of columns.
-template <int I, int R, int V, typename Left, typename Right>
+template <int I, bool InPairs, int R, int V, typename Left, typename Right>
 inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right get_right, Fetch& fetch) {
   Vec acc[I][V];
 #pragma GCC unroll 12
@@ -190,7 +225,7 @@ inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right ge
     for (int i = 0; i < I; ++i) {
       Vec left = broadcast(numbers(i));
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[i][v] += left * columns[v];
+      for (int v = 0; v < V; ++v) acc[i][v] = add_product<InPairs>(acc[i][v], left, columns[v]);
     }
   };
   int64_t r = 0;
@@ -202,11 +237,11 @@ inline void outer_tile(Vec (&sums)[R][V], int64_t depth, Left get_left, Right ge
     for (int v = 0; v < V; ++v) sums[i][v] = acc[i][v];
 }
 
-template <int I, int R, int V, typename... Rest>
+template <int I, bool InPairs, int R, int V, typename... Rest>
 inline void outer_tile_of(int64_t rows, Vec (&sums)[R][V], Rest&&... rest) {
   if constexpr (I > 0) {
-    if (rows == I) return outer_tile<I>(sums, rest...);
-    outer_tile_of<I - 1>(rows, sums, rest...);
+    if (rows == I) return outer_tile<I, InPairs>(sums, rest...);
+    outer_tile_of<I - 1, InPairs>(rows, sums, rest...);
   }
 }
 

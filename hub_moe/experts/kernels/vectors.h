@@ -124,7 +124,13 @@ inline void put(bfloat16* p, float x) {
   *p = x != x ? 0x7fc0 : (bfloat16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline Vec broadcast(float x) { return x - Vec{}; }
+inline Vec broadcast(float x) {  // bit by bit, as it may stand for a pair
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);
+#else
+  return x - Vec{};
+#endif
+}
 
 // Numbers in their order as a pair, and back.
 template <int... I>
