@@ -132,8 +132,9 @@ class PreparedSteps:
         self._width = attention.o_proj.weight.shape[0]
         self.project = steps.prepare_projections(attention.projections()._replace(x_norm=norms[0]))
         self.finish = steps.prepare_layer(decoding.LayerWeights(*weights, **mlp.layer_weights()))
-        self._inner = [(each, type(each), each.__dict__) for each in layer.modules() if each is not layer]
-        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(kind for _, kind, _ in self._inner)]
+        inner = [each for each in layer.modules() if each is not layer]
+        self._inner = [(each, type(each), vars(each), each._parameters, each._buffers, each._modules) for each in inner]
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(kind for _, kind, *_ in self._inner)]
         modules = (layer, *[module for module, *_ in self._inner])
         self._children = [(each._modules, dict(each._modules)) for each in modules if each._modules]
         self._modules = [child for own, _ in self._children for child in own.values()]
@@ -189,8 +190,14 @@ class PreparedSteps:
         children_now = chain.from_iterable([own.values() for own, _ in self._children])
         if any(map(is_not, children_now, self._modules)):  # a module may say that it equals another
             return False
-        for module, kind, own in self._inner:
+        for module, kind, own, parameters, buffers, children in self._inner:
             if type(module) is not kind or module.__dict__ is not own or has_hooks(module) or "forward" in own:
+                return False
+            if (
+                own["_parameters"] is not parameters
+                or own["_buffers"] is not buffers
+                or own["_modules"] is not children
+            ):
                 return False
         return all(kind.forward is forward for kind, forward in self._forwards)
 

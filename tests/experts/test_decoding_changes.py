@@ -151,6 +151,10 @@ def attributes_at_another_place(model):
     norm.__dict__ = {**vars(norm), "variance_epsilon": 1.0}
 
 
+def state_of_another_module(model):
+    attention(model).o_proj.__setstate__(vars(nn.Linear(48, 32, bias=False)))
+
+
 def config_of_experts_that_says_only_what_they_ask(model):
     moe(model).experts.config = SimpleNamespace(_experts_implementation="hub_moe")
     new_data(model)
@@ -158,6 +162,7 @@ def config_of_experts_that_says_only_what_they_ask(model):
 
 CHANGES = [
     *(linear_that_equals_everything, attributes_at_another_place, config_of_experts_that_says_only_what_they_ask),
+    state_of_another_module,
     *(fewer_experts_at_the_same_place, other_strides, a_bias_more, rotation_of_halves, other_epsilon),
     *(config_of_a_router, other_class, norm_with_gaps, own_gate),
     *(new_linear, new_data, new_parameter, same_parameter, fewer_experts, other_implementation, own_forward),
