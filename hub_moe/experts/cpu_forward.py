@@ -88,7 +88,8 @@ def _feed_few(experts: Any, x_TD: Tensor, routing: tuple[Tensor, Tensor], stacks
     if not fits or expert_TK.shape != weight_TK.shape or not x_TD.dtype == up_EHD.dtype == down_EDF.dtype:
         return None
     is_plain = up_EHD.is_contiguous() and down_EDF.is_contiguous() and stacks.up_bias is None is stacks.down_bias
-    if not is_plain or not is_swiglu(experts) or has_post_expert_norm(experts):
+    is_beside = expert_TK.device == weight_TK.device == x_TD.device  # if not, torch says what is wrong
+    if not is_plain or not is_beside or not is_swiglu(experts) or has_post_expert_norm(experts):
         return None
     steps = find_steps(x_TD, INTERFACES[-1])
     return (
@@ -100,7 +101,9 @@ def split_experts_on_cpu(
     experts: Any, frozen: Any, chosen: Any, expert_ids: Sequence[int],
     inputs: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
-    """The same bits as `hub_moe_experts_forward` for a layer of which some experts are trained and no other is.
+    """`hub_moe_experts_forward` for a layer of which some experts are trained and no other is.
+
+    Where gradients are on these are the same bits; without, those of a few tokens may be added up in another order.
 
     Args:
         experts: As there.

@@ -17,6 +17,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .compiled_products import DTYPES, CompiledProducts
@@ -56,8 +57,8 @@ def find_steps(x: Tensor, interface: int) -> "DecodingSteps | None":
     """The steps for rows like `x` (..., D), or None where the plain modules have to compute them.
 
     There are some for a few rows of a plain float32 or bfloat16 tensor on the CPU, where the compiled products are in
-    use (`hub-moe env`), while no gradients, autocast, compiling, tracing, transform of torch.func or dispatch mode want
-    to see the operations.
+    use (`hub-moe env`), while no gradients of either mode, autocast, compiling, tracing, transform of torch.func or
+    dispatch mode want to see the operations.
 
     Args:
         interface: The version of `DecodingSteps` that the caller knows.
@@ -70,6 +71,8 @@ def find_steps(x: Tensor, interface: int) -> "DecodingSteps | None":
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return None
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return None
+    if forward_ad._current_level >= 0:  # tangents flow without grad mode, too
         return None
     steps = _steps_for(os.environ.get(VARIABLE, ""))
     if steps is None or is_in_torch_dispatch_mode():

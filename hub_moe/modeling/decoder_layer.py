@@ -4,6 +4,8 @@ Shape letters: B batch, L sequence, D hidden, H heads, X head, S cached tokens, 
 """
 
 from collections.abc import Iterable
+from itertools import chain
+from operator import is_not
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -130,13 +132,15 @@ class PreparedSteps:
         self._width = attention.o_proj.weight.shape[0]
         self.project = steps.prepare_projections(attention.projections()._replace(x_norm=norms[0]))
         self.finish = steps.prepare_layer(decoding.LayerWeights(*weights, **mlp.layer_weights()))
-        self._inner = [(each, type(each), each.__dict__) for each in layer.modules() if each is not layer]
-        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(kind for _, kind, _ in self._inner)]
+        inner = [each for each in layer.modules() if each is not layer]
+        self._inner = [(each, type(each), vars(each), each._parameters, each._buffers, each._modules) for each in inner]
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(kind for _, kind, *_ in self._inner)]
         modules = (layer, *[module for module, *_ in self._inner])
-        self._children = [(each._modules, dict(each._modules)) for each in modules]
+        self._children = [(each._modules, dict(each._modules)) for each in modules if each._modules]
+        self._modules = [child for own, _ in self._children for child in own.values()]
         tensors = [own for each in modules[1:] for own in (each._parameters, each._buffers)]
         self._tensors = [(own, [(name, *_place_of(tensor)) for name, tensor in own.items()]) for own in tensors if own]
-        self._empty = [own for own in tensors if not own]
+        self._empty = [own for own in (*tensors, *[each._modules for each in modules]) if not own]
         self._attributes = [(own, name, own.get(name)) for own, name in _deciding(layer)]
         configs = {id(said): said for _, name, said in self._attributes if name == "config"}
         self._settings = [(config, settings_of(config)) for config in configs.values()]
@@ -181,10 +185,19 @@ class PreparedSteps:
 
     def _are_same_modules(self) -> bool:
         for own, children in self._children:
-            if own != children:  # modules are equal to nothing but themselves
+            if own != children:
                 return False
-        for module, kind, own in self._inner:
-            if type(module) is not kind or has_hooks(module) or "forward" in own:
+        children_now = chain.from_iterable([own.values() for own, _ in self._children])
+        if any(map(is_not, children_now, self._modules)):  # a module may say that it equals another
+            return False
+        for module, kind, own, parameters, buffers, children in self._inner:
+            if type(module) is not kind or module.__dict__ is not own or has_hooks(module) or "forward" in own:
+                return False
+            if (
+                own["_parameters"] is not parameters
+                or own["_buffers"] is not buffers
+                or own["_modules"] is not children
+            ):
                 return False
         return all(kind.forward is forward for kind, forward in self._forwards)
 

@@ -47,8 +47,9 @@ _ROUTER_SETTINGS = (
 def settings_of(config: Any) -> tuple[Any, ...]:
     """What a config says about how a layer computes, beside its sizes."""
     said = vars(config)  # plain reads take ten times as long, and this is asked at every step
-    implementations = config._attn_implementation, config._experts_implementation
-    return *implementations, said["rope_interleave"], *[said[name] for name in _ROUTER_SETTINGS]
+    implementations = [getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")]
+    # a module's own config may lack what that module does not ask for
+    return *implementations, said.get("rope_interleave"), *[said.get(name) for name in _ROUTER_SETTINGS]
 
 
 def find_steps(x: Tensor, *modules: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +136,33 @@ def own_gate(model):
     moe(model).experts._apply_gate = lambda gate_up: gate_up.chunk(2, dim=-1)[0].sin()
 
 
+def linear_that_equals_everything(model):
+    class Equal(nn.Linear):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = nn.Linear.__hash__
+
+    attention(model).o_proj = Equal(48, 32, bias=False)
+
+
+def attributes_at_another_place(model):
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.__dict__ = {**vars(norm), "variance_epsilon": 1.0}
+
+
+def state_of_another_module(model):
+    attention(model).o_proj.__setstate__(vars(nn.Linear(48, 32, bias=False)))
+
+
+def config_of_experts_that_says_only_what_they_ask(model):
+    moe(model).experts.config = SimpleNamespace(_experts_implementation="hub_moe")
+    new_data(model)
+
+
 CHANGES = [
+    *(linear_that_equals_everything, attributes_at_another_place, config_of_experts_that_says_only_what_they_ask),
+    state_of_another_module,
     *(fewer_experts_at_the_same_place, other_strides, a_bias_more, rotation_of_halves, other_epsilon),
     *(config_of_a_router, other_class, norm_with_gaps, own_gate),
     *(new_linear, new_data, new_parameter, same_parameter, fewer_experts, other_implementation, own_forward),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers import AutoModelForCausalLM
 
 from hub_moe.errors import ConfigError
@@ -107,6 +108,24 @@ def test_inputs_that_do_not_fit_each_other_never_reach_the_one_call(change):
     x_TD, expert_TK, weight_TK = change(x_TD, expert_TK, weight_TK)
     with torch.no_grad():
         assert cpu_forward._feed_few(experts, x_TD, (expert_TK, weight_TK), stacks_of(experts)) is None
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_ids_and_weights_on_another_device_never_reach_the_one_call(place):
+    experts, inputs = make_experts(), list(draw_inputs(MIXED)[:3])
+    inputs[place] = inputs[place].to("meta")
+    with torch.no_grad():
+        assert cpu_forward._feed_few(experts, inputs[0], tuple(inputs[1:]), stacks_of(experts)) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("place", [0, 2])
+def test_tangents_of_forward_mode_are_not_lost(place):
+    experts, inputs = make_experts(), list(draw_inputs(MIXED)[:3])
+    with torch.no_grad(), forward_ad.dual_level():
+        inputs[place] = forward_ad.make_dual(inputs[place], torch.ones_like(inputs[place]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            hub_moe_experts_forward(experts, *inputs)
 
 
 def test_what_is_not_a_number_stays_with_its_token():
