@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from ..errors import ConfigError
 from .compiled_products import CompiledProducts
 from .decoding import INTERFACES, Routed, find_steps
 from .pairs import SortedPairs, sort_pairs_by_expert
@@ -56,8 +57,8 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
     Raises:
         UnsupportedModelError: For experts whose weights are not plain floating-point stacks, or that train parameters
             besides them.
-        ConfigError: For an expert id out of range, or where what was asked for by HUB_MOE_CPU_EXPERTS or, on a GPU,
-            HUB_MOE_GPU_EXPERTS cannot be had.
+        ConfigError: For an expert id out of range, for inputs of shapes or devices that do not fit, or where what was
+            asked for by HUB_MOE_CPU_EXPERTS or, on a GPU, HUB_MOE_GPU_EXPERTS cannot be had.
     """
     if hidden_states.device.type != "cpu" and uses_triton(experts, hidden_states.device):
         from .triton_forward import triton_experts_forward
@@ -67,6 +68,7 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
         out: Tensor = grouped_mm_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
         return out
     stacks = stacks_of(experts)
+    _check_inputs(hidden_states, (top_k_index, top_k_weights), stacks)
     fed_TD = _feed_few(experts, hidden_states, (top_k_index, top_k_weights), stacks)
     if fed_TD is not None:
         return fed_TD
@@ -74,6 +76,20 @@ def hub_moe_experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Te
     pairs = sort_pairs_by_expert(top_k_index, stacks.up.shape[0], may_be_elsewhere=is_parallel)
     plan = _plan(experts, pairs, choose_products(stacks.up.dtype), stacks.down)
     return _compute(experts, hidden_states, top_k_weights, plan, stacks)
+
+
+def _check_inputs(x_TD: Tensor, routing: tuple[Tensor, Tensor], stacks: Stacks) -> None:
+    """Compiled code takes addresses and sizes on trust."""
+    expert_TK, weight_TK = routing
+    places = {str(each.device) for each in (x_TD, *routing, *stacks) if each is not None}
+    if len(places) > 1:
+        raise ConfigError(f"Experts, tokens, ids and weights have to be on one device, not on {sorted(places)}.")
+    width, shapes = stacks.up.shape[1], [tuple(each.shape) for each in (x_TD, *routing)]
+    if expert_TK.dim() != 2 or shapes != [(expert_TK.shape[0], width), expert_TK.shape, expert_TK.shape]:
+        raise ConfigError(
+            f"Experts of width {width} take tokens (T, {width}) and, for each, K ids and K weights, "
+            f"not tensors of shapes {shapes}."
+        )
 
 
 def _feed_few(experts: Any, x_TD: Tensor, routing: tuple[Tensor, Tensor], stacks: Stacks) -> Tensor | None:
@@ -84,12 +100,10 @@ def _feed_few(experts: Any, x_TD: Tensor, routing: tuple[Tensor, Tensor], stacks
     expert_TK, weight_TK = routing
     up_EHD, down_EDF = stacks.up.mT, stacks.down.mT
     num_experts, width, inner = down_EDF.shape
-    fits = up_EHD.shape == (num_experts, 2 * inner, width) and x_TD.shape == (expert_TK.shape[0], width)
-    if not fits or expert_TK.shape != weight_TK.shape or not x_TD.dtype == up_EHD.dtype == down_EDF.dtype:
+    if up_EHD.shape != (num_experts, 2 * inner, width) or not x_TD.dtype == up_EHD.dtype == down_EDF.dtype:
         return None
     is_plain = up_EHD.is_contiguous() and down_EDF.is_contiguous() and stacks.up_bias is None is stacks.down_bias
-    is_beside = expert_TK.device == weight_TK.device == x_TD.device  # if not, torch says what is wrong
-    if not is_plain or not is_beside or not is_swiglu(experts) or has_post_expert_norm(experts):
+    if not is_plain or not is_swiglu(experts) or has_post_expert_norm(experts):
         return None
     steps = find_steps(x_TD, INTERFACES[-1])
     return (
@@ -116,6 +130,7 @@ def split_experts_on_cpu(
         ConfigError: For an expert id out of range.
     """
     hidden_states, top_k_index, top_k_weights = inputs
+    _check_inputs(hidden_states, inputs[1:], Stacks(*frozen))
     num_experts, products = frozen.up.shape[0], choose_products(frozen.up.dtype)
     pairs = sort_pairs_by_expert(top_k_index, num_experts, chosen=expert_ids)
     plan = _plan(experts, pairs, products, frozen.down)

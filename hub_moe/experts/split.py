@@ -165,7 +165,7 @@ class ExpertSplit:
 
 
 def _split_twin(implementation: str | None) -> str:
-    """What computes split experts with the same bits, or, where nothing does, as `grouped_mm`."""
+    """What computes split experts as they were computed, or, where nothing does, as `grouped_mm`."""
     return SPLIT_IMPLEMENTATION if implementation == IMPLEMENTATION else GROUPED_SPLIT_IMPLEMENTATION
 
 

@@ -94,28 +94,36 @@ def test_an_expert_id_that_no_expert_has_is_an_error(expert_id):
         hub_moe_experts_forward(experts, *inputs)
 
 
+@pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(
     "change",
     [
         lambda x, ids, weights: (x[:, :-1], ids, weights),
         lambda x, ids, weights: (x[:-1], ids, weights),
+        lambda x, ids, weights: (x[None], ids, weights),
         lambda x, ids, weights: (x, ids, weights[:, :1]),
         lambda x, ids, weights: (x, ids, weights[:-1]),
+        lambda x, ids, weights: (x, ids[:, 0], weights[:, 0]),
+        lambda x, ids, weights: (x, ids[None], weights[None]),
     ],
 )
-def test_inputs_that_do_not_fit_each_other_never_reach_the_one_call(change):
-    experts, (x_TD, expert_TK, weight_TK, _) = make_experts(), draw_inputs(MIXED)
-    x_TD, expert_TK, weight_TK = change(x_TD, expert_TK, weight_TK)
-    with torch.no_grad():
-        assert cpu_forward._feed_few(experts, x_TD, (expert_TK, weight_TK), stacks_of(experts)) is None
+def test_inputs_that_do_not_fit_each_other_are_an_error_that_names_their_shapes(change, grad):
+    inputs = change(*draw_inputs(MIXED)[:3])
+    with torch.set_grad_enabled(grad), pytest.raises(ConfigError, match="take tokens") as error:
+        hub_moe_experts_forward(make_experts(), *inputs)
+    assert str([tuple(each.shape) for each in inputs]) in str(error.value)
 
 
-@pytest.mark.parametrize("place", [1, 2])
-def test_ids_and_weights_on_another_device_never_reach_the_one_call(place):
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("place", [1, 2, "experts"])
+def test_inputs_and_experts_on_several_devices_are_an_error(place, grad):
     experts, inputs = make_experts(), list(draw_inputs(MIXED)[:3])
-    inputs[place] = inputs[place].to("meta")
-    with torch.no_grad():
-        assert cpu_forward._feed_few(experts, inputs[0], tuple(inputs[1:]), stacks_of(experts)) is None
+    if place == "experts":
+        experts = experts.to("meta")
+    else:
+        inputs[place] = inputs[place].to("meta")
+    with torch.set_grad_enabled(grad), pytest.raises(ConfigError, match="on one device"):
+        hub_moe_experts_forward(experts, *inputs)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
