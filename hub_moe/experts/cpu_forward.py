@@ -28,6 +28,7 @@ from .products import Products, SplitProducts, SplitStack, choose_products
 from .stacks import IMPLEMENTATION, Stacks, has_post_expert_norm, is_swiglu, stacks_of, uses_triton
 
 _Gradients = tuple[Tensor | None, ...]
+_FEW_TOKENS = 4  # that share one pass over a weight
 _TRAINED = ("x", "weight", "plan", "up", "down", "up_bias", "down_bias")  # inputs of _Experts that may need a gradient
 
 
@@ -96,11 +97,14 @@ def _feed_few(experts: Any, x_TD: Tensor, routing: tuple[Tensor, Tensor], stacks
     """The same for a few tokens without gradients in one compiled call; None where that cannot compute it.
 
     One token's experts take little more than reading their weights, to which sorting pairs and four calls add a tenth.
+    So few rows of one expert are the same sums in the products, and come out as the same bits.
     """
     expert_TK, weight_TK = routing
     up_EHD, down_EDF = stacks.up.mT, stacks.down.mT
     num_experts, width, inner = down_EDF.shape
-    if up_EHD.shape != (num_experts, 2 * inner, width) or not x_TD.dtype == up_EHD.dtype == down_EDF.dtype:
+    if len(x_TD) > _FEW_TOKENS or not x_TD.dtype == up_EHD.dtype == down_EDF.dtype:
+        return None
+    if up_EHD.shape != (num_experts, 2 * inner, width):
         return None
     is_plain = up_EHD.is_contiguous() and down_EDF.is_contiguous() and stacks.up_bias is None is stacks.down_bias
     if not is_plain or not is_swiglu(experts) or has_post_expert_norm(experts):

@@ -16,10 +16,13 @@ struct Block {  // one SwiGLU block and the rows it gets
   int64_t inner, count = 0;
   int64_t token[kMostRows] = {};
   float weight[kMostRows] = {};
+  int64_t pair[kMostRows] = {};  // which of all tokens' experts it is, one behind the other
+  bool is_routed = false;
   int64_t place = 0;  // of its activations
 };
 
-// y[t] = sum over the blocks of weight * down(silu(gate x[t]) * up x[t]), and plus[t] unless that is null.
+// y[t] = sum over the blocks of weight * down(silu(gate x[t]) * up x[t]), and plus[t] unless that is null. Experts are added
+// up in the order in which the token chose them.
 template <typename W>
 void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& blocks, W* y, int threads,
                   const W* plus = nullptr) {
@@ -29,10 +32,11 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
     int64_t first, last;
   };
   std::vector<Part> parts;
-  int64_t size = 0;
+  int64_t size = 0, pairs = 0;
   double operations = 0;
   for (auto& block : blocks) {
     block.place = size;
+    if (block.is_routed) pairs += block.count;
     size += block.count * block.inner;
     operations += 6.0 * block.count * block.inner * D;
     for (int64_t f = 0; f < block.inner; f += kBlockRows)
@@ -65,13 +69,28 @@ void feed_forward(const W* x, int64_t T, int64_t D, std::vector<Block<W>>& block
     });
     share(D, std::min<int64_t>(kBlockRows, step_for(D, threads)), [&](int64_t first, int64_t last) {
       float sums[kMostRows][kBlockRows] = {};
+      struct Term {
+        int64_t token;
+        float weight, number[kBlockRows];
+      };
+      thread_local std::vector<Term> terms;
+      terms.resize(pairs);
       for (int64_t t = 0; plus && t < T; ++t)
         for (int64_t n = first; n < last; ++n) sums[t][n - first] = widen(plus[t * D + n]);
       for (const auto& block : blocks) {
         RowList<X> mine(inner + block.place, block.inner, block.count);
+        for (int64_t m = 0; block.is_routed && m < block.count; ++m)
+          terms[block.pair[m]].token = block.token[m], terms[block.pair[m]].weight = block.weight[m];
         dots(mine.rows, block.count, block.down, block.inner, first, last, block.inner,
-             [&](int64_t m, int64_t n, float sum) { sums[block.token[m]][n - first] += block.weight[m] * sum; });
+             [&](int64_t m, int64_t n, float sum) {
+               if (block.is_routed)
+                 terms[block.pair[m]].number[n - first] = sum;
+               else
+                 sums[block.token[m]][n - first] += block.weight[m] * sum;
+             });
       }
+      for (const Term& term : terms)
+        for (int64_t i = 0; i < last - first; ++i) sums[term.token][i] += term.weight * term.number[i];
       for (int64_t t = 0; t < T; ++t)
         for (int64_t n = first; n < last; ++n) put(y + t * D + n, sums[t][n - first]);
     });
@@ -106,6 +125,8 @@ bool add_experts(std::vector<Block<W>>& blocks, const int64_t* expert_TK, const 
     }
     Block<W>& block = blocks[start + found];
     block.token[block.count] = i / K;
+    block.pair[block.count] = i;
+    block.is_routed = true;
     block.weight[block.count++] = weight_TK[i];
   }
   return true;
