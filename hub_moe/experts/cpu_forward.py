@@ -119,9 +119,7 @@ def split_experts_on_cpu(
     experts: Any, frozen: Any, chosen: Any, expert_ids: Sequence[int],
     inputs: tuple[Tensor, Tensor, Tensor],
 ) -> Tensor:  # fmt: skip
-    """`hub_moe_experts_forward` for a layer of which some experts are trained and no other is.
-
-    Where gradients are on these are the same bits; without, those of a few tokens may be added up in another order.
+    """The same bits as `hub_moe_experts_forward` for a layer of which some experts are trained and no other is.
 
     Args:
         experts: As there.

@@ -1,7 +1,6 @@
 """The experts of a layer of which some are trained and the others frozen: forward and backward.
 
-`hub_moe_split` is for models that ran with `hub_moe`, and where gradients are on gives on a CPU the same bits as that
-(`cpu_forward`).
+`hub_moe_split` is for models that ran with `hub_moe`, and on a CPU gives the same bits as that (`cpu_forward`).
 `grouped_mm_split`, which it stands for elsewhere, equals transformers' `grouped_mm`. No gradient is computed for a
 frozen expert's weights. For backward the pre-activations are kept, and of the input only what chosen experts saw; where
 neither input nor router need a gradient, as in the lowest trained layer, the pre-activations of chosen experts alone.
