@@ -134,7 +134,9 @@ class PreparedSteps:
         self.finish = steps.prepare_layer(decoding.LayerWeights(*weights, **mlp.layer_weights()))
         inner = [each for each in layer.modules() if each is not layer]
         self._inner = [(each, type(each), vars(each), each._parameters, each._buffers, each._modules) for each in inner]
-        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(kind for _, kind, *_ in self._inner)]
+        kinds = dict.fromkeys(kind for _, kind, *_ in self._inner)
+        called = [(kind, name) for kind in kinds for name in ("forward", "_apply_gate") if hasattr(kind, name)]
+        self._methods = [(kind, name, getattr(kind, name)) for kind, name in called]
         modules = (layer, *[module for module, *_ in self._inner])
         self._children = [(each._modules, dict(each._modules)) for each in modules if each._modules]
         self._modules = [child for own, _ in self._children for child in own.values()]
@@ -199,7 +201,7 @@ class PreparedSteps:
                 or own["_modules"] is not children
             ):
                 return False
-        return all(kind.forward is forward for kind, forward in self._forwards)
+        return all(getattr(kind, name) is method for kind, name, method in self._methods)
 
     def _are_same_weights(self) -> bool:
         for own, places in self._tensors:

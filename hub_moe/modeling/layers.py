@@ -79,6 +79,7 @@ def _is_known(module: nn.Module, x: Tensor) -> bool:
             and _is_silu(module.act_fn)
             and not getattr(module, "_is_expert_parallel", False)
             and "_apply_gate" not in vars(module)
+            and HubMoeExperts._apply_gate is _GATE
             and all(is_like(stack, x) and stack.is_contiguous() for stack in stacks)
         )
     if type(module) is HubMoeRouter:
@@ -198,6 +199,9 @@ class HubMoeRouter(nn.Module):
 
 class HubMoeExperts(DeepseekV3Experts):
     """Routed experts as two fused parameters, run by whichever experts implementation the config names."""
+
+
+_GATE = HubMoeExperts._apply_gate  # that compiled steps compute
 
 
 class HubMoeMoE(DeepseekV3MoE):

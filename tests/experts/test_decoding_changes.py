@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from hub_moe.errors import ConfigError
 from hub_moe.modeling import HubMoeConfig, HubMoeForCausalLM, decoder_layer
 from hub_moe.modeling.decoder_layer import HubMoeDecoderLayer
-from hub_moe.modeling.layers import HubMoeAttention, HubMoeMoE, HubMoeRouter
+from hub_moe.modeling.layers import HubMoeAttention, HubMoeExperts, HubMoeMoE, HubMoeRouter
 from tests.experts.test_decoding import decode, tiny_model  # noqa: F401  (a fixture)
 from tests.modeling.stock_models import SHAPE
 
@@ -193,6 +193,18 @@ def test_another_forward_of_a_class_is_called(kind, model, monkeypatch):
     monkeypatch.setattr(kind, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
     decode(model, tokens, torch.ones_like(tokens))
     assert len(calls) >= 4 * 2  # the steps after the prompt, in each layer that has one
+
+
+def test_another_gate_of_the_class_of_experts_is_called(model, monkeypatch):
+    tokens = torch.randint(2, 128, (1, 25))
+    decode(model, tokens, torch.ones_like(tokens))
+    calls, gate = [], HubMoeExperts._apply_gate
+    monkeypatch.setattr(HubMoeExperts, "_apply_gate", lambda self, x: calls.append(1) or 2 * gate(self, x))
+    actual = decode(model, tokens, torch.ones_like(tokens))
+    assert calls
+    monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "torch")
+    expected = decode(model, tokens, torch.ones_like(tokens))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * expected.abs().max())
 
 
 def after_a_prompt(model, way, change, monkeypatch, **given):
