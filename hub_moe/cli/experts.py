@@ -185,7 +185,7 @@ def _load_model(name: str, revision: str | None, tokenizer: Any) -> Any:
 def _run(
     model: Any, source: tuple[str, str | None], sample: "Sample", *, domain: str, output_norms: bool
 ) -> "ExpertProfile":
-    from ..files.hub_cache import find_commit
+    from ..environment import find_commit
     from ..training.profiling import profile_experts
 
     name, commit = source[0], find_commit(*source)

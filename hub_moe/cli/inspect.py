@@ -79,7 +79,7 @@ def inspect(
       hub-moe inspect Qwen/Qwen3-30B-A3B --memory 24GB
       hub-moe inspect runs/demo/base/model --context 2048 --json
     """
-    from ..files.hub_cache import find_commit
+    from ..environment import find_commit
 
     _, footprint = measure_model(model, revision)
     context = context or min(4096, footprint.max_context or 4096)

@@ -205,6 +205,11 @@ class GradientMemory:
 _MEMORY = GradientMemory(_MOST_WAITING)
 
 
+def borrow_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """`GradientMemory.borrow`, of what this process has for gradients of stacks."""
+    return _MEMORY.borrow(shape, dtype)
+
+
 def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:
     """Address, elements from one row to the next, and the address of the places."""
     assert rows.stride(1) == 1 or rows.shape[1] == 1

@@ -66,18 +66,26 @@ def find_steps(x: Tensor, interface: int) -> "DecodingSteps | None":
     Raises:
         ConfigError: As `choose_products`.
     """
-    if interface not in INTERFACES or type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
-        return None
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
-        return None
-    if forward_ad._current_level >= 0:  # tangents flow without grad mode, too
+    if interface not in INTERFACES or torch.is_grad_enabled() or not may_leave_torch(x):
         return None
     steps = _steps_for(os.environ.get(VARIABLE, ""))
-    if steps is None or is_in_torch_dispatch_mode():
-        return None
-    return steps if 0 < x.numel() <= steps.most_rows * x.shape[-1] else None
+    return steps if steps is not None and 0 < x.numel() <= steps.most_rows * x.shape[-1] else None
+
+
+def may_leave_torch(x: Tensor) -> bool:
+    """Whether compiled code may stand for operations on `x`: whether nothing but autograd wants to see them.
+
+    It may for a plain float32 or bfloat16 tensor on the CPU, without forward-mode gradients, autocast, compiling,
+    tracing, transforms of torch.func and dispatch modes.
+    """
+    if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+        return False
+    # tangents flow without grad mode, too
+    return forward_ad._current_level < 0 and not is_in_torch_dispatch_mode()
 
 
 class DecodingSteps:

@@ -20,6 +20,7 @@ from .losses import (
     mask_ahead,
     router_losses,
     shift_labels_ahead,
+    token_loss,
     token_mask,
     total_loss,
     warn_of_detached_router,
@@ -113,7 +114,8 @@ class MoeCausalLMMixin:
             router_logits=getattr(outputs, "router_logits", None) if returns_routing else None,
         )
         if labels is not None:
-            result.loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            given = {"labels": labels, "vocab_size": self.config.vocab_size, **kwargs}
+            result.loss = token_loss(self.loss_function, logits, **given)
         ahead = None
         if targets is not None and self.config.num_mtp_layers and self.config.mtp_loss_coef:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -144,8 +146,9 @@ class MoeCausalLMMixin:
             targets = shift_labels_ahead(labels, attention_mask, position_ids, steps=depth + 1)
             count = (targets != -100).sum().clamp(min=1) if num_items is None else num_items
             losses.append(
-                self.loss_function(
-                    logits=linear(self.lm_head, hidden),
+                token_loss(
+                    self.loss_function,
+                    linear(self.lm_head, hidden),
                     labels=None,
                     shift_labels=targets,
                     vocab_size=self.config.vocab_size,

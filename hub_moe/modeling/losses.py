@@ -1,17 +1,25 @@
-"""Losses on the router, for training. Pure functions on tensors; padding never counts.
+"""Losses: of the next token, and in training on the router. Pure functions on tensors; padding never counts.
 
-Shape letters: B sequences, L tokens of a sequence, E routed experts, K experts per token, G expert groups.
+Shape letters: B sequences, L tokens of a sequence, E routed experts, K experts per token, G expert groups, T = B * L
+tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import logging
 
 from .configuration_hub_moe import HubMoeConfig
 from .routing import score_experts
+
+token_losses: Callable[..., Tensor | None] | None
+try:  # beside a checkpoint this code also works where hub_moe is not installed
+    from hub_moe.experts.cross_entropy import token_losses
+except ImportError:
+    token_losses = None
 
 logger = logging.get_logger(__name__)
 
@@ -21,6 +29,42 @@ ROUTER_LOSS_WEIGHTS = {
     "device_aux_loss": "device_aux_loss_alpha",
     "z_loss": "router_z_loss_coef",
 }
+
+
+def token_loss(loss_function: Callable[..., Tensor], logits_BLV: Tensor, **given: Any) -> Tensor:
+    """`loss_function(logits=..., **given)`, a float32 scalar.
+
+    Args:
+        loss_function: A model's own; where it is transformers' `ForCausalLMLoss`, compiled code may stand for it.
+        logits_BLV: Logits.
+        given: `labels` (B, L) or `shift_labels`, `vocab_size`, and as there `num_items_in_batch` and `ignore_index`.
+    """
+    loss = _compiled_loss(logits_BLV, **given) if loss_function is ForCausalLMLoss else None
+    return loss_function(logits=logits_BLV, **given) if loss is None else loss
+
+
+def _compiled_loss(
+    logits_BLV: Tensor,
+    *,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor | None:
+    if token_losses is None or logits_BLV.shape[-1] != vocab_size:
+        return None
+    if shift_labels is None:
+        if labels is None:
+            return None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    label_T = shift_labels.reshape(-1).to(logits_BLV.device)
+    losses_T = token_losses(logits_BLV.reshape(-1, vocab_size), label_T, ignore_index=ignore_index)
+    if losses_T is None:
+        return None
+    count = (label_T != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return losses_T.sum() / count
 
 
 def balance_losses(
@@ -88,7 +132,7 @@ def shift_labels_ahead(
     if position_ids_BL is not None:
         distance_BL = position_ids_BL[:, steps:] - position_ids_BL[:, :-steps]
         ahead_BL = ahead_BL.masked_fill(distance_BL != steps, ignore_index)
-    return torch.nn.functional.pad(ahead_BL, (0, 1), value=ignore_index)
+    return nn.functional.pad(ahead_BL, (0, 1), value=ignore_index)
 
 
 def has_router_loss(config: HubMoeConfig) -> bool:

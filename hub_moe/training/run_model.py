@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .. import modeling
 from ..errors import ConfigError, DatasetError
-from ..files.hub_cache import find_commit
+from ..environment import find_commit
 from ..patches.folders import is_repo_id
 from ..patches.metadata import METADATA_FILE, MODEL_TYPE
 from .run_config import ModelConfig

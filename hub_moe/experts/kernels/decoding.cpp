@@ -3,6 +3,7 @@
 //
 // What is added up, and in which order, depends on no number of threads. Letters as in the files named below.
 
+#include "cross_entropy.cpp"
 #include "products.cpp"
 
 #include "feed_forward.h"

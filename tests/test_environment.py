@@ -5,7 +5,7 @@ import json
 import pytest
 from huggingface_hub import HfApi
 
-from hub_moe.files.hub_cache import find_commit
+from hub_moe.environment import find_commit
 
 pytest.importorskip("dulwich")
 pytest.importorskip("starlette")
@@ -13,7 +13,7 @@ pytest.importorskip("starlette")
 PROGRAM = """
 import json
 from huggingface_hub import hf_hub_download
-from hub_moe.files.hub_cache import find_commit
+from hub_moe.environment import find_commit
 before = find_commit("alice/cached")
 for revision in ("v1", None):
     hf_hub_download("alice/cached", "config.json", revision=revision)

@@ -1,0 +1,178 @@
+"""The compiled cross-entropy against torch's, its slow twin, values and gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import forward_ad
+
+from hub_moe.experts.compiled_products import find_levels
+from hub_moe.experts.cross_entropy import token_losses
+
+pytestmark = pytest.mark.skipif(not find_levels(), reason="no compiled products for this processor")
+IGNORED = -100
+INFINITY = float("inf")
+
+
+def twin(logits_TV, label_T, ignore_index=IGNORED):
+    return nn.functional.cross_entropy(logits_TV, label_T, ignore_index=ignore_index, reduction="none")
+
+
+def in_float64(logits_TV, label_T, dloss_T):
+    """Losses and gradient of exactly these logits."""
+    wide_TV = logits_TV.detach().double().requires_grad_()
+    losses_T = twin(wide_TV, label_T)
+    losses_T.backward(dloss_T.double())
+    return losses_T.detach(), wide_TV.grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 7, 15, 16, 17, 31, 33, 1000, 1024, 1040, 2051]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 99),
+)
+def test_losses_and_gradient_are_those_of_float64(tokens, vocabulary, dtype, seed):
+    torch.manual_seed(seed)
+    logits_TV = (4 * torch.randn(tokens, vocabulary) - 90 * torch.rand(1)).to(dtype).requires_grad_()
+    label_T = torch.where(torch.rand(tokens) < 0.2, IGNORED, torch.randint(0, vocabulary, (tokens,)))
+    dloss_T = torch.randn(tokens)
+    losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+    losses_T.backward(dloss_T)
+    expected_T, gradient_TV = in_float64(logits_TV, label_T, dloss_T)
+    torch.testing.assert_close(losses_T.double(), expected_T, rtol=1e-6, atol=1e-6)
+    assert logits_TV.grad.dtype is dtype
+    torch.testing.assert_close(
+        logits_TV.grad.double(), gradient_TV, rtol=0, atol=(2**-8 if dtype is torch.bfloat16 else 2e-6) * 3
+    )
+    assert not losses_T[label_T == IGNORED].any()
+    assert not logits_TV.grad[label_T == IGNORED].any()
+
+
+def test_a_large_vocabulary_costs_no_precision():
+    torch.manual_seed(0)
+    logits_TV, label_T = torch.randn(4, 129280, requires_grad=True), torch.tensor([0, 129279, 5, 7])
+    losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+    losses_T.sum().backward()
+    expected_T, gradient_TV = in_float64(logits_TV, label_T, torch.ones(4))
+    torch.testing.assert_close(losses_T.double(), expected_T, rtol=1e-7, atol=0)
+    torch.testing.assert_close(logits_TV.grad.double(), gradient_TV, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [0.0, -INFINITY, 1.0],  # a token that is not allowed
+        [-INFINITY, 0.0, 1.0],  # the label is not
+        [-INFINITY, -INFINITY, -INFINITY],
+        [INFINITY, 0.0, 1.0],
+        [0.0, INFINITY, 1.0],
+        [0.0, float("nan"), 1.0],
+        [3e38, -3e38, 0.0],
+        [-3e38, -3.1e38, -3.2e38],
+    ],
+)
+@pytest.mark.parametrize("width", [3, 40])
+def test_numbers_without_an_end_come_out_as_in_torch(row, width):
+    logits_TV = torch.tensor([row + [-5.0] * (width - 3), [0.0] * width], requires_grad=True)
+    label_T = torch.tensor([0, 1])
+    found = []
+    for losses_T in (token_losses(logits_TV, label_T, ignore_index=IGNORED), twin(logits_TV, label_T)):
+        found.append((losses_T.detach(), *torch.autograd.grad(losses_T.sum(), logits_TV)))
+    torch.testing.assert_close(*found, equal_nan=True, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_may_lie_anywhere_and_another_label_be_ignored():
+    torch.manual_seed(0)
+    logits_VT, label_T2 = torch.randn(30, 4), torch.tensor([[1, 0], [7, 0], [29, 0], [7, 0]])
+    label_T = label_T2[:, 0]
+    actual_T = token_losses(logits_VT.mT, label_T, ignore_index=7)
+    torch.testing.assert_close(actual_T, twin(logits_VT.mT, label_T, ignore_index=7))
+    assert actual_T[1] == actual_T[3] == 0
+
+
+def test_bits_depend_on_no_number_of_threads():
+    torch.manual_seed(0)
+    logits_TV, label_T = torch.randn(64, 5000, requires_grad=True), torch.randint(0, 5000, (64,))
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+            found.append((losses_T, *torch.autograd.grad(losses_T.sum(), logits_TV)))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_only_the_gradient_is_as_large_as_the_logits():
+    kept = []
+    logits_TV = torch.randn(8, 1000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        token_losses(logits_TV, torch.arange(8), ignore_index=IGNORED)
+    assert (
+        sum(each.numel() for each in kept if each.data_ptr() != logits_TV.data_ptr()) == 3 * 8
+    )  # labels and two numbers of each row
+
+
+@pytest.mark.parametrize(
+    ("logits_TV", "label_T"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1])),
+        (torch.zeros(2, 3, dtype=torch.float16), torch.tensor([0, 1])),
+        (torch.zeros(2, 3), torch.tensor([0, 1], dtype=torch.int32)),
+        (torch.zeros(2, 3), torch.tensor([0, 3])),
+        (torch.zeros(2, 3), torch.tensor([0, -1])),
+        (torch.zeros(2, 3), torch.tensor([0, 1, 2])),
+        (torch.zeros(2, 3, 4), torch.tensor([0, 1])),
+        (torch.zeros(2, 3, device="meta"), torch.tensor([0, 1])),
+        (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64, device="meta")),
+    ],
+)
+def test_what_does_not_fit_is_left_to_torch(logits_TV, label_T):
+    assert token_losses(logits_TV, label_T, ignore_index=IGNORED) is None
+
+
+def test_no_tokens_have_no_losses():
+    logits_TV = torch.zeros(0, 5, requires_grad=True)
+    losses_T = token_losses(logits_TV, torch.zeros(0, dtype=torch.int64), ignore_index=IGNORED)
+    losses_T.sum().backward()
+    assert losses_T.shape == (0,)
+    assert logits_TV.grad.shape == (0, 5)
+
+
+def test_torch_computes_where_it_was_asked_to(monkeypatch):
+    given = torch.zeros(2, 3), torch.tensor([0, 1])
+    assert token_losses(*given, ignore_index=IGNORED) is not None
+    monkeypatch.setenv("HUB_MOE_CPU_EXPERTS", "torch")
+    assert token_losses(*given, ignore_index=IGNORED) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
+def test_transforms_and_autocast_see_the_operations():
+    label_T = torch.tensor([0, 1])
+
+    def found(logits_TV):
+        assert token_losses(logits_TV, label_T, ignore_index=IGNORED) is None
+        return twin(logits_TV, label_T).sum()
+
+    logits_TV = torch.randn(2, 3)
+    torch.func.grad(found)(logits_TV)
+    with forward_ad.dual_level():
+        dual_TV = forward_ad.make_dual(logits_TV, torch.ones(2, 3))
+        assert token_losses(dual_TV, label_T, ignore_index=IGNORED) is None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found(logits_TV)
+
+
+def test_it_is_differentiable_twice():
+    torch.manual_seed(0)
+    logits_TV, label_T, dloss_T = torch.randn(3, 5, requires_grad=True), torch.tensor([4, IGNORED, 0]), torch.rand(3)
+    found = []
+    for losses_T in (token_losses(logits_TV, label_T, ignore_index=IGNORED), twin(logits_TV, label_T)):
+        (gradient_TV,) = torch.autograd.grad(losses_T @ dloss_T, logits_TV, create_graph=True)
+        found.append((gradient_TV.detach(), *torch.autograd.grad(gradient_TV.square().sum(), logits_TV)))
+    torch.testing.assert_close(*found)
