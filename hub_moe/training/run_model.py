@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import modeling
-from ..errors import ConfigError, DatasetError
 from ..environment import find_commit
+from ..errors import ConfigError, DatasetError
 from ..patches.folders import is_repo_id
 from ..patches.metadata import METADATA_FILE, MODEL_TYPE
 from .run_config import ModelConfig
