@@ -13,7 +13,7 @@ def env(
     """Tell versions, processor, and how the experts of a model are computed here, and why so.
 
     HUB_MOE_CPU_EXPERTS=compiled or =torch chooses how on the CPU, where it also stands for all else that a HubMoe
-    computes for a few new tokens; HUB_MOE_GPU_EXPERTS=triton or =grouped_mm chooses how on a GPU. What was asked for
+    computes in compiled code; HUB_MOE_GPU_EXPERTS=triton or =grouped_mm chooses how on a GPU. What was asked for
     and cannot be had is an error. The first run on a machine compiles the experts' code, which takes some seconds, and
     measures the processor's bfloat16.
 
