@@ -65,7 +65,7 @@ def measure_bfloat16() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_ROWS, _SIZE, generator=generator).bfloat16()
     w = torch.randn(_SIZE, _SIZE, generator=generator).bfloat16()
-    x32, w32 = x.float(), torch.empty(_SIZE, _SIZE)
+    x32, w32 = x.float(), torch.empty(_SIZE, _SIZE, dtype=torch.float32)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         plain = max(map(_seconds, (lambda: x @ w.mT, lambda: x @ w, lambda: x.mT @ x)))
         casts = (lambda: x32 @ w32.copy_(w).mT, lambda: x32 @ w32.copy_(w), lambda: (x32.mT @ x32).bfloat16())

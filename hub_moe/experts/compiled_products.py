@@ -94,7 +94,7 @@ class CompiledProducts:
             stack_EAB = stack_EAB.contiguous()
         if self._wants_bfloat16_rows(stack_EAB):
             x_SA = x_SA.bfloat16()
-        y_SB = torch.empty(ends[-1], width_out) if out is None else out
+        y_SB = _make_rows(ends[-1], width_out) if out is None else out
         x_address, *x_places = _place(x_SA, rows)
         self._multiply(
             x_address,
@@ -141,7 +141,7 @@ class CompiledProducts:
         """silu(first half) * second half of each row, (S, F), in the dtype in which `stack` takes rows."""
         rows, width = h_SH.shape[0], h_SH.shape[1] // 2
         is_bfloat16 = self._wants_bfloat16_rows(stack_EAB)
-        a_SF = torch.empty(rows, width, dtype=torch.bfloat16 if is_bfloat16 else torch.float32)
+        a_SF = _make_rows(rows, width, dtype=torch.bfloat16 if is_bfloat16 else torch.float32)
         self._swiglu(h_SH.data_ptr(), rows, width, a_SF.data_ptr(), is_bfloat16, torch.get_num_threads())
         return a_SF
 
@@ -151,7 +151,7 @@ class CompiledProducts:
         Returns:
             a * scale (S, F), the gradient of h (S, H), and a . da of each row (S,).
         """
-        a_SF, dh_SH, sums_S = torch.empty_like(da_SF), torch.empty_like(h_SH), torch.empty(h_SH.shape[0])
+        a_SF, dh_SH, sums_S = torch.empty_like(da_SF), torch.empty_like(h_SH), _make_rows(h_SH.shape[0])
         given = [None if each is None else each.data_ptr() for each in (h_SH, da_SF, scale_S)]
         made = [each.data_ptr() for each in (a_SF, dh_SH, sums_S)]
         self._swiglu_gradient(*given, *da_SF.shape, *made, torch.get_num_threads())
@@ -159,7 +159,7 @@ class CompiledProducts:
 
     def sum_over_experts(self, y_SD: Tensor, weight_TK: Tensor | None, pairs: SortedPairs) -> Tensor:
         """See `Products`."""
-        out_TD = torch.empty(pairs.num_tokens, y_SD.shape[1])
+        out_TD = _make_rows(pairs.num_tokens, y_SD.shape[1])
         weight_TK = None if weight_TK is None else weight_TK.float().contiguous()
         given = [None if each is None else each.data_ptr() for each in (y_SD, weight_TK, pairs.order_S)]
         sizes = y_SD.shape[0], pairs.num_tokens, pairs.top_k, y_SD.shape[1]
@@ -187,7 +187,7 @@ class GradientMemory:
         """A contiguous tensor, not initialised."""
         size = shape.numel() * dtype.itemsize
         if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
-            return torch.empty(shape, dtype=dtype)
+            return _make_rows(*shape, dtype=dtype)
         try:
             block = self._free[size].pop()
         except IndexError:
@@ -202,12 +202,40 @@ class GradientMemory:
             self._free[size].append(block)
 
 
+class SpareMemory:
+    """The same for one kind of tensor whose size changes from step to step: one block waits, the largest so far.
+
+    Of blocks as large as each of them was, as many would wait as there are sizes.
+    """
+
+    def __init__(self) -> None:
+        self._spare: mmap.mmap | None = None
+
+    def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor, not initialised."""
+        size = shape.numel() * dtype.itemsize
+        if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
+            return _make_rows(*shape, dtype=dtype)
+        block, self._spare = self._spare, None
+        if block is None or len(block) < size:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        lease = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lease, self._take_back, block).atexit = False
+        return torch.frombuffer(lease, dtype=dtype).view(shape)
+
+    def _take_back(self, block: mmap.mmap) -> None:
+        spare = self._spare
+        if spare is None or len(spare) < len(block):
+            block.madvise(mmap.MADV_FREE)
+            self._spare = block
+
+
 _MEMORY = GradientMemory(_MOST_WAITING)
 
 
-def borrow_memory(shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """`GradientMemory.borrow`, of what this process has for gradients of stacks."""
-    return _MEMORY.borrow(shape, dtype)
+def _make_rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Not initialised; compiled code writes to them, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _place(rows: Tensor, places: Tensor | None) -> tuple[int, int, int | None]:

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled_products import CompiledProducts, borrow_memory
+from .compiled_products import CompiledProducts, SpareMemory
 from .decoding import may_leave_torch
 from .decoding_layer import INT, LONG, POINTER
 from .products import VARIABLE, choose_products
+
+_MEMORY = SpareMemory()  # of gradients of logits
 
 
 def token_losses(logits_TV: Tensor, label_T: Tensor, *, ignore_index: int) -> Tensor | None:
@@ -29,7 +31,7 @@ def token_losses(logits_TV: Tensor, label_T: Tensor, *, ignore_index: int) -> Te
     As `torch.nn.functional.cross_entropy(logits_TV.float(), label_T, reduction="none")`, up to rounding.
 
     Args:
-        logits_TV: Float32 or bfloat16.
+        logits_TV: Float32 or bfloat16. Kept for backward, so before that they must not change in place.
         label_T: int64.
         ignore_index: As in torch.
 
@@ -45,12 +47,16 @@ def token_losses(logits_TV: Tensor, label_T: Tensor, *, ignore_index: int) -> Te
     if logits_TV.dim() != 2 or label_T.shape != logits_TV.shape[:1] or label_T.device != logits_TV.device:
         return None
     kernels = _kernels_for(os.environ.get(VARIABLE, ""))
-    has_logit_T = (label_T >= 0) & (label_T < logits_TV.shape[1]) | (label_T == ignore_index)
-    if kernels is None or not has_logit_T.all():
+    if kernels is None or type(ignore_index) is not int or not _have_logits(label_T, logits_TV, ignore_index):
         return None
     function: Any = _TokenLosses
     losses_T: Tensor = function.apply(logits_TV.contiguous(), label_T.contiguous(), ignore_index, kernels)
     return losses_T
+
+
+def _have_logits(label_T: Tensor, logits_TV: Tensor, ignore_index: int) -> bool:
+    """Whether all labels are in the vocabulary or ignored."""
+    return bool(((label_T >= 0) & (label_T < logits_TV.shape[1]) | (label_T == ignore_index)).all())
 
 
 class _Kernels:
@@ -64,8 +70,8 @@ class _Kernels:
 
     def losses(self, logits_TV: Tensor, label_T: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """Losses (T,), and for the gradient each row's largest logit and log of its sum, (T, 2); both float32."""
-        loss_T = torch.empty(logits_TV.shape[0])
-        norm_T2 = torch.empty(logits_TV.shape[0], 2)
+        loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
+        norm_T2 = loss_T.new_empty(logits_TV.shape[0], 2)
         self._losses(
             *(logits_TV.data_ptr(), logits_TV.dtype == torch.bfloat16, label_T.data_ptr(), ignore_index),
             *(*logits_TV.shape, loss_T.data_ptr(), norm_T2.data_ptr(), torch.get_num_threads()),
@@ -76,7 +82,7 @@ class _Kernels:
         self, logits_TV: Tensor, label_T: Tensor, ignore_index: int, norm_T2: Tensor, dloss_T: Tensor
     ) -> Tensor:
         """That of the logits, in their dtype; `dloss_T` is float32."""
-        gradient_TV = borrow_memory(logits_TV.shape, logits_TV.dtype)
+        gradient_TV = _MEMORY.borrow(logits_TV.shape, logits_TV.dtype)
         self._gradient(
             *(logits_TV.data_ptr(), logits_TV.dtype == torch.bfloat16, label_T.data_ptr(), ignore_index),
             *(norm_T2.data_ptr(), dloss_T.data_ptr(), *logits_TV.shape, gradient_TV.data_ptr()),
@@ -98,17 +104,24 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, label_T: Tensor, ignore_index: int, kernels: _Kernels) -> Tensor:
         loss_T, norm_T2 = kernels.losses(logits_TV, label_T, ignore_index)
-        ctx.save_for_backward(logits_TV, label_T, norm_T2)
-        ctx.ignore_index, ctx.kernels = ignore_index, kernels
+        ctx.save_for_backward(logits_TV, label_T)
+        ctx.ignore_index, ctx.kernels, ctx.norm_T2 = ignore_index, kernels, norm_T2
+        ctx.logits_dtype, ctx.shape = logits_TV.dtype, logits_TV.shape
         return loss_T
 
     @staticmethod
     def backward(ctx: Any, dloss_T: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, label_T, norm_T2 = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
+        logits_TV, label_T = ctx.saved_tensors
+        # a hook on what was saved may give back another kind of tensor, and compiled code takes addresses on trust
+        logits_TV = logits_TV.to(ctx.logits_dtype).expand(ctx.shape).contiguous()
+        label_T = label_T.to(torch.int64).expand(ctx.shape[:1]).contiguous()
+        are_plain = may_leave_torch(logits_TV) and type(label_T) is Tensor and may_leave_torch(dloss_T)
+        are_plain = are_plain and not torch._C._functorch.is_legacy_batchedtensor(dloss_T)  # is_grads_batched
+        # torch, where the gradient is to be differentiated again, and where something wants to see the operations
+        if torch.is_grad_enabled() or not are_plain or not _have_logits(label_T, logits_TV, ctx.ignore_index):
             return _gradient_in_torch(logits_TV, label_T, ctx.ignore_index, dloss_T), None, None, None
-        dloss_T = dloss_T.float().contiguous()
-        return ctx.kernels.gradient(logits_TV, label_T, ctx.ignore_index, norm_T2, dloss_T), None, None, None
+        given = logits_TV, label_T, ctx.ignore_index, ctx.norm_T2, dloss_T.contiguous()
+        return ctx.kernels.gradient(*given), None, None, None
 
 
 def _gradient_in_torch(logits_TV: Tensor, label_T: Tensor, ignore_index: int, dloss_T: Tensor) -> Tensor:

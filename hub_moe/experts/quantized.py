@@ -57,7 +57,7 @@ class Int8Experts:
         self._value_ENK = torch.empty(shape, dtype=torch.int8, device=device)
         self._step_EN1 = torch.empty(*shape[:2], 1, dtype=torch.float32, device=device)
         self.tensors = [self._value_ENK, self._step_EN1]
-        matrix_NK, block = torch.empty(shape[1:]), (1, shape[2])
+        matrix_NK, block = torch.empty(shape[1:], dtype=torch.float32), (1, shape[2])
         for expert in range(shape[0]):
             stack.fill_expert(expert, matrix_NK)
             step, zero = torchao.choose_qparams_affine(
@@ -93,7 +93,7 @@ class Int4Experts:
         self._step_ENG1 = torch.empty(num_experts, num_rows, width // group, 1, dtype=torch.float32, device=device)
         self._zero_ENG1 = torch.empty_like(self._step_ENG1, dtype=torch.int8)
         self.tensors = [self._levels, self._step_ENG1, self._zero_ENG1]
-        matrix_NK = torch.empty(num_rows, width)
+        matrix_NK = torch.empty(num_rows, width, dtype=torch.float32)
         for expert in range(num_experts):
             stack.fill_expert(expert, matrix_NK)
             self._put(expert, matrix_NK)

@@ -56,7 +56,7 @@ def _compiled_loss(
     if token_losses is None or logits_BLV.shape[-1] != vocab_size:
         return None
     if shift_labels is None:
-        if labels is None:
+        if not isinstance(labels, Tensor):
             return None
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     label_T = shift_labels.reshape(-1).to(logits_BLV.device)

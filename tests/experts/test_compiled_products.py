@@ -125,3 +125,24 @@ def test_gradients_on_used_memory_are_right_and_older_ones_stay_as_they_are(is_t
         other, expected * 4, **{**tolerance, "rtol": 2e-2 if tolerance else 1e-5, "atol": 2e-2 if tolerance else 1e-5}
     )
     torch.testing.assert_close(first, expected, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_rows_are_float32_whatever_torch_makes_by_default(dtype, compiled):
+    torch.manual_seed(0)
+    expert_TK = torch.tensor([[1, 0], [1, 2], [2, 0]])
+    pairs = sort_pairs_by_expert(expert_TK, 3)
+    x_TA, stack_EAB = torch.randn(3, 64), torch.randn(3, 96, 64).mT
+
+    def compute():
+        h_SH = compiled.multiply(x_TA, stack_EAB, pairs.ends, pairs.token_S)
+        gradients = compiled.swiglu_gradient(h_SH, torch.ones(6, 48, dtype=torch.float32), None)
+        return h_SH, compiled.swiglu(h_SH, stack_EAB), *gradients, compiled.sum_over_experts(h_SH, None, pairs)
+
+    expected = compute()
+    torch.set_default_dtype(dtype)
+    try:
+        found = compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(one, other) and one.dtype is other.dtype for one, other in zip(found, expected, strict=True))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd import forward_ad
 
-from hub_moe.experts.compiled_products import find_levels
+from hub_moe.experts.compiled_products import SpareMemory, find_levels
 from hub_moe.experts.cross_entropy import token_losses
 
 pytestmark = pytest.mark.skipif(not find_levels(), reason="no compiled products for this processor")
@@ -113,9 +113,7 @@ def test_only_the_gradient_is_as_large_as_the_logits():
     logits_TV = torch.randn(8, 1000, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         token_losses(logits_TV, torch.arange(8), ignore_index=IGNORED)
-    assert (
-        sum(each.numel() for each in kept if each.data_ptr() != logits_TV.data_ptr()) == 3 * 8
-    )  # labels and two numbers of each row
+    assert [each.shape for each in kept if each.data_ptr() != logits_TV.data_ptr()] == [(8,)]  # the labels
 
 
 @pytest.mark.parametrize(
@@ -176,3 +174,92 @@ def test_it_is_differentiable_twice():
         (gradient_TV,) = torch.autograd.grad(losses_T @ dloss_T, logits_TV, create_graph=True)
         found.append((gradient_TV.detach(), *torch.autograd.grad(gradient_TV.square().sum(), logits_TV)))
     torch.testing.assert_close(*found)
+
+
+DEFAULTS = [torch.bfloat16, torch.float16, torch.float64]
+
+
+def as_in_torch(logits_TV, label_T):
+    losses_T = twin(logits_TV, label_T)
+    return losses_T.detach(), *torch.autograd.grad(losses_T.sum(), logits_TV)
+
+
+@pytest.mark.parametrize("dtype", DEFAULTS)
+def test_what_torch_makes_by_default_does_not_matter(dtype):
+    torch.manual_seed(0)
+    logits_TV, label_T = torch.randn(64, 50, requires_grad=True), torch.randint(0, 50, (64,))
+    expected = as_in_torch(logits_TV, label_T)
+    torch.set_default_dtype(dtype)
+    try:
+        losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+        found = losses_T.detach(), *torch.autograd.grad(losses_T.sum(), logits_TV)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert token_losses(logits_TV, label_T, ignore_index=IGNORED).device.type == "cpu"
+    torch.testing.assert_close(found, expected)
+
+
+def unpack_strided(x):
+    return torch.stack([x, x], -1)[..., 0]
+
+
+def unpack_others(x):
+    return x.double() if x.is_floating_point() else x.int()
+
+
+def unpack_halves(x):
+    return x.half() if x.is_floating_point() else x
+
+
+@pytest.mark.parametrize("unpack", [unpack_strided, unpack_others, unpack_halves])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_may_give_back_another_kind_of_what_was_saved(unpack, dtype):
+    torch.manual_seed(0)
+    logits_TV, label_T = torch.randn(8, 50).to(dtype).requires_grad_(), torch.randint(0, 50, (8,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+    (actual,) = torch.autograd.grad(losses_T.sum(), logits_TV)
+    _, expected = as_in_torch(logits_TV.detach().float().requires_grad_(), label_T)
+    torch.testing.assert_close(actual.float(), expected, rtol=1e-2, atol=2e-3)
+
+
+def test_a_label_changed_behind_autograds_back_writes_nowhere_else():
+    logits_TV, label_T = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+    label_T.data[1] = 1 << 40
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        losses_T.sum().backward()
+
+
+def test_memory_that_holds_other_numbers_is_not_read():
+    logits_TV, label_T = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    for other_TV in (torch._neg_view(logits_TV), torch._efficientzerotensor((4, 5))):
+        assert token_losses(other_TV, label_T, ignore_index=IGNORED) is None
+    for no_label in (None, -100.0, True):
+        assert token_losses(logits_TV, label_T, ignore_index=no_label) is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use of it
+def test_transforms_of_the_gradient_see_its_operations():
+    torch.manual_seed(0)
+    logits_TV, label_T, many_NT = torch.randn(3, 5, requires_grad=True), torch.tensor([4, IGNORED, 0]), torch.rand(2, 3)
+    found = []
+    for losses_T in (token_losses(logits_TV, label_T, ignore_index=IGNORED), twin(logits_TV, label_T)):
+        (batched,) = torch.autograd.grad(losses_T, logits_TV, many_NT, is_grads_batched=True, retain_graph=True)
+        with forward_ad.dual_level():
+            dual_T = forward_ad.make_dual(torch.ones(3), torch.full((3,), 2.0))
+            (gradient_TV,) = torch.autograd.grad(losses_T, logits_TV, dual_T)
+            found.append((batched, forward_ad.unpack_dual(gradient_TV).tangent))
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_of_changing_sizes_leave_one_block_behind():
+    memory, sizes = SpareMemory(), [3 << 20, 2 << 20, 5 << 20, 4 << 20]
+    for size in sizes:
+        borrowed = memory.borrow(torch.Size((size,)), torch.float32).fill_(1.0)
+        other = memory.borrow(torch.Size((size,)), torch.float32)
+        assert other.data_ptr() != borrowed.data_ptr()
+        del borrowed, other
+    assert len(memory._spare) == 4 * max(sizes)
+    assert memory.borrow(torch.Size((2 << 20,)), torch.bfloat16).dtype is torch.bfloat16
