@@ -209,14 +209,14 @@ class SpareMemory:
     """
 
     def __init__(self) -> None:
-        self._spare: mmap.mmap | None = None
+        self._spare: list[mmap.mmap] = []  # one, or more where threads give back at once; pop and append are atomic
 
     def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """A contiguous tensor, not initialised."""
         size = shape.numel() * dtype.itemsize
         if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
             return _make_rows(*shape, dtype=dtype)
-        block, self._spare = self._spare, None
+        block = self._pop()
         if block is None or len(block) < size:
             block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         lease = (ctypes.c_char * size).from_buffer(block)
@@ -224,10 +224,15 @@ class SpareMemory:
         return torch.frombuffer(lease, dtype=dtype).view(shape)
 
     def _take_back(self, block: mmap.mmap) -> None:
-        spare = self._spare
-        if spare is None or len(spare) < len(block):
-            block.madvise(mmap.MADV_FREE)
-            self._spare = block
+        block.madvise(mmap.MADV_FREE)
+        other = self._pop()
+        self._spare.append(block if other is None or len(other) < len(block) else other)
+
+    def _pop(self) -> mmap.mmap | None:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return None
 
 
 _MEMORY = GradientMemory(_MOST_WAITING)

@@ -1,5 +1,7 @@
 """The compiled cross-entropy against torch's, its slow twin, values and gradients."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -261,5 +263,23 @@ def test_gradients_of_changing_sizes_leave_one_block_behind():
         other = memory.borrow(torch.Size((size,)), torch.float32)
         assert other.data_ptr() != borrowed.data_ptr()
         del borrowed, other
-    assert len(memory._spare) == 4 * max(sizes)
+    assert [len(block) for block in memory._spare] == [4 * max(sizes)]
     assert memory.borrow(torch.Size((2 << 20,)), torch.bfloat16).dtype is torch.bfloat16
+
+
+def test_threads_that_train_at_once_do_not_share_a_gradient():
+    torch.manual_seed(0)
+    label_T = torch.arange(2000) % 700
+    inputs = [torch.randn(2000, 700, requires_grad=True) for _ in range(4)]  # 5 MiB, which are borrowed
+    expected = [as_in_torch(each, label_T)[1] for each in inputs]
+
+    def train(logits_TV):
+        found = []
+        for _ in range(12):
+            losses_T = token_losses(logits_TV, label_T, ignore_index=IGNORED)
+            found = [*found[-1:], *torch.autograd.grad(losses_T.sum(), logits_TV)]
+        return found[-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        for actual, exact in zip(pool.map(train, inputs), expected, strict=True):
+            torch.testing.assert_close(actual, exact)
