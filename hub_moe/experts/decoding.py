@@ -80,9 +80,9 @@ def may_leave_torch(x: Tensor) -> bool:
     """
     if type(x) is not Tensor or x.device.type != "cpu" or x.dtype not in DTYPES:
         return False
-    if x.is_neg() or x._is_zerotensor():  # their numbers are not what lies in their memory
-        return False
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if x.is_neg() or x._is_zerotensor():  # their numbers are not what lies in their memory
         return False
     if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
         return False
