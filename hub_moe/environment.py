@@ -4,8 +4,6 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 # in the order a reader looks for them; those not installed are left out
 _PACKAGES = (
     "hub_moe",
@@ -39,6 +37,8 @@ def find_commit(name: str, revision: str | None = None) -> str | None:
 
     Nothing is fetched. A config itself does not tell (transformers 5.23 drops `_commit_hash`).
     """
+    from huggingface_hub import try_to_load_from_cache  # which telling versions must not import
+
     if Path(name).expanduser().exists():
         return None
     found = try_to_load_from_cache(name, "config.json", revision=revision)

@@ -24,6 +24,11 @@ def test_importing_hub_moe_imports_neither_torch_nor_transformers_nor_huggingfac
     assert modules_after("import hub_moe") & {"torch", "transformers", "huggingface_hub"} == set()
 
 
+def test_telling_versions_imports_none_of_the_packages():
+    code = "from hub_moe.environment import describe_versions; describe_versions()"
+    assert modules_after(code) & {"torch", "transformers", "huggingface_hub"} == set()
+
+
 def test_touching_a_model_name_imports_transformers_and_registers_the_config():
     code = "import hub_moe; hub_moe.HubMoeConfig; from transformers import AutoConfig; "
     code += "AutoConfig.for_model('hub_moe')"

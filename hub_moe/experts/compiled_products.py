@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -188,18 +189,13 @@ class GradientMemory:
         size = shape.numel() * dtype.itemsize
         if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
             return _make_rows(*shape, dtype=dtype)
-        try:
-            block = self._free[size].pop()
-        except IndexError:
-            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        lease = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(lease, self._take_back, block, size).atexit = False
-        return torch.frombuffer(lease, dtype=dtype).view(shape)
+        block = _pop(self._free[size]) or _map_memory(size)
+        return _lend(block, shape, dtype, self._take_back)
 
-    def _take_back(self, block: mmap.mmap, size: int) -> None:
-        if self._waiting_bytes + size <= self._most_bytes:
+    def _take_back(self, block: mmap.mmap) -> None:
+        if self._waiting_bytes + len(block) <= self._most_bytes:
             block.madvise(mmap.MADV_FREE)
-            self._free[size].append(block)
+            self._free[len(block)].append(block)
 
 
 class SpareMemory:
@@ -216,23 +212,33 @@ class SpareMemory:
         size = shape.numel() * dtype.itemsize
         if size < _LEAST_BORROWED or not hasattr(mmap, "MADV_FREE"):
             return _make_rows(*shape, dtype=dtype)
-        block = self._pop()
+        block = _pop(self._spare)
         if block is None or len(block) < size:
-            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        lease = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(lease, self._take_back, block).atexit = False
-        return torch.frombuffer(lease, dtype=dtype).view(shape)
+            block = _map_memory(size)
+        return _lend(block, shape, dtype, self._take_back)
 
     def _take_back(self, block: mmap.mmap) -> None:
         block.madvise(mmap.MADV_FREE)
-        other = self._pop()
+        other = _pop(self._spare)
         self._spare.append(block if other is None or len(other) < len(block) else other)
 
-    def _pop(self) -> mmap.mmap | None:
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return None
+
+def _pop(blocks: list[mmap.mmap]) -> mmap.mmap | None:
+    try:
+        return blocks.pop()
+    except IndexError:
+        return None
+
+
+def _map_memory(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _lend(block: mmap.mmap, shape: torch.Size, dtype: torch.dtype, take_back: Callable[[mmap.mmap], None]) -> Tensor:
+    """A tensor at the start of a block, which is taken back when the last tensor on it is gone."""
+    lease = (ctypes.c_char * (shape.numel() * dtype.itemsize)).from_buffer(block)
+    weakref.finalize(lease, take_back, block).atexit = False
+    return torch.frombuffer(lease, dtype=dtype).view(shape)
 
 
 _MEMORY = GradientMemory(_MOST_WAITING)

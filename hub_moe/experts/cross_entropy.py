@@ -71,21 +71,21 @@ class _Kernels:
     def losses(self, logits_TV: Tensor, label_T: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
         """Losses (T,), and for the gradient each row's largest logit and log of its sum, (T, 2); both float32."""
         loss_T = logits_TV.new_empty(logits_TV.shape[0], dtype=torch.float32)
-        norm_T2 = loss_T.new_empty(logits_TV.shape[0], 2)
+        normaliser_T2 = loss_T.new_empty(logits_TV.shape[0], 2)
         self._losses(
             *(logits_TV.data_ptr(), logits_TV.dtype == torch.bfloat16, label_T.data_ptr(), ignore_index),
-            *(*logits_TV.shape, loss_T.data_ptr(), norm_T2.data_ptr(), torch.get_num_threads()),
+            *(*logits_TV.shape, loss_T.data_ptr(), normaliser_T2.data_ptr(), torch.get_num_threads()),
         )
-        return loss_T, norm_T2
+        return loss_T, normaliser_T2
 
     def gradient(
-        self, logits_TV: Tensor, label_T: Tensor, ignore_index: int, norm_T2: Tensor, dloss_T: Tensor
+        self, logits_TV: Tensor, label_T: Tensor, ignore_index: int, normaliser_T2: Tensor, dloss_T: Tensor
     ) -> Tensor:
         """That of the logits, in their dtype; `dloss_T` is float32."""
         gradient_TV = _MEMORY.borrow(logits_TV.shape, logits_TV.dtype)
         self._gradient(
             *(logits_TV.data_ptr(), logits_TV.dtype == torch.bfloat16, label_T.data_ptr(), ignore_index),
-            *(norm_T2.data_ptr(), dloss_T.data_ptr(), *logits_TV.shape, gradient_TV.data_ptr()),
+            *(normaliser_T2.data_ptr(), dloss_T.data_ptr(), *logits_TV.shape, gradient_TV.data_ptr()),
             torch.get_num_threads(),
         )
         return gradient_TV
@@ -103,9 +103,9 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, label_T: Tensor, ignore_index: int, kernels: _Kernels) -> Tensor:
-        loss_T, norm_T2 = kernels.losses(logits_TV, label_T, ignore_index)
+        loss_T, normaliser_T2 = kernels.losses(logits_TV, label_T, ignore_index)
         ctx.save_for_backward(logits_TV, label_T)
-        ctx.ignore_index, ctx.kernels, ctx.norm_T2 = ignore_index, kernels, norm_T2
+        ctx.ignore_index, ctx.kernels, ctx.normaliser_T2 = ignore_index, kernels, normaliser_T2
         ctx.logits_dtype, ctx.shape = logits_TV.dtype, logits_TV.shape
         return loss_T
 
@@ -113,14 +113,14 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, dloss_T: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, label_T = ctx.saved_tensors
         # a hook on what was saved may give back another kind of tensor, and compiled code takes addresses on trust
-        logits_TV = logits_TV.to(ctx.logits_dtype).expand(ctx.shape).contiguous()
-        label_T = label_T.to(torch.int64).expand(ctx.shape[:1]).contiguous()
+        logits_TV = logits_TV.to(ctx.logits_dtype).reshape(ctx.shape).contiguous()
+        label_T = label_T.to(torch.int64).reshape(ctx.shape[:1]).contiguous()
         are_plain = may_leave_torch(logits_TV) and type(label_T) is Tensor and may_leave_torch(dloss_T)
         are_plain = are_plain and not torch._C._functorch.is_legacy_batchedtensor(dloss_T)  # is_grads_batched
         # torch, where the gradient is to be differentiated again, and where something wants to see the operations
         if torch.is_grad_enabled() or not are_plain or not _have_logits(label_T, logits_TV, ctx.ignore_index):
             return _gradient_in_torch(logits_TV, label_T, ctx.ignore_index, dloss_T), None, None, None
-        given = logits_TV, label_T, ctx.ignore_index, ctx.norm_T2, dloss_T.contiguous()
+        given = logits_TV, label_T, ctx.ignore_index, ctx.normaliser_T2, dloss_T.contiguous()
         return ctx.kernels.gradient(*given), None, None, None
 
 

@@ -58,7 +58,7 @@ def _compiled_loss(
     if shift_labels is None:
         if not isinstance(labels, Tensor):
             return None
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shift_labels_ahead(labels, None, None, steps=1, ignore_index=ignore_index)
     label_T = shift_labels.reshape(-1).to(logits_BLV.device)
     losses_T = token_losses(logits_BLV.reshape(-1, vocab_size), label_T, ignore_index=ignore_index)
     if losses_T is None:
@@ -126,7 +126,7 @@ def shift_labels_ahead(
     `ignore_index` stands in the last column, where position i is padding, and where the label lies in another packed
     document. Documents are told apart by `position_ids_BL` starting anew; without it each row is one document.
     """
-    ahead_BL = labels_BL[:, steps:]
+    ahead_BL = labels_BL[..., steps:]
     if mask_BL is not None:
         ahead_BL = ahead_BL.masked_fill(mask_BL[:, : ahead_BL.shape[1]] == 0, ignore_index)
     if position_ids_BL is not None:

@@ -55,8 +55,11 @@ def test_loss_and_gradients_are_those_of_transformers(tiny_config, dtype, num_it
     assert len(compiled_calls) == 2  # the next token's and the MTP layer's
     assert all(each is not None for each in compiled_calls)
     monkeypatch.setattr(losses, "token_losses", None)
-    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.02}
-    torch.testing.assert_close(actual, step(), **tolerance)
+    expected = step()
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-6, atol=0)
+    largest = 1e-5 if dtype is torch.float32 else 1e-2
+    for one, other in zip(actual[1], expected[1], strict=True):
+        assert (one - other).norm() <= largest * other.norm()
 
 
 @needs_compiled

@@ -48,35 +48,35 @@ double sum_of_exponentials(const X* x, int64_t V, float shift) {
   return total;
 }
 
-struct Norm {  // logits less both are logarithms of shares; their sum would be rounded to the size of the largest
+struct Normaliser {  // logits less both are logarithms of shares; their sum would be rounded to the size of the largest
   float largest, log_sum;
 };
 
 template <typename X>
 void token_losses(const X* logits, const int64_t* labels, int64_t ignored, int64_t T, int64_t V, float* losses,
-                  Norm* norms, int threads) {
+                  Normaliser* normalisers, int threads) {
   run_rows(T, (double)T * V, threads, [=](int64_t t) {
     const X* x = logits + t * V;
     losses[t] = 0;
-    norms[t] = {};
+    normalisers[t] = {};
     if (labels[t] == ignored) return;
     float shift = largest(x, V);
     double log_sum = std::log(sum_of_exponentials(x, V, shift));
     losses[t] = (float)((double)shift - widen(x[labels[t]]) + log_sum);
-    norms[t] = {shift, (float)log_sum};
+    normalisers[t] = {shift, (float)log_sum};
   });
 }
 
 template <typename X>
-void token_losses_gradient(const X* logits, const int64_t* labels, int64_t ignored, const Norm* norms,
+void token_losses_gradient(const X* logits, const int64_t* labels, int64_t ignored, const Normaliser* normalisers,
                            const float* scale, int64_t T, int64_t V, X* gradient, int threads) {
   run_rows(T, (double)T * V, threads, [=](int64_t t) {
     const X* x = logits + t * V;
     X* dx = gradient + t * V;
     if (labels[t] == ignored) return (void)std::fill(dx, dx + V, X{});
-    Norm norm = norms[t];
+    Normaliser normaliser = normalisers[t];
     float factor = scale[t];
-    auto share = [=](Vec v) { return exponential_or_zero(v - norm.largest - norm.log_sum); };
+    auto share = [=](Vec v) { return exponential_or_zero(v - normaliser.largest - normaliser.log_sum); };
     each_vector(V, [=](int64_t i, auto count) { put(dx + i, share(get(x + i, count)) * factor, count); });
     int64_t label = labels[t];
     put(dx + label, (share(broadcast(widen(x[label])))[0] - 1) * factor);
@@ -88,21 +88,22 @@ void token_losses_gradient(const X* logits, const int64_t* labels, int64_t ignor
 extern "C" {
 
 // losses[t] = log of the sum of the exponentials of row t less the logit of its label; 0 where the label is `ignored`.
-// Other labels are in [0, V). norms (T, 2) are for the gradient. All is contiguous.
+// Other labels are in [0, V). normalisers (T, 2) are for the gradient. All is contiguous.
 void hub_moe_token_losses(const void* logits, int is_bfloat16, const int64_t* labels, int64_t ignored, int64_t T,
-                          int64_t V, float* losses, float* norms, int threads) {
-  Norm* n = (Norm*)norms;
+                          int64_t V, float* losses, float* normalisers, int threads) {
+  Normaliser* n = (Normaliser*)normalisers;
   is_bfloat16 ? token_losses((const bfloat16*)logits, labels, ignored, T, V, losses, n, threads)
               : token_losses((const float*)logits, labels, ignored, T, V, losses, n, threads);
 }
 
 // The gradient of the logits, of their type, of the sum over rows of scale[t] * losses[t].
 void hub_moe_token_losses_gradient(const void* logits, int is_bfloat16, const int64_t* labels, int64_t ignored,
-                                   const float* norms, const float* scale, int64_t T, int64_t V, void* gradient,
+                                   const float* normalisers, const float* scale, int64_t T, int64_t V, void* gradient,
                                    int threads) {
   auto run = [&](auto* typed) {
     using X = std::remove_pointer_t<decltype(typed)>;
-    token_losses_gradient((const X*)logits, labels, ignored, (const Norm*)norms, scale, T, V, typed, threads);
+    token_losses_gradient((const X*)logits, labels, ignored, (const Normaliser*)normalisers, scale, T, V, typed,
+                          threads);
   };
   is_bfloat16 ? run((bfloat16*)gradient) : run((float*)gradient);
 }
